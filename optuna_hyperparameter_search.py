@@ -1,0 +1,3484 @@
+#!/usr/bin/env python3
+"""Find the best character LoRA: search the hyperparameters of kohya-ss/sd-scripts with Optuna.
+
+See it work on this machine, without a GPU, downloads or sd-scripts:
+
+    python optuna_hyperparameter_search.py --demo
+
+Look at the inputs before a night is spent on them, then search; the same command again resumes:
+
+    python optuna_hyperparameter_search.py --check --sd-scripts ~/sd-scripts \\
+        --dataset-config configs/luca_human_dataset.toml --base-model v1-5-pruned-emaonly.safetensors \\
+        --output-dir runs/luca
+    python optuna_hyperparameter_search.py --sd-scripts ~/sd-scripts \\
+        --dataset-config configs/luca_human_dataset.toml --base-model v1-5-pruned-emaonly.safetensors \\
+        --output-dir runs/luca --study-name luca_v2.1 --n-trials 20 --device cuda
+
+Data flow of a trial:
+    sampler -> params -> safety constraints -> config.toml -> train_network.py -> checkpoints
+            -> scoring process -> metrics.json -> study -> results/
+
+Sections, each using only names defined above it:
+    1 imports and constants    5 safety constraints    9 objective
+    2 errors, screen, files    6 sampler              10 study
+    3 settings and inputs      7 training             11 results
+    4 search space             8 scoring              12 command line
+"""
+
+# ======================================================================================================
+# 1. Imports and constants. torch, diffusers, transformers and Pillow are imported by the functions that
+#    use them, so that --help, --check and errors answer at once.
+# ======================================================================================================
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import csv
+import ctypes
+import difflib
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import toml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+HERE = Path(__file__).resolve().parent
+DATABASE_NAME = "optuna_study.db"
+LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
+Params = dict[str, Any]
+log = logging.getLogger("search")
+log.addHandler(logging.NullHandler())  # without any, logging itself would print errors, and main() again
+
+
+# ======================================================================================================
+# 2. Errors, the screen, and files. A message says what was refused, the value, and what to do next.
+# ======================================================================================================
+
+
+class SearchError(Exception):
+    """Base of every error that this program raises on purpose."""
+
+
+class RefusedInput(SearchError):
+    """Something that the user gave can't be used. Holds one line a problem; exit status 2."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SearchStopped(SearchError):
+    """The search stopped by itself: going on would waste trials. Exit status 1."""
+
+
+class TrialFailed(SearchError):
+    """One trial ended without a value; `ended` is what its user_attrs say of it."""
+
+    ended = "crashed"
+
+
+class OutOfMemory(TrialFailed):
+    """The card (or the machine) had no memory left."""
+
+    ended = "out of memory"
+
+
+class Diverged(TrialFailed):
+    """The training ended with weights that are not finite, or with none that moved."""
+
+    ended = "diverged"
+
+
+class ScoringFailed(TrialFailed):
+    """The training is good, its scoring is not: only the scoring has to be done again."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP."""
+
+
+def say(text: str = "") -> None:
+    """Print to the screen and, once there is an output folder, to its search.log."""
+    print(text, flush=True)
+    log.info(text)
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write whole and then rename into place, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None if there is none or it is torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def digest(data: str | bytes) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def digest_of_weights(path: Path) -> str:
+    """A fingerprint of gigabytes in milliseconds: size, first mebibyte (a safetensors header) and 16 samples."""
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        sha.update(file.read(1 << 20))
+        for part in range(16):
+            file.seek(size * part // 16)
+            sha.update(file.read(1 << 16))
+    return sha.hexdigest()
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?` where one of the valid names is near, else nothing."""
+    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    return " ".join(str(text).split())[:limit]
+
+
+# ======================================================================================================
+# 3. Settings and inputs: what the command line, configs/*.toml, the data set and the base model say.
+#    Reads files; makes none. Unknown keys are errors that name the key, the file and the nearest valid name.
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one search is to do; the command line's flags under their own names."""
+
+    dataset_config: Path
+    base_model: Path
+    output_dir: Path
+    study_name: str
+    n_trials: int
+    device: str  # "cuda", "cuda:N" or "cpu"
+    sd_scripts: Path
+    trainer_python: str
+    training_config: Path
+    scoring_config: Path
+    eval_prompts: Path | None
+    subject: str | None
+    storage: str  # SQLAlchemy URL
+    seed: int
+    enqueue: Path | None
+    timeout_hours: float | None
+
+    @property
+    def reference(self) -> Path:
+        return self.output_dir / "reference"
+
+    @property
+    def results(self) -> Path:
+        return self.output_dir / "results"
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """How many images a stage of scoring makes: prompts x seeds with the subject, plain_prompts without it."""
+
+    prompts: int
+    seeds: int
+    plain_prompts: int
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """configs/scoring.toml; every key is explained there."""
+
+    resolution: int  # pixels
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    batch_size: int
+    screen: SampleCounts
+    confirm: SampleCounts
+    weights: dict[str, float]  # exponent of each term
+    dinov2: str
+    clip: str
+    pipeline_config: str
+    flat_std: float  # these three in units of 0..255
+    black_p99: float
+    white_p1: float
+    elsewhere: tuple[str, ...]
+    style: tuple[str, ...]
+    plain: tuple[str, ...]
+
+
+# What a key of scoring.toml must be: its type, and the smallest value that makes sense.
+_SCORING_SCHEMA: dict[str, dict[str, tuple[type, float | None]]] = {
+    "images": {
+        "resolution": (int, 16),
+        "steps": (int, 1),
+        "guidance_scale": (float, 0),
+        "negative_prompt": (str, None),
+        "batch_size": (int, 1),
+    },
+    "screen": {"prompts": (int, 1), "seeds": (int, 2), "plain_prompts": (int, 2)},
+    "confirm": {"prompts": (int, 1), "seeds": (int, 2), "plain_prompts": (int, 2)},
+    "weights": dict.fromkeys(("fidelity", "text", "preservation", "variety", "usable"), (float, 0)),
+    "encoders": dict.fromkeys(("dinov2", "clip", "pipeline_config"), (str, None)),
+    "usable": dict.fromkeys(("flat_std", "black_p99", "white_p1"), (float, 0)),
+    "prompts": dict.fromkeys(("elsewhere", "style", "plain"), (list, 2)),
+}
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Parse with the `toml` package, as kohya does: what it can't read, the trainer can't either."""
+    try:
+        return toml.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise RefusedInput(f"{what}: no file {path}; check the path") from None
+    except OSError as error:
+        raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable TOML file") from error
+    except UnicodeDecodeError as error:
+        raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
+    except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
+        raise RefusedInput(f"{what}: {path} is not valid TOML ({one_line(error)}); mend it there") from error
+
+
+def _wrong_value(value: Any, kind: type, smallest: float | None) -> str:
+    """What is wrong with a value of scoring.toml, or nothing."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        return f"must be a {kind.__name__}"
+    if kind is list and not all(isinstance(item, str) and item.strip() for item in value):
+        return "must be a list of texts"
+    size = len(value) if kind is list else value
+    if smallest is not None and not (math.isfinite(size) and size >= smallest):
+        return f"must be {'a list of' if kind is list else ''} at least {smallest:g}".replace("  ", " ")
+    return ""
+
+
+def read_scoring_settings(path: Path) -> ScoringSettings:
+    """scoring.toml, complete and checked; RefusedInput lists all that is wrong with it."""
+    given = read_toml(path, "--scoring-config")
+    problems = [
+        f"--scoring-config: unknown table [{table}] in {path}{nearest(table, _SCORING_SCHEMA)}"
+        for table in given.keys() - _SCORING_SCHEMA.keys()
+    ]
+    values: dict[str, dict[str, Any]] = {}
+    for table, schema in _SCORING_SCHEMA.items():
+        found = given.get(table)
+        if not isinstance(found, dict):
+            problems.append(f"--scoring-config: {path} has no table [{table}]; take it from configs/scoring.toml")
+            continue
+        values[table] = found
+        for key in found.keys() - schema.keys():
+            problems.append(f"--scoring-config: unknown key '{key}' in [{table}] of {path}{nearest(key, schema)}")
+        for key, (kind, smallest) in schema.items():
+            wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
+            if wrong:
+                problems.append(f"--scoring-config: {key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
+    if not problems and values["images"]["resolution"] % 8:
+        problems.append(
+            f"--scoring-config: resolution in [images] of {path} must be a multiple of 8 (the VAE's factor)"
+        )
+    if not problems and not any(values["weights"].values()):
+        problems.append(f"--scoring-config: all weights of {path} are 0, so every trial would score 1; raise one")
+    for key in ("elsewhere", "style") if not problems else ():
+        for text in values["prompts"][key]:
+            if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
+                problems.append(
+                    f"--scoring-config: {text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
+                )
+    if problems:
+        raise RefusedInput(*sorted(problems))
+    stages = {stage: SampleCounts(**values[stage]) for stage in ("screen", "confirm")}
+    prompts = {key: tuple(templates) for key, templates in values["prompts"].items()}
+    return ScoringSettings(
+        **values["images"], **stages, weights=values["weights"], **values["encoders"], **values["usable"], **prompts
+    )
+
+
+# Keys that a fixed training config must not hold, and why: they would beat the search or the program in silence.
+_SEARCHED = "is searched; delete it, or give it in --enqueue to try it first"
+_BEATS_SEARCH = "would quietly beat a searched value; delete it"
+_BY_PROGRAM = "is set by this program for every trial; delete it"
+_SECRET = "is a secret, and this file is copied into results; delete it"
+FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "learning_rate text_encoder_lr network_dim network_alpha optimizer_type max_train_epochs lr_scheduler "
+            "lr_scheduler_num_cycles gradient_accumulation_steps lr_warmup_steps"
+        ).split(),
+        _SEARCHED,
+    ),
+    **dict.fromkeys(
+        (
+            "unet_lr use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only "
+            "network_train_text_encoder_only dim_from_weights network_weights max_train_steps "
+            "lr_decay_steps initial_epoch initial_step skip_until_initial_step resume"
+        ).split(),
+        _BEATS_SEARCH,
+    ),
+    **dict.fromkeys(
+        (
+            "pretrained_model_name_or_path dataset_config output_dir output_name logging_dir train_data_dir "
+            "reg_data_dir in_json config_file output_config debug_dataset save_last_n_epochs save_last_n_steps "
+            "save_last_n_epochs_state save_last_n_steps_state save_every_n_steps save_n_epoch_ratio dataset_class"
+        ).split(),
+        _BY_PROGRAM,
+    ),
+    **dict.fromkeys("huggingface_token wandb_api_key huggingface_repo_id resume_from_huggingface".split(), _SECRET),
+}
+
+
+_PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
+
+
+def read_training_options(path: Path) -> dict[str, Any]:
+    """The fixed kohya options, flattened one level as kohya does; RefusedInput lists what may not stand there."""
+    options: dict[str, Any] = {}
+    for key, value in read_toml(path, "--training-config").items():
+        options.update(value if isinstance(value, dict) else {key: value})
+    problems = [
+        f"--training-config: '{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}"
+        for key in sorted(options.keys() & FORBIDDEN_TRAINING_KEYS.keys())
+    ]
+    if options.get("save_model_as", "safetensors") != "safetensors":
+        problems.append(f'--training-config: save_model_as in {path} must be "safetensors"; pickles are not used')
+    for key, value in options.items():
+        for file in value if isinstance(value, list) else [value]:
+            if isinstance(file, str) and Path(file).suffix.lower() in _PICKLE_SUFFIXES:
+                problems.append(f"--training-config: {key} = {file!r} in {path} is a pickle; use a safetensors file")
+    for key in ("save_every_n_epochs", "clip_skip", "seed"):
+        value = options.get(key, 1)
+        if type(value) is not int or (value < 1 and key != "seed"):
+            problems.append(f"--training-config: {key} = {value!r} in {path} must be a whole number from 1 on")
+    if problems:
+        raise RefusedInput(*problems)
+    return {"save_model_as": "safetensors", "seed": 42, "save_every_n_epochs": 1, **options}
+
+
+# kohya's own keys for a DreamBooth data set and the types that it takes (sd-scripts, library/config_util.py).
+_SUBSET_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        "image_dir class_tokens caption_extension caption_prefix caption_suffix caption_separator "
+        "keep_tokens_separator secondary_separator resize_interpolation".split(),
+        (str,),
+    ),
+    **dict.fromkeys("num_repeats caption_dropout_every_n_epochs keep_tokens token_warmup_min".split(), (int,)),
+    **dict.fromkeys(
+        "is_reg alpha_mask cache_info color_aug enable_wildcard flip_aug random_crop shuffle_caption".split(), (bool,)
+    ),
+    **dict.fromkeys("caption_dropout_rate caption_tag_dropout_rate token_warmup_step".split(), (float, int)),
+    "custom_attributes": (dict,),
+    "face_crop_aug_range": (list,),
+}
+_DATASET_KEYS: dict[str, tuple[type, ...]] = {
+    **{key: kinds for key, kinds in _SUBSET_KEYS.items() if key not in ("image_dir", "is_reg", "alpha_mask")},
+    **dict.fromkeys("batch_size bucket_reso_steps max_bucket_reso min_bucket_reso validation_seed".split(), (int,)),
+    **dict.fromkeys("bucket_no_upscale enable_bucket".split(), (bool,)),
+    **dict.fromkeys("network_multiplier validation_split".split(), (float,)),
+    "resolution": (int, list),
+    "subsets": (list,),
+}
+_GENERAL_KEYS = {key: kinds for key, kinds in _DATASET_KEYS.items() if key != "subsets"}
+_IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
+
+
+@dataclass(frozen=True)
+class TrainingImage:
+    path: Path
+    caption: str  # "" where there is neither a caption file nor class_tokens
+    repeats: int
+    size: tuple[int, int]  # width, height in pixels
+    is_reg: bool
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A kohya data set: `config` has absolute folders; `batches_per_epoch` counts as kohya's buckets do."""
+
+    config: dict[str, Any]
+    images: tuple[TrainingImage, ...]
+    batches_per_epoch: int
+    class_tokens: str | None
+
+    @property
+    def subject_images(self) -> list[TrainingImage]:
+        return [image for image in self.images if not image.is_reg]
+
+    def updates(self, params: Mapping[str, Any]) -> int:
+        """Optimizer updates of a whole training, as kohya counts them (its bar shows the same number)."""
+        per_epoch = math.ceil(self.batches_per_epoch / params["gradient_accumulation_steps"])
+        return params["max_train_epochs"] * per_epoch
+
+
+def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
+    """The data set that kohya would train on; RefusedInput lists all that is wrong with it.
+
+    `options` are the fixed training options, kohya's defaults for what the data set's file leaves open.
+    A relative image_dir is looked for from the current folder (as kohya does), then beside the file.
+    """
+    config = read_toml(path, "--dataset-config")
+    problems: list[str] = []
+    images: list[TrainingImage] = []
+    batches = 0
+    tables = _tables(config, "datasets", _GENERAL_KEYS, path, problems)
+    for dataset in tables:
+        found: list[TrainingImage] = []
+        subsets = _tables(dataset, "subsets", _DATASET_KEYS, path, problems)
+        inherited = {**_dataset_defaults(options), **config.get("general", {}), **dataset}
+        problems += _dataset_problems(inherited, path)
+        for subset in subsets:
+            found += _read_subset(subset, inherited, path, problems)
+        folders = Counter(subset.get("image_dir") for subset in subsets)
+        problems += [
+            f"--dataset-config: image_dir {folder!r} stands twice in one [[datasets]] of {path}, where kohya takes the "
+            "first alone; delete one, or raise its num_repeats"
+            for folder, count in folders.items()
+            if count > 1
+        ]
+        images += found
+        if not problems:
+            batches += _count_batches(found, inherited)
+    if problems:
+        raise RefusedInput(*problems)
+    if not any(not image.is_reg for image in images):
+        raise RefusedInput(f"--dataset-config: {path} has regularisation images only; add the character's own")
+    tokens = {
+        {**config.get("general", {}), **dataset, **subset}.get("class_tokens")
+        for dataset in tables
+        for subset in dataset["subsets"]
+        if not subset.get("is_reg")
+    } - {None}
+    return DataSet(config, tuple(images), batches, tokens.pop() if len(tokens) == 1 else None)
+
+
+def _tables(
+    parent: dict[str, Any], name: str, valid: Mapping[str, tuple[type, ...]], path: Path, problems: list[str]
+) -> list[dict[str, Any]]:
+    """The [[name]] tables below `parent`, with unknown keys beside them and in [general] reported."""
+    at_top = name == "datasets"
+    if at_top and not isinstance(parent.setdefault("general", {}), dict):
+        problems.append(f"--dataset-config: [general] in {path} must be a table")
+        parent["general"] = {}
+    _check_keys(parent, {"general": (dict,), "datasets": (list,)} if at_top else valid, path, problems)
+    if at_top:
+        _check_keys(parent["general"], valid, path, problems)
+    tables = parent.get(name)
+    if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
+        problems.append(
+            f"--dataset-config: {path} has no [[{name if at_top else 'datasets.subsets'}]]; "
+            "see configs/luca_human_dataset.toml"
+        )
+        return []
+    return tables
+
+
+def _check_keys(table: dict[str, Any], valid: Mapping[str, tuple[type, ...]], path: Path, problems: list[str]) -> None:
+    """Report unknown keys and values of a wrong type; the latter are taken out, so that reading can go on."""
+    for key in list(table):
+        if key not in valid:
+            problems.append(f"--dataset-config: unknown key '{key}' in {path}{nearest(key, valid)}")
+        elif type(table[key]) not in valid[key]:
+            kinds = " or ".join(kind.__name__ for kind in valid[key])
+            problems.append(f"--dataset-config: {key} = {table.pop(key)!r} in {path} must be of type {kinds}")
+
+
+def _dataset_problems(dataset: Mapping[str, Any], path: Path) -> list[str]:
+    """What would make kohya stop, or hold pictures back, before the first step."""
+    where = f"--dataset-config: {path}"
+    sides = dataset["resolution"] if isinstance(dataset["resolution"], list) else [dataset["resolution"]] * 2
+    if len(sides) != 2 or any(type(n) is not int or n < 1 for n in (*sides, dataset["batch_size"])):
+        return [f"{where} needs resolution (pixels, 512 for SD 1.x) and batch_size from 1 on"]
+    if dataset["validation_split"]:
+        return [f"{where}: validation_split takes pictures out of the training that are scored all the same; delete it"]
+    if not dataset["enable_bucket"]:
+        return []
+    step = dataset["bucket_reso_steps"]
+    if step < 1:
+        return [f"{where}: bucket_reso_steps = {step} must be from 1 on (64 for SD 1.x)"]
+    low, high = _bucket_limits(dataset)
+    if not low <= min(sides) <= max(sides) <= high:
+        return [f"{where}: resolution {sides} must lie between min_bucket_reso ({low}) and max_bucket_reso ({high})"]
+    return []
+
+
+def _bucket_limits(dataset: Mapping[str, Any]) -> tuple[int, int]:
+    """The shortest and the longest side of a bucket, moved outwards to whole steps as kohya does."""
+    step = dataset["bucket_reso_steps"]
+    return dataset["min_bucket_reso"] // step * step, math.ceil(dataset["max_bucket_reso"] / step) * step
+
+
+def _dataset_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """kohya's argparse defaults for a data set, and those that the fixed training options set."""
+    defaults = {
+        "resolution": None, "batch_size": 1, "num_repeats": 1, "caption_extension": ".caption",
+        "enable_bucket": False, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
+        "bucket_no_upscale": False, "validation_split": 0.0,
+    }  # fmt: skip
+    names = {
+        "train_batch_size": "batch_size",
+        "dataset_repeats": "num_repeats",
+        "caption_extention": "caption_extension",
+    }
+    given = {names.get(key, key): value for key, value in options.items()}
+    if re.fullmatch(r"\d+(,\d+)?", str(given.get("resolution"))):  # "512" or "512,768", as on kohya's command line
+        sides = [int(side) for side in given["resolution"].split(",")]
+        given["resolution"] = sides if len(sides) == 2 else sides[0]
+    return {key: given.get(key, default) for key, default in defaults.items()}
+
+
+def _read_subset(
+    subset: dict[str, Any], inherited: Mapping[str, Any], path: Path, problems: list[str]
+) -> list[TrainingImage]:
+    """The images of one [[datasets.subsets]]; makes its image_dir absolute."""
+    where = f"--dataset-config: subset of {path}"
+    if "metadata_file" in subset:
+        problems.append(f"{where}: metadata_file is not supported; put a caption file beside every image")
+        return []
+    _check_keys(subset, _SUBSET_KEYS, path, problems)
+    folder, repeats = subset.get("image_dir"), subset.get("num_repeats", inherited["num_repeats"])
+    if type(repeats) is not int or repeats < 1:
+        problems.append(f"{where}: num_repeats = {repeats!r} must be a whole number from 1 on (kohya skips the folder)")
+        return []
+    if not (isinstance(folder, str) and folder):
+        problems.append(f"{where}: image_dir is missing; give the folder with its pictures")
+        return []
+    given = Path(folder).expanduser()
+    candidates = [given, path.resolve().parent / given]
+    directory = next((c.resolve() for c in candidates if c.is_dir()), None)
+    if directory is None:
+        problems.append(f"--dataset-config: image_dir {folder!r} in {path} is no folder; correct it there")
+        return []
+    subset["image_dir"] = str(directory)
+    files = sorted(file for file in directory.iterdir() if file.suffix in _IMAGE_SUFFIXES and file.name[0] != ".")
+    if not files:
+        problems.append(
+            f"--dataset-config: image_dir {directory} has no images (png, jpg, webp, bmp); kohya would "
+            "train nothing and say it succeeded"
+        )
+    return _read_images(files, repeats, subset, inherited, problems)
+
+
+def _read_images(
+    files: list[Path], repeats: int, subset: Mapping[str, Any], inherited: Mapping[str, Any], problems: list[str]
+) -> list[TrainingImage]:
+    from PIL import Image, UnidentifiedImageError
+
+    extension = subset.get("caption_extension", inherited["caption_extension"])
+    tokens = subset.get("class_tokens", inherited.get("class_tokens"))
+    is_reg = subset.get("is_reg", False)
+    images, without_caption = [], []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                size = image.size
+            caption = _read_caption(file, extension)
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(f"--dataset-config: can't use {file} ({one_line(error)}); mend or remove it")
+            continue
+        if caption is None:
+            caption = tokens
+            if not tokens:
+                without_caption.append(file)
+        if inherited["enable_bucket"] and inherited["bucket_no_upscale"] and min(size) < inherited["bucket_reso_steps"]:
+            problems.append(
+                f"--dataset-config: {file} ({size[0]} x {size[1]}) is smaller than bucket_reso_steps, at which "
+                "kohya stops; remove it, or bucket_no_upscale"
+            )
+        images.append(TrainingImage(file, caption or "", repeats, size, is_reg))
+    if without_caption and not is_reg:
+        problems.append(
+            f"--dataset-config: {len(without_caption)} of {len(files)} images in {files[0].parent} have no "
+            f"{extension} caption and no class_tokens (the first is {without_caption[0].name}); write the captions, "
+            "or set caption_extension or class_tokens"
+        )
+    return images
+
+
+def _read_caption(image: Path, extension: str) -> str | None:
+    """The caption's first line, as kohya reads it; None where there is no file."""
+    file = image.with_suffix(extension if extension.startswith(".") else f".{extension}")
+    if not file.is_file():
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"caption {file.name} is not UTF-8") from None
+    if not lines:
+        raise ValueError(f"caption {file.name} is empty")
+    return lines[0].strip()
+
+
+def _count_batches(images: Sequence[TrainingImage], dataset: Mapping[str, Any]) -> int:
+    """Batches an epoch: each bucket's images x repeats are batched by themselves, the last one part-filled.
+
+    Regularisation images come with their own repeats, in order, until they are as many as the subject's; if
+    they are too few, one more of each in turn. So kohya does.
+    """
+    reso = dataset["resolution"]
+    width, height = reso if isinstance(reso, list) else (reso, reso)
+    counts: Counter[tuple[int, int]] = Counter()
+    for image in images:
+        if not image.is_reg:
+            counts[_bucket(image.size, (width, height), dataset)] += image.repeats
+    missing, regs = sum(counts.values()), [image for image in images if image.is_reg]
+    for position, image in enumerate(itertools.cycle(regs)):
+        if missing <= 0:
+            break
+        times = image.repeats if position < len(regs) else 1
+        counts[_bucket(image.size, (width, height), dataset)] += times
+        missing -= times
+    return sum(math.ceil(count / dataset["batch_size"]) for count in counts.values())
+
+
+def _bucket(size: tuple[int, int], reso: tuple[int, int], dataset: Mapping[str, Any]) -> tuple[int, int]:
+    """The bucket (width, height) in which kohya puts an image: nearest aspect ratio of about the same area."""
+    if not dataset["enable_bucket"]:
+        return reso
+    step, area = dataset["bucket_reso_steps"], reso[0] * reso[1]
+    if dataset["bucket_no_upscale"]:
+        return _bucket_without_upscale(size, area, step)
+    low, high = _bucket_limits(dataset)
+    square = int(math.sqrt(area) // step) * step
+    buckets = {(square, square)}
+    for side in range(low, high + 1, step):
+        other = min(high, area // side // step * step)
+        if other >= low:
+            buckets |= {(side, other), (other, side)}
+    return size if size in buckets else min(sorted(buckets), key=lambda b: abs(b[0] / b[1] - size[0] / size[1]))
+
+
+def _bucket_without_upscale(size: tuple[int, int], area: int, step: int) -> tuple[int, int]:
+    """The image's own size in whole steps; a larger one is shrunk first, along the side that bends its aspect less."""
+
+    def whole(length: float) -> int:
+        return int(length + 0.5) // step * step
+
+    width, height = size
+    if width * height > area:
+        aspect = width / height
+        across = whole(math.sqrt(area * aspect))
+        down = whole(area / math.sqrt(area * aspect))
+        by_width, by_height = (across, whole(across / aspect)), (whole(down * aspect), down)
+        if not all(by_width + by_height):  # narrower than one step: kohya divides by zero
+            return step, step
+        bends = [abs(w / h - aspect) for w, h in (by_width, by_height)]
+        width, height = by_width if bends[0] < bends[1] else by_height
+    return width // step * step, height // step * step
+
+
+# Which model a safetensors file is, by a tensor that only this family has; the first match wins.
+_FAMILY_MARKS = (
+    ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX"),
+    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "SD3"),
+    ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "SDXL"),
+    ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", "SDXL refiner"),
+)
+_CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+# Layers that networks.lora adapts: linear layers and 1x1 convolutions of attention blocks and text encoder.
+_LORA_LAYERS = re.compile(
+    r"(transformer_blocks\..*|\.proj_in|\.proj_out|(input|output)_blocks\.\d+\.1\.proj_(in|out)|middle_block\.1\.proj_.*"
+    r"|self_attn\.\w+_proj|mlp\.fc\d)\.weight$"
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    path: Path
+    family: str
+    fingerprint: str
+    lora_bytes_per_dim: int  # size of an fp16 LoRA over its network_dim
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """Names, dtypes, shapes and offsets of a safetensors file; ValueError if it is none or torn.
+
+    A file is whole when its size is 8 + header length + the largest data offset (the format's definition).
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= 100_000_000:
+            raise ValueError("it is no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            tensors = [entry for key, entry in header.items() if key != "__metadata__"]
+            end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+            if not all(type(side) is int for entry in tensors for side in entry["shape"]):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError("it is no safetensors file, or its header is torn") from None
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError("it is torn: not as long as its header says")
+    return header
+
+
+def inspect_base_model(path: Path) -> BaseModel:
+    """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
+    remedy = "give a Stable Diffusion 1.x safetensors file or diffusers folder"
+    if not path.exists():
+        raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
+    files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise RefusedInput(f"--base-model: {path.name} may be a pickle, which can run code when loaded; {remedy}")
+    if path.is_dir() and not ((path / "model_index.json").is_file() and files):
+        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json or safetensors; {remedy}")
+    headers: dict[str, Any] = {}
+    for file in files:
+        try:
+            header = read_safetensors_header(file)
+            if path.is_file() or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
+                headers.update(header)
+        except (ValueError, OSError) as error:
+            raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
+    family = _family_of_folder(path) if path.is_dir() else _family_of_file(headers)
+    if family != "SD1.x":
+        raise RefusedInput(f"--base-model: {path.name} is {family}, which this search does not train; {remedy}")
+    shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
+    per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
+    fingerprint = digest("".join(digest_of_weights(file) for file in files))
+    return BaseModel(path.resolve(), family, fingerprint, per_dim)
+
+
+def _family_of_file(header: Mapping[str, Any]) -> str:
+    if any(key.startswith("lora_") for key in header):
+        return "a LoRA"
+    for mark, family in _FAMILY_MARKS:
+        if any(key.endswith(mark) for key in header):
+            return family
+    first = header.get("model.diffusion_model.input_blocks.0.0.weight")
+    if first and first["shape"][1:2] == [9]:
+        return "an inpainting model"
+    width = [0, *header.get(_CROSS_ATTENTION, {}).get("shape", [])][-1]
+    return {768: "SD1.x", 1024: "SD2.x"}.get(width, "of an unknown family")
+
+
+def _family_of_folder(path: Path) -> str:
+    pipeline = (read_json(path / "model_index.json") or {}).get("_class_name", "of an unknown family")
+    unet = read_json(path / "unet" / "config.json") or {}
+    if pipeline != "StableDiffusionPipeline":
+        return f"a {pipeline}"
+    return "SD2.x" if unet.get("cross_attention_dim") == 1024 else "SD1.x"
+
+
+# ======================================================================================================
+# 4. Search space (V2.1). The distributions never depend on the machine, so that a study can move.
+# ======================================================================================================
+
+SEARCH_SPACE: dict[str, BaseDistribution] = {
+    "learning_rate": FloatDistribution(6e-5, 1.2e-4, log=True),  # narrowed from V1's 5e-5 .. 2e-4
+    "text_encoder_lr": FloatDistribution(3e-5, 8e-5, log=True),  # narrowed from V1's 1e-4
+    "network_dim": CategoricalDistribution((64, 128, 256)),
+    "network_alpha_ratio": FloatDistribution(0.25, 0.9, step=0.05),  # alpha = dim x ratio, never equal to dim
+    "optimizer_type": CategoricalDistribution(("AdamW", "AdamW8bit")),  # Lion was unreliable in V1
+    "max_train_epochs": CategoricalDistribution((12, 16, 20)),  # V1's 8 and 10 stopped too early
+    "lr_scheduler": CategoricalDistribution(("cosine", "cosine_with_restarts", "polynomial")),
+    "gradient_accumulation_steps": CategoricalDistribution((1, 2, 4)),
+    "lr_warmup_steps": IntDistribution(50, 200, step=50),  # optimizer updates
+}
+# Only with cosine_with_restarts; one cycle would be plain cosine.
+RESTART_CYCLES = IntDistribution(2, 3)
+
+
+def complete_params(values: Mapping[str, Any]) -> Params:
+    """Suggested values and the network_alpha that follows from them.
+
+    The ratio is rounded to its grid's two decimals: Optuna's 0.6000000000000001 would print badly.
+    """
+    params: Params = {}
+    for name, value in values.items():
+        params[name] = round(value, 2) if name == "network_alpha_ratio" else value
+        if name == "network_alpha_ratio":
+            params["network_alpha"] = int(params["network_dim"] * params[name])
+    return params
+
+
+def suggest_hyperparameters(trial: optuna.trial.BaseTrial) -> Params:
+    """All parameters of a trial, network_alpha included; lr_scheduler_num_cycles only with restarts."""
+    values = {name: _suggest(trial, name, distribution) for name, distribution in SEARCH_SPACE.items()}
+    if values["lr_scheduler"] == "cosine_with_restarts":
+        values["lr_scheduler_num_cycles"] = _suggest(trial, "lr_scheduler_num_cycles", RESTART_CYCLES)
+    return complete_params(values)
+
+
+def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def describe_params(params: Mapping[str, Any]) -> str:
+    """The parameters as the screen shows them, one a line, alpha with its ratio."""
+    lines = ["Parameters:"]
+    for key, value in params.items():
+        if key == "network_alpha":
+            ratio = params.get("network_alpha_ratio", value / params["network_dim"])
+            value = f"{value} (ratio: {ratio:.3f})"
+        lines.append(f"  {key}: {value}")
+    return "\n".join(lines)
+
+
+def search_space_digest() -> str:
+    space = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
+    return digest(json.dumps({name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}))
+
+
+# ======================================================================================================
+# 5. Safety constraints (V2.1). Pure.
+# ======================================================================================================
+
+
+def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a combination is safe to train, and if not, why: (is_valid, rejection_reason)."""
+    lr = params["learning_rate"]
+    dim = params["network_dim"]
+    ratio = params["network_alpha_ratio"]
+    optimizer = params["optimizer_type"]
+    epochs = params["max_train_epochs"]
+    grad_accum = params["gradient_accumulation_steps"]
+    warmup = params["lr_warmup_steps"]
+
+    if lr > 0.00012 and optimizer == "AdamW8bit":
+        return False, "High LR (>0.00012) + AdamW8bit = unstable"
+    if abs(params["network_alpha"] - dim) < 1:
+        return False, "Alpha ≈ Dim causes overfitting + instability"
+    if dim >= 256 and epochs < 16:
+        return False, "High dim (≥256) needs ≥16 epochs for convergence"
+    if lr > 0.0001 and warmup < 100:
+        return False, "High LR (>0.0001) needs ≥100 warmup steps"
+    if grad_accum == 1 and lr > 0.00011:
+        return False, "High LR needs gradient accumulation ≥2"
+    if ratio >= 0.75:
+        required = {
+            "epochs >= 16": epochs >= 16,
+            "grad_accum >= 2": grad_accum >= 2,
+            "optimizer = AdamW": optimizer == "AdamW",
+            "warmup >= 150": warmup >= 150,
+        }
+        failed = [name for name, passed in required.items() if not passed]
+        if failed:
+            return False, f"High alpha (≥0.75) requires: {', '.join(failed)}"
+    if ratio >= 0.85 and lr > 0.0001:
+        return False, "Very high alpha (≥0.85) + LR >0.0001 = explosion risk"
+    return True, ""
+
+
+# ======================================================================================================
+# 6. Sampler: Optuna's TPE that proposes only what passes section 5, and keeps the guide's alpha bands.
+# ======================================================================================================
+
+LOW_ALPHA = tuple(round(0.05 * n, 2) for n in range(5, 9))  # 0.25 .. 0.40
+MID_ALPHA = tuple(round(0.05 * n, 2) for n in range(9, 15))  # 0.45 .. 0.70
+HIGH_ALPHA = tuple(round(0.05 * n, 2) for n in range(15, 19))  # 0.75 .. 0.90
+BAND_BLOCK = (LOW_ALPHA,) * 3 + (MID_ALPHA,) * 4 + (HIGH_ALPHA,) * 3  # the guide's 30 / 40 / 30 %
+DEALT_TRIALS = 20  # after these TPE has seen all bands and chooses by itself
+TPE_STARTUP_TRIALS = 10  # Optuna's default: random until then
+TPE_TRIES = 64  # about 5 ms each
+RANDOM_TRIES = 2000  # about 20 microseconds each; the rarest completion seen is 1 in 40
+Check = Callable[[Params], bool]
+
+
+def _anything(params: Params) -> bool:
+    return True
+
+
+def fixed_params(trial: FrozenTrial) -> Params:
+    """What was enqueued for a trial: Optuna gives these values to suggest_* whatever the sampler says."""
+    return trial.system_attrs.get("fixed_params", {})
+
+
+class FeasibleTPESampler(optuna.samplers.BaseSampler):
+    """TPE over the whole unconditional space, drawn again until the proposal may be trained.
+
+    Args:
+        seed: of the study. Every draw comes from (seed, trial.number), so that neither a resumed study nor
+            parallel workers repeat a proposal, and the same study gives the same proposals.
+        can_train: what this machine can train at all (AdamW8bit needs CUDA and bitsandbytes).
+        prefers: what it should train where there is a choice (a warm-up shorter than the run).
+
+    For the first 20 trials that were not enqueued or tried again, the band of the alpha ratio is dealt from
+    shuffled blocks of 3 low, 4 mid and 3 high, and TPE proposes the rest around it. Enqueued values are kept
+    and completed the same way. Constraints come first: where nothing passes all checks, `prefers` is given up
+    before safety is, and a proposal that no completion can save is left for `train_lora` to reject.
+    """
+
+    def __init__(self, seed: int, *, can_train: Check = _anything, prefers: Check = _anything) -> None:
+        self._seed = seed
+        self._can_train = can_train
+        self._prefers = prefers
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(SEARCH_SPACE)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> Params:
+        rng = np.random.default_rng((self._seed, trial.number))
+        fixed = fixed_params(trial) or self._dealt_ratio(study, trial, rng)
+        if "lr_scheduler_num_cycles" in fixed:  # without restarts this value would be dropped
+            fixed = {"lr_scheduler": "cosine_with_restarts", **fixed}
+        free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
+        if not free:
+            return {}
+        proposal: Params = {}
+        for proposal, passes in self._proposals(study, trial, free, rng):
+            if passes(complete_params({name: {**fixed, **proposal}[name] for name in search_space})):
+                break
+        return {**proposal, **{name: fixed[name] for name in search_space if name in fixed}}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """lr_scheduler_num_cycles, the one conditional parameter: in the joint space TPE would drop most trials."""
+        sampler = self._tpe(trial.number, multivariate=False)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _proposals(
+        self, study: optuna.Study, trial: FrozenTrial, free: dict[str, BaseDistribution], rng: np.random.Generator
+    ) -> Iterator[tuple[Params, Check]]:
+        """Ever simpler ways to fill the free parameters, each with the check that it has to pass."""
+        tpe = self._tpe(trial.number, multivariate=True)
+        learnt: list[Params] = []
+        for _ in range(TPE_TRIES):
+            proposal = tpe.sample_relative(study, trial, free)
+            if not proposal:  # before TPE has enough trials to learn from
+                break
+            learnt.append(proposal)
+            yield proposal, self._is_wanted
+        drawn: list[Params] = []
+        for _ in range(RANDOM_TRIES):
+            drawn.append({name: _draw(distribution, rng) for name, distribution in free.items()})
+            yield drawn[-1], self._is_wanted
+        yield from ((proposal, self._is_possible) for proposal in learnt + drawn)
+
+    def _is_possible(self, params: Params) -> bool:
+        return check_safety_constraints(params)[0] and self._can_train(params)
+
+    def _is_wanted(self, params: Params) -> bool:
+        return self._is_possible(params) and self._prefers(params)
+
+    def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
+        """A ratio of the band whose turn it is, counting only the trials that the sampler itself proposed."""
+        trials = study.get_trials(deepcopy=False)
+        turn = sum(t.number < trial.number and not fixed_params(t) for t in trials)
+        if turn >= DEALT_TRIALS:
+            return {}
+        block, position = divmod(turn, len(BAND_BLOCK))
+        order = np.random.default_rng((self._seed, block)).permutation(len(BAND_BLOCK))
+        return {"network_alpha_ratio": float(rng.choice(BAND_BLOCK[order[position]]))}
+
+    def _tpe(self, number: int, *, multivariate: bool) -> optuna.samplers.TPESampler:
+        """A fresh TPE whose generator depends on (study seed, trial number) alone."""
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        with warnings.catch_warnings():  # 4.6 calls both arguments experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                n_startup_trials=TPE_STARTUP_TRIALS, multivariate=multivariate, constant_liar=True, seed=seed
+            )
+
+
+def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
+    """A uniform draw (uniform in the logarithm for a log distribution)."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[rng.integers(len(distribution.choices))]
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if distribution.log:
+        return float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
+    if step is None:
+        return float(rng.uniform(low, high))
+    value = low + step * int(rng.integers(round((high - low) / step) + 1))
+    return int(value) if isinstance(distribution, IntDistribution) else round(value, 10)
+
+
+# ======================================================================================================
+# 7. Training: a trial's kohya config, the one place that starts a process, its progress, its checkpoints,
+#    and the judgement of its end. Touches the trial's folder.
+# ======================================================================================================
+
+TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
+PROBE_SECONDS = 300  # `train_network.py --help` imports torch: 10 s, minutes from a cold Windows drive
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when this program is (kill -9 too), so that no trainer holds the card unseen."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def run_process(
+    command: Sequence[str], environment: Mapping[str, str], on_text: Callable[[str], None], log_file: Path | None = None
+) -> int:
+    """Run a program to its end and return its status; its output goes to on_text and, unchanged, to log_file.
+
+    It runs in a session of its own; whatever ends this call (Ctrl-C too) ends every process of that session.
+    """
+    with contextlib.ExitStack() as stack:
+        log_to = stack.enter_context(log_file.open("ab")) if log_file else None
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        stack.callback(_end_process_group, process)
+        assert process.stdout is not None
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while data := os.read(process.stdout.fileno(), 1 << 16):
+            if log_to:
+                log_to.write(data)
+                log_to.flush()
+            on_text(decoder.decode(data))
+        return process.wait()
+
+
+def _end_process_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL to whatever is left of the process's session."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(TERMINATION_SECONDS)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def child_environment(device: str) -> dict[str, str]:
+    """The environment of trainer and scorer: unbuffered UTF-8, lines that are not wrapped, only the card asked for."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "250"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif ":" in device:
+        index = int(device.partition(":")[2])
+        visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+    return environment
+
+
+def trial_config(
+    params: Mapping[str, Any], options: Mapping[str, Any], base_model: Path, dataset_config: Path, folder: Path
+) -> dict[str, Any]:
+    """The complete config of one training: train_network.py --config_file repeats it."""
+    searched = {name: value for name, value in params.items() if name != "network_alpha_ratio"}
+    return {
+        "pretrained_model_name_or_path": str(base_model),
+        "dataset_config": str(dataset_config),
+        "output_dir": str(folder),
+        "output_name": LORA_NAME,
+        "logging_dir": str(folder / "logs"),
+        **options,
+        **searched,
+    }
+
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_EPOCH_LINE = re.compile(r"^epoch (\d+)/(\d+)\s*$")
+_STEP_BAR = re.compile(r"(?<!validation )steps:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+) \[[\d:]+<([\d:?]+)")
+_AVERAGE_LOSS = re.compile(r"avr_loss=\s*(nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)")
+_DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
+
+
+class TrainingProgress:
+    """Reads the trainer's output as it comes and shows one line of it on the screen."""
+
+    def __init__(self) -> None:
+        self.epoch = self.epochs = self.step = self.steps = 0
+        self.loss = self.eta = self.device = ""
+        self.first_nan_step: int | None = None
+        self.saved = False
+        self.tail: list[str] = []  # the last lines, without the bars
+        self._unfinished = ""
+
+    def read(self, text: str) -> None:
+        """Take the next piece of output, cut anywhere; bars end with CR, the rest with LF."""
+        *lines, self._unfinished = re.split(r"[\r\n]", self._unfinished + _ANSI.sub("", text))
+        for line in lines:
+            self._read_line(line)
+        if lines:
+            self._show()
+
+    def finish(self) -> None:
+        self.read("\n")
+        self._end_epoch()
+
+    def _read_line(self, line: str) -> None:
+        if bar := _STEP_BAR.search(line):
+            self.step, self.steps, self.eta = int(bar[1]), int(bar[2]), bar[3]
+            if loss := _AVERAGE_LOSS.search(line):
+                self.loss = loss[1]
+                if self.loss == "nan" and self.first_nan_step is None:
+                    self.first_nan_step = self.step
+        elif epoch := _EPOCH_LINE.match(line):
+            self._end_epoch()
+            self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
+        elif line.strip():
+            self.saved = self.saved or "model saved." in line
+            device = _DEVICE_LINE.match(line)
+            self.device = device[1] if device else self.device
+            self.tail = [*self.tail[-199:], line]
+
+    def __str__(self) -> str:
+        share = f"{100 * self.step // self.steps:3d}%" if self.steps else "  0%"
+        return (
+            f"  epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  {share}"
+            f"  loss {self.loss or '-'}  ETA {self.eta or '?'}"
+        )
+
+    def _show(self) -> None:
+        """On a terminal, one line that changes."""
+        if self.epoch and sys.stdout.isatty():
+            print(f"\r\x1b[K{self}", end="", flush=True)
+
+    def _end_epoch(self) -> None:
+        """A line that stays, on the screen where none changes, and in search.log."""
+        if not self.epoch:
+            return
+        if sys.stdout.isatty():
+            log.info(str(self))
+            print(f"\r\x1b[K{self}", end="\r" if self.epoch < self.epochs else "\n", flush=True)
+        else:
+            say(str(self))
+
+
+def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(epoch, file) of every checkpoint of a trial, in order; the last epoch is saved as lora.safetensors alone."""
+    config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    found = [(int(file.stem.rpartition("-")[2]), file) for file in folder.glob(f"{LORA_NAME}-*.safetensors")]
+    return sorted([*found, (config["max_train_epochs"], folder / f"{LORA_NAME}.safetensors")])
+
+
+# Bits of the exponent, all set in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
+_EXPONENT_BITS: dict[str, tuple[type, int]] = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+}
+
+
+def lora_problem(path: Path) -> str:
+    """Why a LoRA's weights can't be used (not finite, or nothing learnt), or nothing. ValueError if it is torn.
+
+    Works on the bits, so it needs no torch and knows bfloat16, which NumPy doesn't.
+    """
+    header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    learnt = False
+    for name, entry in header.items():
+        if entry["dtype"] not in _EXPONENT_BITS:
+            continue
+        kind, exponent = _EXPONENT_BITS[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
+        if np.any(bits & kind(exponent) == exponent):
+            return f"weights that are not finite in {path.name} ({name})"
+        learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
+    return "" if learnt else f"no weight of {path.name} has moved from zero"
+
+
+def judge_training(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
+    """Raise what a training's end really was; its exit status alone says little.
+
+    kohya ends with status 0 when it diverged, when it found no image, and when it trained on the CPU instead.
+    """
+    said = meaningful_line(progress.tail)
+    if status != 0:
+        if status == -signal.SIGKILL:
+            raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel for want of memory")
+        if any(_OUT_OF_MEMORY.search(line) for line in progress.tail):
+            raise OutOfMemory(said)
+        raise TrialFailed(f"the trainer ended with status {status}: {said}")
+    if device != "cpu" and progress.device.startswith("cpu"):
+        raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
+    final = folder / f"{LORA_NAME}.safetensors"
+    if not (progress.saved and final.is_file()):
+        raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
+    for _, checkpoint in find_checkpoints(folder):
+        try:
+            problem = lora_problem(checkpoint)
+        except (ValueError, OSError) as error:
+            raise TrialFailed(f"{checkpoint.name} can't be read: {error}") from error
+        if problem:
+            since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
+            raise Diverged(problem + since)
+
+
+def meaningful_line(lines: Sequence[str]) -> str:
+    """The last error line of an output, without the traceback's noise; else its last line."""
+    for line in reversed(lines):
+        if error := _ERROR_LINE.search(line.strip()):
+            return one_line(error[0])
+    return one_line(lines[-1]) if lines else "it printed nothing"
+
+
+@dataclass(frozen=True)
+class KohyaTrainer:
+    """Starts sd-scripts' train_network.py as a process."""
+
+    python: str
+    script: Path
+    device: str
+
+    def __call__(self, config: Path) -> float:
+        """Train what `config` (a trial's config.toml) says; seconds that it took. Raises TrialFailed."""
+        started, progress = time.monotonic(), TrainingProgress()
+        command = [self.python, str(self.script), "--config_file", str(config)]
+        try:
+            status = run_process(command, child_environment(self.device), progress.read, config.parent / "training.log")
+        finally:
+            progress.finish()
+        judge_training(config.parent, status, progress, self.device)
+        return time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class TrainerFacts:
+    """What was found out about sd-scripts and the Python that runs it."""
+
+    version: str
+    options: frozenset[str]
+    torch: str
+    device_name: str  # "" without the device that was asked for
+    has_bitsandbytes: bool
+
+
+_PROBE = """
+import importlib.util, json, sys
+missing = [name for name in ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
+           if importlib.util.find_spec(name) is None]
+facts = {"missing": missing, "python": sys.version.split()[0]}
+if not missing:
+    import torch
+    facts["torch"] = torch.__version__
+    facts["card"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    facts["bitsandbytes"] = importlib.util.find_spec("bitsandbytes") is not None
+print("facts:" + json.dumps(facts))
+"""
+
+
+def capture(command: Sequence[str], device: str) -> tuple[int, str]:
+    """Status and output of a short program; RefusedInput if it can't be started."""
+    output: list[str] = []
+    try:
+        status = run_process(command, child_environment(device), output.append)
+    except OSError as error:
+        raise RefusedInput(
+            f"--trainer-python: can't run {command[0]} ({error.strerror}); give kohya's python"
+        ) from error
+    return status, "".join(output)
+
+
+def inspect_trainer(sd_scripts: Path, python: str, device: str, cache: Path) -> TrainerFacts:
+    """Version, options and abilities of the trainer; RefusedInput lists what is missing.
+
+    The option list comes from `train_network.py --help`, which takes seconds; `cache` keeps it by version.
+    """
+    script = sd_scripts / "train_network.py"
+    if not script.is_file():
+        raise RefusedInput(
+            f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts"
+        )
+    _, output = capture([python, "-c", _PROBE], device)
+    found = re.search(r"^facts:(\{.*\})$", output, re.MULTILINE)
+    if not found:
+        said = meaningful_line(output.splitlines())
+        raise RefusedInput(f"--trainer-python: {python} is no working Python ({said}); give kohya's python")
+    facts = json.loads(found[1])
+    if facts["missing"]:
+        missing = ", ".join(facts["missing"])
+        raise RefusedInput(f"--trainer-python: {python} has no {missing}; give the Python in which kohya is installed")
+    if device != "cpu" and not facts["card"]:
+        raise RefusedInput(
+            f"--device: PyTorch {facts['torch']} of {python} sees no {device}; kohya would train on "
+            "the CPU without a word; mend the installation or give --device cpu"
+        )
+    version = _sd_scripts_version(sd_scripts)
+    return TrainerFacts(
+        version,
+        _trainer_options(script, python, cache, version),
+        facts["torch"],
+        facts["card"] if device != "cpu" else "cpu",
+        facts["bitsandbytes"],
+    )
+
+
+def _sd_scripts_version(sd_scripts: Path) -> str:
+    """What git says, and a digest of the trainer itself (which may have been changed by hand)."""
+    files = [sd_scripts / "train_network.py", sd_scripts / "library" / "train_util.py"]
+    content = digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
+    if not (sd_scripts / ".git").exists() or not shutil.which("git"):
+        return f"files {content}"
+    status, output = capture(["git", "-C", str(sd_scripts), "describe", "--tags", "--always"], "cpu")
+    return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
+
+
+def _trainer_options(script: Path, python: str, cache: Path, version: str) -> frozenset[str]:
+    known = read_json(cache)
+    if known and known.get("version") == version:
+        return frozenset(known["options"])
+    status, output = capture([python, str(script), "--help"], "cpu")
+    options = frozenset(re.findall(r"^\s+(?:-\w, )?--(\w+)", output, re.MULTILINE))
+    if status != 0 or not {"network_module", "dataset_config", "config_file"} <= options:
+        said = meaningful_line(output.splitlines())
+        raise RefusedInput(
+            f"--sd-scripts: `{python} {script} --help` does not answer as kohya's trainer does ({said}); "
+            "check --sd-scripts and --trainer-python"
+        )
+    if cache.parent.is_dir():
+        write_json(cache, {"version": version, "options": sorted(options)})
+    return options
+
+
+# ======================================================================================================
+# 8. Scoring: which images to make (pure), and the child process that makes and judges them. Touches torch,
+#    diffusers and transformers, a trial's scores/ and metrics.json, and reference/.
+# ======================================================================================================
+
+# --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
+
+FIRST_SEEDS = {"screen": 1001, "confirm": 2001}
+# Keys of the plan that may differ between machines or runs of one study; the encoders have a fingerprint of their own.
+NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
+# Letters in either case, as kohya reads them. 0 pixels, 0 steps, and seeds that torch can't take are not understood.
+_PROMPT_OPTION = re.compile(r"(n) +(.+)|([whs]) +(0*[1-9]\d{0,3})|(d) +(\d{1,18})|(l) +(\d+\.?\d*)", re.IGNORECASE)
+_OPTION_NAMES = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "cfg", "s": "steps"}
+
+
+def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
+    """The subject's name: as given, else class_tokens, else the first tag that all captions share."""
+    if given and given.strip():
+        return given.strip()
+    if class_tokens:
+        return class_tokens.strip()
+    tags = [[tag.strip() for tag in caption.split(",")] for caption in captions] or [[]]
+    shared = [tag for tag in tags[0] if tag and all(tag in others for others in tags)]
+    if not shared:
+        raise RefusedInput(
+            "--subject: the captions share no tag and there are no class_tokens; give the subject's name"
+        )
+    return shared[0]
+
+
+def _name(subject: str) -> re.Pattern[str]:
+    """The subject's name as a word of its own, in either case."""
+    return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)", re.IGNORECASE)
+
+
+def without_subject(prompt: str, subject: str) -> str:
+    """The prompt as CLIP shall see it: a name that CLIP has never learnt would only be noise."""
+    tags = (" ".join(tag.split()) for tag in _name(subject).sub(" ", prompt).split(","))
+    return ", ".join(tag for tag in tags if tag)
+
+
+def build_scoring_plan(
+    images: Sequence[tuple[Path, str]],
+    subject: str,
+    settings: ScoringSettings,
+    base_model: str,
+    clip_skip: int,
+    training_seed: int,
+    eval_prompts: Path | None,
+) -> dict[str, Any]:
+    """All that the scoring process needs, as JSON: models, settings, and the image jobs of both stages.
+
+    Screening and confirmation share neither prompts nor seeds, and no seed is the training's.
+    """
+    if eval_prompts:
+        prompts = _prompts_from_file(eval_prompts, subject, settings)
+    else:
+        prompts = _prompts_from_captions([caption for _, caption in images], subject, settings)
+    stages = {
+        stage: _image_jobs(prompts[stage], counts, FIRST_SEEDS[stage], settings, subject, training_seed)
+        for stage, counts in _stages(settings)
+    }
+    return {
+        "base_model": base_model,
+        "pipeline_config": settings.pipeline_config,
+        "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
+        "images": [str(path) for path, _ in images],
+        "batch_size": settings.batch_size,
+        "subject": subject,
+        "clip_skip": clip_skip,
+        "resolution": settings.resolution,
+        "weights": settings.weights,
+        "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
+        **stages,
+    }
+
+
+Prompt = dict[str, Any]  # "prompt" and "subject", and what a line of --eval-prompts sets besides
+
+
+def _prompts_from_captions(captions: Sequence[str], subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
+    """A quarter captions of the data set, half the subject elsewhere, a quarter in another style; then plain ones.
+
+    Captions that the data set lacks are made up for by templates, and one kind of template by the other.
+    """
+    named = [c for c in dict.fromkeys(captions) if _name(subject).search(c) and without_subject(c, subject)]
+    own = {
+        stage: _evenly(named[number::2], counts.prompts // 4)
+        for number, (stage, counts) in enumerate(_stages(settings))
+    }
+    elsewhere = _fill_in(settings.elsewhere, subject, "elsewhere")
+    style = _fill_in(settings.style, subject, "style")
+    needed = sum(counts.prompts - len(own[stage]) for stage, counts in _stages(settings))
+    if len(elsewhere) + len(style) < needed:
+        raise RefusedInput(
+            f"--scoring-config: screening and confirmation need {needed} templates from the lists 'elsewhere' and "
+            f"'style' in [prompts], which hold {len(elsewhere) + len(style)}; add some, or lower the counts of prompts"
+        )
+    plain = _plain_prompts(subject, settings)
+    chosen: dict[str, list[Prompt]] = {}
+    for stage, counts in _stages(settings):
+        texts = own[stage] + _take(style, counts.prompts // 4)
+        texts += _take(elsewhere, counts.prompts - len(texts))
+        texts += _take(style, counts.prompts - len(texts))
+        chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + plain[stage]
+    return chosen
+
+
+def _fill_in(templates: Sequence[str], subject: str, key: str) -> list[str]:
+    for template in templates:
+        if "{subject}" not in template:
+            raise RefusedInput(f"--scoring-config: '{template}' in '{key}' of [prompts] has no {{subject}}; put it in")
+    return [template.replace("{subject}", subject) for template in templates]
+
+
+def _plain_prompts(subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
+    """For each stage what has nothing to do with the subject, at least two, since an anchor compares different ones.
+
+    A template that happens to name the subject ("a dog running", of a dog) is left out.
+    """
+    pool = [text for text in settings.plain if "{subject}" not in text and not _name(subject).search(text)]
+    chosen = {stage: _take(pool, counts.plain_prompts) for stage, counts in _stages(settings)}
+    if any(len(texts) < 2 for texts in chosen.values()):
+        raise RefusedInput(
+            f"--scoring-config: the list 'plain' in [prompts] is too short without what names {subject!r}: "
+            "screening and confirmation need two or more each; add some"
+        )
+    return {stage: [{"prompt": text, "subject": False} for text in texts] for stage, texts in chosen.items()}
+
+
+def _stages(settings: ScoringSettings) -> tuple[tuple[str, SampleCounts], ...]:
+    return ("screen", settings.screen), ("confirm", settings.confirm)
+
+
+def _evenly(items: Sequence[str], count: int) -> list[str]:
+    """Up to `count` of the items, spread over all of them."""
+    count = min(count, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
+
+
+def _take(pool: list[str], count: int) -> list[str]:
+    """Remove up to `count` templates from the front of a pool, so that no later stage takes them again."""
+    taken, pool[:] = pool[: max(0, count)], pool[max(0, count) :]
+    return taken
+
+
+def _prompts_from_file(path: Path, subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
+    """The user's own prompts, alternately to screening and confirmation; those without the subject are the plain ones.
+
+    Fewer than four plain prompts (two a stage make an anchor) are replaced by scoring.toml's.
+    """
+    lines = [{**line, "subject": bool(_name(subject).search(line["prompt"]))} for line in read_eval_prompts(path)]
+    about = [line for line in lines if line["subject"]]
+    plain = [line for line in lines if not line["subject"]]
+    if len(about) < 2:
+        raise RefusedInput(f"--eval-prompts: {path} has {len(about)} prompts with {subject!r}; write at least two")
+    own = {"screen": plain[0::2], "confirm": plain[1::2]}
+    others = own if len(plain) >= 4 else _plain_prompts(subject, settings)
+    return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
+
+
+def read_eval_prompts(path: Path) -> list[Prompt]:
+    """kohya's sample-prompt format: `text --n negative --w 512 --h 512 --d seed --l cfg --s steps`, # for comments."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedInput(
+            f"--eval-prompts: can't read {path} ({one_line(error)}); give a text file in UTF-8"
+        ) from error
+    prompts, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        try:
+            prompts.append(_parse_prompt(line))
+        except ValueError as error:
+            problems.append(f"--eval-prompts: line {number} of {path}: {error}")
+    if problems:
+        raise RefusedInput(*problems)
+    return prompts
+
+
+def _parse_prompt(line: str) -> Prompt:
+    """One line of a prompt file. ValueError says what is wrong with it and what to write."""
+    text, *options = (" " + line.strip()).split(" --")
+    if not text.strip():
+        raise ValueError("no prompt before the first option; write `text --w 512 ...`")
+    prompt: Prompt = {"prompt": text.strip()}
+    for option in options:
+        match = _PROMPT_OPTION.fullmatch(option.strip())
+        if not match:
+            raise ValueError(
+                f"'--{one_line(option, 40)}' is not understood; known are --n text, --w, --h, --s whole numbers "
+                "from 1, --d a whole number, --l a number"
+            )
+        letter, value = (group for group in match.groups() if group is not None)
+        kind = {"n": str, "l": float}.get(letter.lower(), int)
+        prompt[_OPTION_NAMES[letter.lower()]] = kind(value)
+    if prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8:
+        raise ValueError("--w and --h must be multiples of 8")
+    return prompt
+
+
+def _image_jobs(
+    prompts: Sequence[Prompt],
+    counts: SampleCounts,
+    first_seed: int,
+    settings: ScoringSettings,
+    subject: str,
+    training_seed: int,
+) -> list[dict[str, Any]]:
+    """One job an image: every subject prompt with `counts.seeds` seeds, every plain prompt with one."""
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        start = prompt.get("seed", first_seed)
+        candidates = (seed for seed in range(start, start + counts.seeds + 1) if seed != training_seed)
+        for count, seed in zip(range(counts.seeds if prompt["subject"] else 1), candidates, strict=False):
+            jobs.append(
+                {
+                    "name": f"p{number:02d}-s{count}",
+                    "prompt": prompt["prompt"],
+                    "text": without_subject(prompt["prompt"], subject),
+                    "negative": prompt.get("negative", settings.negative_prompt),
+                    "seed": seed,
+                    "width": prompt.get("width", settings.resolution),
+                    "height": prompt.get("height", settings.resolution),
+                    "steps": prompt.get("steps", settings.steps),
+                    "cfg": prompt.get("cfg", settings.guidance_scale),
+                    "subject": prompt["subject"],
+                }
+            )
+    return jobs
+
+
+# --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
+
+TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
+SIMILARITY_FLOOR = 0.01
+MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # below it the base model already does all that can be measured
+
+
+def self_similarity(x: np.ndarray) -> float:
+    """s(X): mean cosine between different images of X, in [-1, 1]; 1 for a single image."""
+    n = len(x)
+    return float(((x @ x.T).sum() - np.trace(x @ x.T)) / (n * (n - 1))) if n > 1 else 1.0
+
+
+def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
+    """q(X) = mean cos(X, data) / sqrt(s(X) s(data)): what monotony would gain is divided away (as CyberHarem does)."""
+    s = max(self_similarity(x), SIMILARITY_FLOOR) * max(self_similarity(data), SIMILARITY_FLOOR)
+    return float((x @ data.T).mean() / math.sqrt(s))
+
+
+def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean cosine of each row of x with the same row of y."""
+    return float((x * y).sum(axis=1).mean())
+
+
+def crossed_similarity(x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean cosine of rows of x with rows of y of another label; 0 where all labels are alike."""
+    different = np.array([[a != b for b in labels] for a in labels])
+    return float((x @ y.T)[different].mean()) if different.any() else 0.0
+
+
+def spread_within(x: np.ndarray, labels: Sequence[str]) -> float:
+    """Mean distance (1 - cosine) between different images of the same label; 0 where no label has two."""
+    alike = np.array([[a == b for b in labels] for a in labels], dtype=bool).reshape(len(x), len(x))
+    np.fill_diagonal(alike, False)
+    return float((1 - x @ x.T)[alike].mean()) if alike.any() else 0.0
+
+
+def between(value: float, zero: float, one: float, min_headroom: float = 1e-6) -> float:
+    """Where `value` stands between two anchors, clipped to [0, 1]."""
+    return float(np.clip((value - zero) / max(one - zero, min_headroom), 0.0, 1.0))
+
+
+def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, float]:
+    """The five terms in [0, 1] of a stage's raw values, against the base model's anchors of the same stage.
+
+    A value that could not be measured, for want of usable images, is None and its term 0.
+    """
+    spread = min(anchors["spread"], anchors["data_spread"])
+    scaled = {
+        "fidelity": (raw["q"], anchors["q"], 1.0, MIN_HEADROOM["fidelity"]),
+        "text": (raw["m"], anchors["m_crossed"], anchors["m"], MIN_HEADROOM["text"]),
+        "preservation": (raw["plain"], anchors["plain_crossed"], 1.0, 1e-6),
+        "variety": (raw["spread"], 0.0, spread, 1e-6),
+    }
+    terms = {name: 0.0 if value[0] is None else between(*value) for name, value in scaled.items()}
+    return {**terms, "usable": raw["usable"]}
+
+
+def combine(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The score in [0, 1]: product of term ** weight, so that no term can buy back another."""
+    return math.prod(max(terms[name], TERM_FLOOR) ** weight for name, weight in weights.items())
+
+
+def luminance(image: Any) -> np.ndarray:
+    """Grey values 0..255 of a PIL image, flattened."""
+    return np.asarray(image.convert("L"), dtype=np.float64).ravel()
+
+
+def is_usable(image: Any | None, limits: Mapping[str, float]) -> bool:
+    """Whether an image is none of: made from non-finite latents (None), flat, black, white."""
+    if image is None:
+        return False
+    grey = luminance(image)
+    black, white = np.percentile(grey, 99) < limits["black_p99"], np.percentile(grey, 1) > limits["white_p1"]
+    return not (grey.std() < limits["flat_std"] or black or white)
+
+
+def widen_limits(limits: Mapping[str, float], images: Sequence[Any]) -> dict[str, float]:
+    """The limits of a usable image, moved so far that every image of the data set is one."""
+    greys = [luminance(image) for image in images]
+    return {
+        "flat_std": min([limits["flat_std"], *(float(grey.std()) for grey in greys)]),
+        "black_p99": min([limits["black_p99"], *(float(np.percentile(grey, 99)) for grey in greys)]),
+        "white_p1": max([limits["white_p1"], *(float(np.percentile(grey, 1)) for grey in greys)]),
+    }
+
+
+def nearest_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """Cosine of each row of x with its nearest row of data, itself left out where x is data."""
+    cosines = x @ data.T
+    if x is data:
+        np.fill_diagonal(cosines, -1.0)
+    return cosines.max(axis=1)
+
+
+def brightness_and_contrast(images: Sequence[Any]) -> dict[str, float]:
+    """Mean and standard deviation of the grey values, 0..255, averaged over the images (V1's users look for them)."""
+    greys = [luminance(image) for image in images]
+    if not greys:
+        return {"brightness": 0.0, "contrast": 0.0}
+    return {
+        "brightness": float(np.mean([grey.mean() for grey in greys])),
+        "contrast": float(np.mean([grey.std() for grey in greys])),
+    }
+
+
+# --- the child process: models, images, embeddings ---
+
+
+class ImageScorer:
+    """Owns the pipeline and both encoders, loaded once a process: renders jobs, embeds images and texts."""
+
+    def __init__(self, plan: Mapping[str, Any], device: str) -> None:
+        import torch
+
+        self.torch = torch
+        self.plan = plan
+        self.batch_size: int = plan["batch_size"]
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ScoringFailed(
+                f"PyTorch {torch.__version__} sees no {device}; mend the installation or use --device cpu"
+            )
+        self.device = device
+        self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        _silence_libraries()
+        encoders = plan["encoders"]
+        self.pipeline = self._load(plan["base_model"], self._load_pipeline, plan["pipeline_config"])
+        self.dinov2, self.dinov2_processor = self._load(encoders["dinov2"], self._load_encoder, encoders["dinov2"])
+        self.clip, self.clip_processor = self._load(encoders["clip"], self._load_encoder, encoders["clip"])
+        from transformers import AutoTokenizer
+
+        self.clip_tokenizer = self._load(encoders["clip"], AutoTokenizer.from_pretrained, encoders["clip"])
+
+    def _load(self, name: str, load: Callable[[str], Any], from_hub: str) -> Any:
+        """`from_hub` is what has to be fetched first: of a base model in one file, its configs and tokenizer."""
+        try:
+            return load(name)
+        except self.torch.cuda.OutOfMemoryError as error:
+            raise ScoringFailed(f"out of memory while loading {name}: is another program on the card?") from error
+        except Exception as error:
+            remedy = "the folder is not whole" if Path(from_hub).exists() else f"fetch it with `hf download {from_hub}`"
+            raise ScoringFailed(
+                f"can't load {name} ({type(error).__name__}: {one_line(error, 160)}); {remedy}, "
+                "or name another folder (base model: --base-model; the others: [encoders] in the scoring config)"
+            ) from error
+
+    def _load_pipeline(self, name: str) -> Any:
+        """SD 1.x without its safety checker, which would blacken images; a deterministic scheduler.
+
+        DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
+        """
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        options = {"torch_dtype": self.dtype, "safety_checker": None, "requires_safety_checker": False}
+        if Path(name).is_dir():
+            pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
+        else:
+            config = self.plan["pipeline_config"]
+            pipeline = StableDiffusionPipeline.from_single_file(name, config=config, **options)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    def _load_encoder(self, name: str) -> tuple[Any, Any]:
+        import transformers
+
+        # The PIL processors give the same pixels with and without torchvision. transformers 4 and 5.0 know them as
+        # use_fast=False, later ones as backend="pil", and neither minds the other's name.
+        processor = transformers.AutoImageProcessor.from_pretrained(name, use_fast=False, backend="pil")
+        model = transformers.AutoModel.from_pretrained(name, torch_dtype=self.dtype, use_safetensors=True)
+        return model.to(self.device).eval(), processor
+
+    @contextlib.contextmanager
+    def lora(self, path: Path) -> Iterator[None]:
+        """With a kohya LoRA at weight 1; afterwards the pipeline is bit for bit as before."""
+        self.pipeline.load_lora_weights(read_lora(path), adapter_name="trial")
+        try:
+            yield
+        finally:
+            self.pipeline.unload_lora_weights()
+
+    def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda done: None) -> list[Any]:
+        """A PIL image for every job, in order; None where the latents were not finite."""
+        images: dict[int, Any] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, job in enumerate(jobs):
+            groups.setdefault((job["width"], job["height"], job["steps"], job["cfg"]), []).append(number)
+        for numbers in groups.values():
+            for batch, made in self._in_batches(numbers, lambda batch: self._render_batch([jobs[n] for n in batch])):
+                images.update(zip(batch, made, strict=True))
+                report(len(images))
+        return [images[number] for number in range(len(jobs))]
+
+    def _in_batches(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> Iterator[tuple[Any, Any]]:
+        """Batches of the plan's size; halved down to one when the card has no room, and kept so for the process."""
+        position = 0
+        while position < len(items):
+            batch = items[position : position + self.batch_size]
+            made = None
+            try:
+                made = work(batch)
+            except self.torch.cuda.OutOfMemoryError as error:  # torch.OutOfMemoryError is not there before torch 2.5
+                if len(batch) == 1:
+                    raise ScoringFailed(
+                        "out of memory with one image at a time: is another program on the card?"
+                    ) from error
+            if made is None:
+                self.batch_size = len(batch) // 2
+                self.torch.cuda.empty_cache()  # not in the handler, where the exception holds the batch's tensors
+                continue
+            position += len(batch)
+            yield batch, made
+
+    def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+        torch, first = self.torch, jobs[0]
+        with torch.inference_mode():
+            # Noise comes from the CPU, a generator an image: neither batch nor device chooses the picture.
+            latents = self.pipeline(
+                prompt_embeds=self._embed_prompts([job["prompt"] for job in jobs]),
+                negative_prompt_embeds=self._embed_prompts([job["negative"] for job in jobs]),
+                generator=[torch.Generator("cpu").manual_seed(job["seed"]) for job in jobs],
+                width=first["width"],
+                height=first["height"],
+                num_inference_steps=first["steps"],
+                guidance_scale=first["cfg"],
+                output_type="latent",
+            ).images
+            finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+            images = self._decode(torch.nan_to_num(latents))
+        return [image if ok else None for image, ok in zip(images, finite, strict=True)]
+
+    def _decode(self, latents: Any) -> list[Any]:
+        pixels = self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(self.torch.nan_to_num(pixels), output_type="pil")
+
+    def _embed_prompts(self, prompts: Sequence[str]) -> Any:
+        """Prompt embeddings (n, 77, d) at kohya's clip_skip: that hidden state from the end, then the final norm.
+
+        Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
+        """
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        return norm(output.hidden_states[-max(1, self.plan["clip_skip"])])
+
+    def through_vae(self, images: Sequence[Any]) -> list[Any]:
+        """Data set images as this model's VAE shows them: the scoring resolution's area, their own proportions."""
+        result: list[Any] = []
+        with self.torch.inference_mode():
+            for image in images:
+                scale = self.plan["resolution"] / math.sqrt(image.width * image.height)
+                width, height = (max(8, round(side * scale / 8) * 8) for side in image.size)
+                vae = self.pipeline.vae
+                pixels = self.pipeline.image_processor.preprocess(image.convert("RGB"), height=height, width=width)
+                latents = vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
+                result += self._decode(latents * vae.config.scaling_factor)
+        return result
+
+    def embed_images(self, images: Sequence[Any]) -> np.ndarray:
+        """DINOv2 unit vectors (n, d): the normed class token."""
+        return self._embed(images, self.dinov2_processor, lambda pixels: self.dinov2(pixels).pooler_output)
+
+    def embed_images_for_text(self, images: Sequence[Any]) -> np.ndarray:
+        """CLIP unit vectors (n, d) of images."""
+        clip = self.clip
+        return self._embed(
+            images,
+            self.clip_processor,
+            lambda pixels: clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output),
+        )
+
+    def _embed(self, images: Sequence[Any], processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
+        def work(batch: Sequence[Any]) -> np.ndarray:
+            with self.torch.inference_mode():
+                pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")[
+                    "pixel_values"
+                ]
+                return _unit(model(pixels.to(self.device, self.dtype)).float().cpu().numpy())
+
+        return np.concatenate([vectors for _, vectors in self._in_batches(images, work)])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """CLIP unit vectors (n, d) of texts, each cut at CLIP's 77 tokens."""
+        tokens = self.clip_tokenizer(list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt")
+        with self.torch.inference_mode():
+            tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            return _unit(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output).float().cpu().numpy())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float64)
+    if not np.isfinite(vectors).all():  # would become a score of NaN
+        raise ScoringFailed("an encoder gave values that are not finite; check [encoders] in the scoring config")
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _silence_libraries() -> None:
+    """No progress bars and no advice that a user of this program can't follow."""
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, if only to look
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def read_lora(path: Path) -> dict[str, Any]:
+    """A kohya LoRA for diffusers, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    for key in [key for key in weights if key.endswith(".alpha")]:
+        alpha, module = float(weights.pop(key)), key.removesuffix(".alpha")
+        rank = weights[f"{module}.lora_down.weight"].shape[0]
+        weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (alpha / rank)
+    return weights
+
+
+# --- the child process: reference, screening, confirmation ---
+
+
+# metrics.json has the same keys whatever the outcome.
+UNSCORED: dict[str, Any] = {
+    "score": None,
+    "best_epoch": None,
+    "checkpoint": None,
+    "terms": {},
+    "raw": {},
+    "screen": [],
+    "confirm": None,
+    "copies": {},
+}
+
+
+def score_folder(folder: Path, device: str) -> None:
+    """Score a trial's folder (metrics.json), or make the reference of OUTPUT_DIR/reference.
+
+    Raises RefusedInput for a folder that is neither, ScoringFailed for whatever else goes wrong.
+    """
+    try:
+        _score_folder(folder, device)
+    except SearchError:
+        raise
+    except Exception as error:
+        kind = "out of memory" if "out of memory" in str(error).lower() else type(error).__name__
+        raise ScoringFailed(f"{kind} while scoring {folder}: {one_line(error)}") from error
+
+
+def _score_folder(folder: Path, device: str) -> None:
+    started = time.monotonic()
+    is_reference = (folder / "plan.json").is_file()
+    reference = folder if is_reference else folder.parent / "reference"
+    plan = read_json(reference / "plan.json")
+    if plan is None:
+        raise RefusedInput(
+            f"--score: {folder} is no trial's folder of a search (no {reference / 'plan.json'}); give one"
+        )
+    checkpoints = [] if is_reference else find_checkpoints_to_score(folder)
+    problem = next(filter(None, (_problem_of(checkpoint) for _, checkpoint in checkpoints)), None)
+    metrics = dict(UNSCORED)
+    if problem:
+        print(f"  diverged: {problem}", flush=True)
+        metrics |= {"outcome": "diverged", "reason": problem}
+    else:
+        scorer = ImageScorer(plan, device)
+        anchors, embeddings = load_reference(scorer, reference)
+        if checkpoints:
+            metrics |= score_checkpoints(scorer, folder, checkpoints, anchors, embeddings)
+    seconds = time.monotonic() - started
+    if checkpoints:
+        for name in ("plan", "anchors"):
+            file = reference / f"{name}.json"
+            metrics[name] = digest(file.read_bytes()) if file.is_file() else None
+        write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
+    print(f"  scoring took {seconds:.0f} s", flush=True)
+
+
+def _problem_of(checkpoint: Path) -> str:
+    try:
+        return lora_problem(checkpoint)
+    except (ValueError, OSError) as error:
+        raise ScoringFailed(f"{checkpoint} can't be read: {one_line(error)}") from error
+
+
+def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
+    if not (folder / "config.toml").is_file():
+        raise RefusedInput(f"--score: {folder} has no config.toml; give a trial's folder")
+    checkpoints = [(epoch, path) for epoch, path in find_checkpoints(folder) if path.is_file()]
+    if not checkpoints:
+        raise RefusedInput(f"--score: {folder} has no checkpoints; give a trial's folder whose training has finished")
+    return checkpoints
+
+
+Embeddings = dict[str, np.ndarray]
+
+
+def load_reference(scorer: ImageScorer, reference: Path) -> tuple[dict[str, Any], Embeddings]:
+    """The study's anchors and the embeddings behind them; made if they are not there yet.
+
+    anchors.json is written last, so that it vouches for everything else.
+    """
+    anchors = read_json(reference / "anchors.json")
+    if anchors is None:
+        anchors = make_reference_files(scorer, reference)
+    with np.load(reference / "embeddings.npz") as stored:
+        return anchors, dict(stored)
+
+
+def make_reference_files(scorer: ImageScorer, reference: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    plan = scorer.plan
+    print(f"  data set: {len(plan['images'])} images through the VAE", flush=True)
+    shown = [image for path in plan["images"] for image in scorer.through_vae([Image.open(path)])]
+    limits = widen_limits(plan["usable"], shown)
+    unusable = [
+        Path(path).name for path, i in zip(plan["images"], shown, strict=True) if not is_usable(i, plan["usable"])
+    ]
+    if unusable:
+        print(
+            f"  note: {len(unusable)} images of the data set look flat, black or white ({unusable[0]}); "
+            "the limits are widened to include them",
+            flush=True,
+        )
+    data = scorer.embed_images(shown)
+    anchors: dict[str, Any] = {
+        "usable": limits,
+        "data_self_similarity": self_similarity(data),
+        "data_spread": 1 - self_similarity(data),
+        "copy": float(np.percentile(nearest_similarity(data, data), 95)) if len(data) > 1 else 1.0,
+        "data": brightness_and_contrast(shown),
+    }
+    embeddings = {"data": data}
+    for stage in ("screen", "confirm"):
+        images = render_stage(scorer, plan[stage], reference / stage, f"base model, {stage}")
+        embeddings[stage] = np.zeros((len(images), data.shape[1]))
+        embeddings[f"{stage}_usable"] = np.array([is_usable(image, limits) for image in images])
+        usable = [number for number, ok in enumerate(embeddings[f"{stage}_usable"]) if ok]
+        if {plan[stage][number]["subject"] for number in usable} != {True, False}:
+            raise ScoringFailed(
+                "the base model's own images, with or without the subject, are all flat, black, white or broken "
+                f"({reference / stage}); check --base-model"
+            )
+        embeddings[stage][usable] = scorer.embed_images([images[number] for number in usable])
+        anchors[stage] = base_anchors(scorer, plan[stage], images, usable, embeddings[stage], data)
+    stored = io.BytesIO()
+    np.savez(stored, **embeddings)
+    write_atomically(reference / "embeddings.npz", stored.getvalue())
+    write_json(reference / "anchors.json", anchors)
+    return anchors
+
+
+def base_anchors(
+    scorer: ImageScorer,
+    jobs: Sequence[Mapping[str, Any]],
+    images: Sequence[Any],
+    usable: Sequence[int],
+    vectors: np.ndarray,
+    data: np.ndarray,
+) -> dict[str, float]:
+    """What the base model reaches on a stage's own prompts and seeds: where a term is 0, and where it is 1."""
+    about = [number for number in usable if jobs[number]["subject"]]
+    plain = [number for number in usable if not jobs[number]["subject"]]
+    names = [jobs[number]["prompt"] for number in about]
+    pictures = scorer.embed_images_for_text([images[number] for number in about])
+    texts = scorer.embed_texts([jobs[number]["text"] for number in about])
+    return {
+        "q": subject_similarity(vectors[about], data),
+        "m": paired_similarity(pictures, texts),
+        "m_crossed": crossed_similarity(pictures, texts, names),
+        "plain_crossed": crossed_similarity(vectors[plain], vectors[plain], [jobs[n]["prompt"] for n in plain]),
+        "spread": spread_within(vectors[about], names),
+    }
+
+
+def render_stage(scorer: ImageScorer, jobs: Sequence[Mapping[str, Any]], folder: Path, what: str) -> list[Any]:
+    """Render and keep the images of a stage; says every ten seconds how far it is."""
+    for left_over in folder.glob("*.png"):  # of a scoring that was interrupted
+        left_over.unlink()
+    last = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"  {what}: {done} of {len(jobs)} images", flush=True)
+
+    images = scorer.render(jobs, report)
+    for job, image in zip(jobs, images, strict=True):
+        if image is not None:
+            file = io.BytesIO()
+            image.save(file, format="PNG")
+            write_atomically(folder / f"{job['name']}.png", file.getvalue())
+    return images
+
+
+def score_checkpoints(
+    scorer: ImageScorer,
+    folder: Path,
+    checkpoints: Sequence[tuple[int, Path]],
+    anchors: Mapping[str, Any],
+    embeddings: Embeddings,
+) -> dict[str, Any]:
+    """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by; for metrics.json."""
+    screened = []
+    for epoch, path in checkpoints:
+        images = folder / "scores" / f"epoch-{epoch:06d}"
+        result = score_one(scorer, path, "screen", images, anchors, embeddings)
+        screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+        print(f"  epoch {epoch:3d}    {describe_terms(result)}", flush=True)
+    best = max(screened, key=lambda result: result["score"])
+    path = folder / best["checkpoint"]
+    confirmed = score_one(scorer, path, "confirm", folder / "scores" / "confirm", anchors, embeddings)
+    print(f"  epoch {best['epoch']:3d} is {describe_terms(confirmed)}   on other prompts and seeds", flush=True)
+    return {
+        "outcome": "scored",
+        "reason": "",
+        "score": confirmed["score"],
+        "best_epoch": best["epoch"],
+        "checkpoint": best["checkpoint"],
+        "terms": confirmed["terms"],
+        "raw": confirmed["raw"],
+        "confirm": confirmed,
+        "screen": screened,
+        "copies": copies_among(confirmed["raw"], anchors["copy"]),
+        "device": scorer.device,
+    }
+
+
+def copies_among(raw: Mapping[str, Any], limit: float) -> dict[str, Any]:
+    """The images closer to a training image than 95% of the training images are to their nearest neighbour."""
+    return {"limit": limit, "images": [image["name"] for image in raw["images"] if image.get("nearest", -1.0) > limit]}
+
+
+def describe_terms(result: Mapping[str, Any]) -> str:
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in result["terms"].items())
+    return f"score {result['score']:.4f}  ({terms})"
+
+
+def score_one(
+    scorer: ImageScorer, checkpoint: Path, stage: str, images_folder: Path, anchors: Mapping[str, Any], made: Embeddings
+) -> dict[str, Any]:
+    """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
+    jobs = scorer.plan[stage]
+    with scorer.lora(checkpoint):
+        images = render_stage(scorer, jobs, images_folder, f"{checkpoint.name}, {stage}")
+    raw = measure(scorer, jobs, images, anchors, made["data"], made[stage], made[f"{stage}_usable"])
+    terms = terms_of(raw, {**anchors, **anchors[stage]})
+    return {"score": combine(terms, scorer.plan["weights"]), "terms": terms, "raw": raw}
+
+
+def measure(
+    scorer: ImageScorer,
+    jobs: Sequence[Mapping[str, Any]],
+    images: Sequence[Any],
+    anchors: Mapping[str, Any],
+    data: np.ndarray,
+    base: np.ndarray,
+    base_usable: np.ndarray,
+) -> dict[str, Any]:
+    """All raw values of a set of images; averages over the usable ones, None where there is none."""
+    usable = [number for number, image in enumerate(images) if is_usable(image, anchors["usable"])]
+    vectors = np.zeros_like(base)
+    if usable:
+        vectors[usable] = scorer.embed_images([images[number] for number in usable])
+    about = [number for number in usable if jobs[number]["subject"]]
+    plain = [number for number in usable if not jobs[number]["subject"] and base_usable[number]]
+    raw: dict[str, Any] = dict.fromkeys(("q", "m", "plain", "spread"))
+    raw |= {"usable": len(usable) / len(images), "copies": 0}
+    per_image = [{"name": job["name"], "usable": number in usable} for number, job in enumerate(jobs)]
+    if about:
+        pictures = scorer.embed_images_for_text([images[number] for number in about])
+        texts = scorer.embed_texts([jobs[number]["text"] for number in about])
+        nearest_data = nearest_similarity(vectors[about], data)
+        raw["q"] = subject_similarity(vectors[about], data)
+        raw["m"] = paired_similarity(pictures, texts)
+        raw["spread"] = spread_within(vectors[about], [jobs[number]["prompt"] for number in about])
+        raw["copies"] = int((nearest_data > anchors["copy"]).sum())
+        for number, text, near in zip(about, (pictures * texts).sum(axis=1), nearest_data, strict=True):
+            to_data = float((vectors[number] @ data.T).mean())
+            per_image[number].update(data=to_data, nearest=float(near), text=float(text))
+    if plain:
+        raw["plain"] = paired_similarity(vectors[plain], base[plain])
+    return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
+
+
+# ======================================================================================================
+# 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
+# ======================================================================================================
+
+Metrics = dict[str, Any]
+
+
+class ScoringProcess:
+    """Scores a folder in a child process, so that this program never touches CUDA."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self, folder: Path) -> None:
+        """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference."""
+        # The child sees one card alone, whose number is then 0.
+        device = self.device.partition(":")[0]
+        command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
+        lines: list[str] = []
+        unfinished = ""
+
+        def show(text: str) -> None:
+            nonlocal unfinished
+            *whole, unfinished = (unfinished + text).split("\n")
+            for line in whole:
+                lines.append(line)
+                say(line)
+
+        status = run_process(command, child_environment(self.device), show, folder / "scoring.log")
+        if status != 0:
+            raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(lines)}")
+
+
+class LoraObjective:
+    """Optuna's objective: the score in [0, 1] of the LoRA that a trial's parameters make."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        options: Mapping[str, Any],
+        trainer: Callable[[Path], float],
+        scorer: Callable[[Path], None],
+    ) -> None:
+        self.settings = settings
+        self.options = options
+        self.trainer = trainer
+        self.scorer = scorer
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        params = suggest_hyperparameters(trial)
+        trial.set_user_attr("training_params", params)
+        checkpoint = self.train_lora(trial, params)
+        metrics = self.score_checkpoints(trial, checkpoint.parent)
+        return metrics["score"]
+
+    def train_lora(self, trial: optuna.Trial, params: Params) -> Path:
+        """Train with `params`; the last checkpoint, with the earlier ones beside it.
+
+        Raises optuna.TrialPruned for parameters that are not safe to train, before anything is made;
+        Diverged, OutOfMemory or TrialFailed for what became of the training.
+        """
+        is_valid, rejection_reason = check_safety_constraints(params)
+        if not is_valid:
+            say(f"\n❌ TRIAL REJECTED: {rejection_reason}")
+            say(f"Parameters: {json.dumps(params, indent=2)}\n")
+            raise optuna.TrialPruned(rejection_reason)
+
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        say(f"\nTrial {trial.number}: {folder}\n{describe_params(params)}")
+        config = self._make_folder(folder, params)
+        trained_in = trial.user_attrs.get("trained_in")
+        if trained_in:
+            say(f"  already trained in {trained_in}; only the scoring is done again")
+            link_training(self.settings.output_dir / trained_in, folder)
+            seconds = trial.user_attrs["trained_seconds"]
+        else:
+            seconds = self.trainer(config)
+        trial.set_user_attr("training_seconds", round(seconds, 1))
+        return folder / f"{LORA_NAME}.safetensors"
+
+    def _make_folder(self, folder: Path, params: Params) -> Path:
+        """The trial's own, new folder with its config.toml and params.json."""
+        folder.mkdir()
+        dataset_config = self.settings.reference / "dataset.toml"
+        config = trial_config(params, self.options, self.settings.base_model, dataset_config, folder)
+        write_json(folder / "params.json", params)
+        write_atomically(folder / "config.toml", toml.dumps(config))
+        return folder / "config.toml"
+
+    def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> Metrics:
+        """Score all checkpoints of a trial in the scoring process; the content of its metrics.json."""
+        self.scorer(folder)
+        metrics = read_json(folder / "metrics.json")
+        if metrics is None:
+            raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
+        record_metrics(trial, metrics)
+        return metrics
+
+
+def trial_folder(output_dir: Path, number: int) -> Path:
+    return output_dir / f"trial_{number:04d}"
+
+
+def link_training(source: Path, folder: Path) -> None:
+    """Give a trial the checkpoints of another one without a second copy on the disk, where that is possible."""
+    for file in sorted(source.glob(f"{LORA_NAME}*.safetensors")):
+        try:
+            os.link(file, folder / file.name)
+        except OSError:
+            shutil.copy2(file, folder / file.name)
+
+
+def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
+    """What the study keeps of a metrics.json; Diverged if the scorer found it to be so."""
+    trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"])
+    if metrics["outcome"] == "diverged":
+        raise Diverged(metrics["reason"])
+    for name in ("best_epoch", "checkpoint", "terms"):
+        trial.set_user_attr(name, metrics[name])
+    trial.set_user_attr("ended", "scored")
+
+
+# ======================================================================================================
+# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping. Touches the database.
+# ======================================================================================================
+
+SQLITE_LOCK_SECONDS = 60
+EQUAL_FAILURES = 3
+POLL_SECONDS = 10
+ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor by less
+
+
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
+
+    Without the latter two programs that read before they write take the same enqueued trial (35 of 200 measured).
+    """
+    if not url.startswith("sqlite"):
+        return optuna.storages.get_storage(url)
+    from sqlalchemy import event
+
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SQLITE_LOCK_SECONDS}})
+
+    @event.listens_for(storage.engine, "connect")
+    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(storage.engine, "begin")
+    def begin_immediate(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    storage.engine.dispose()  # connections made before the listeners
+    return storage
+
+
+def hide_password(url: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def load_study(settings_storage: str, study_name: str) -> optuna.Study | None:
+    """A study that exists, or None; makes nothing. RefusedInput if the storage can't be read."""
+    file = sqlite_file(settings_storage)
+    if file and not file.exists():
+        return None
+    try:
+        return optuna.load_study(study_name=study_name, storage=open_storage(settings_storage))
+    except KeyError:
+        return None
+    except Exception as error:
+        where = hide_password(settings_storage)
+        said = one_line(hide_password(str(error)), 160)
+        raise RefusedInput(
+            f"--storage: can't open {where} ({said}); check the address or move the file away"
+        ) from error
+
+
+def sqlite_file(url: str) -> Path | None:
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an output folder for as long as this program lives; RefusedInput names who else holds it."""
+    import fcntl  # not on native Windows, which is refused before
+
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another program"
+            raise RefusedInput(
+                f"--output-dir: {folder} is in use by {holder}; wait for it, or give another --output-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def make_fingerprint(
+    settings: Settings, options: Mapping[str, Any], data_set: DataSet, base_model: BaseModel, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a study's scores depend on, by name. A resumed study must have the same."""
+    files = [(str(image.path.name), image.caption, digest_of_weights(image.path)) for image in data_set.images]
+    folders = {str(image.path.parent) for image in data_set.images}
+    without_folders = json.dumps(data_set.config)
+    for folder in sorted(folders, key=len, reverse=True):
+        without_folders = without_folders.replace(json.dumps(folder)[1:-1], Path(folder).name)
+    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)}
+    return {
+        "search space": search_space_digest()[:16],
+        "Optuna's major version": optuna.__version__.split(".")[0],
+        "seed (--seed)": settings.seed,
+        "base model (--base-model)": base_model.fingerprint[:16],
+        "data set (--dataset-config)": {
+            "settings": digest(without_folders)[:16],
+            "files": digest(json.dumps(files))[:16],
+        },
+        "training options (--training-config)": dict(options),
+        "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
+        "encoders": {name: _encoder_fingerprint(plan["encoders"][name]) for name in ("dinov2", "clip")},
+    }
+
+
+def _encoder_fingerprint(name: str) -> str:
+    """A hub name as it is; for a folder its weights, wherever they lie."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    return "files " + digest("".join(digest_of_weights(file) for file in files))[:16] if files else name
+
+
+def fingerprint_differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """`name: was X, is now Y` for everything that differs, down to single settings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [
+            line
+            for key in keys
+            for line in fingerprint_differences(old.get(key), new.get(key), f"{name}, {key}" if name else key)
+        ]
+    return [] if old == new else [f"{name}: was {one_line(old, 80)}, is now {one_line(new, 80)}"]
+
+
+def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
+    """RefusedInput names every difference between the study's inputs and the ones given now."""
+    as_stored = json.loads(json.dumps(fingerprint))
+    differences = fingerprint_differences(study.user_attrs.get("fingerprint", as_stored), as_stored)
+    if differences:
+        remedy = "its scores would not be comparable; restore it, or give another --output-dir"
+        raise RefusedInput(
+            *(f"study {study.study_name!r} was made with other inputs: {d}; {remedy}" for d in differences)
+        )
+
+
+def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
+    """An output folder holds one study, and its trial folders are known to that study."""
+    plan = read_json(settings.reference / "plan.json") or {}
+    owner = plan.get("study", settings.study_name)
+    if owner != settings.study_name:
+        raise RefusedInput(
+            f"--output-dir: {settings.output_dir} holds study {owner!r}; give another --output-dir, "
+            f"or --study-name {owner}"
+        )
+    known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
+    for folder in sorted(settings.output_dir.glob("trial_*")):
+        number = folder.name.removeprefix("trial_")
+        if number.isdigit() and int(number) not in known:
+            raise RefusedInput(
+                f"--output-dir: {folder} is not of this study (was its database deleted?); move it away, "
+                "or give another --output-dir"
+            )
+
+
+def is_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial counts towards --n-trials: it was trained to its end, be it diverged."""
+    return trial.state == TrialState.COMPLETE or trial.user_attrs.get("ended") == "diverged"
+
+
+def is_ours(trial: FrozenTrial, settings: Settings) -> bool:
+    """Whether a trial was started in this output folder, by whatever program held its lock."""
+    own_database = sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
+    return own_database or trial.user_attrs.get("output_dir") == str(settings.output_dir)
+
+
+def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
+    trial.set_user_attr("ended", ended)
+    trial.set_user_attr("rejection_reason" if ended == "rejected" else "reason", one_line(reason))
+    study.tell(trial, state=state)
+
+
+def close_interrupted_trials(study: optuna.Study, settings: Settings) -> None:
+    """Close what an earlier program left RUNNING; call it under the folder's lock only.
+
+    Where the metrics were already whole on disk the value is told from there.
+    """
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not is_ours(frozen, settings):
+            continue
+        trial = optuna.Trial(study, frozen._trial_id)
+        metrics = read_json(trial_folder(settings.output_dir, frozen.number) / "metrics.json")
+        try:
+            if metrics is None:
+                say(f"Trial {frozen.number} was interrupted; its parameters are tried again.")
+                finish_trial(study, trial, "interrupted", "the program died while it ran", TrialState.FAIL)
+                continue
+            record_metrics(trial, metrics)
+            study.tell(trial, metrics["score"])
+            say(f"Trial {frozen.number} had been scored when the program died: {metrics['score']:.4f}.")
+        except Diverged as error:
+            finish_trial(study, trial, error.ended, str(error), TrialState.PRUNED)
+
+
+def queue_retries(study: optuna.Study, settings: Settings) -> None:
+    """Enqueue again what deserves it. Derived from the study alone, so a kill at any point loses nothing."""
+    trials = study.get_trials(deepcopy=False)
+    repeated = {trial.user_attrs.get("retry_of") for trial in trials}
+    by_number = {trial.number: trial for trial in trials}
+    for trial in trials:
+        if trial.state != TrialState.FAIL or trial.number in repeated or not is_ours(trial, settings):
+            continue
+        if not deserves_retry(trial, by_number):
+            continue
+        attrs: dict[str, Any] = {"retry_of": trial.number}
+        if "training_seconds" in trial.user_attrs:
+            attrs["trained_in"] = trial_folder(settings.output_dir, trial.number).name
+            attrs["trained_seconds"] = trial.user_attrs["training_seconds"]
+        study.enqueue_trial(params=trial.params, user_attrs=attrs)
+
+
+def failure_kind(trial: FrozenTrial) -> tuple[str, bool]:
+    """How it ended, and whether it had been trained by then."""
+    return trial.user_attrs.get("ended", "interrupted"), "training_seconds" in trial.user_attrs
+
+
+def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> bool:
+    """Always after an interruption; once after a crash, a full card or a failed scoring."""
+    kind = failure_kind(trial)
+    if kind[0] == "interrupted":
+        return True
+    earlier = by_number.get(trial.user_attrs.get("retry_of", -1))
+    while earlier is not None:
+        if failure_kind(earlier) == kind:
+            return False
+        earlier = by_number.get(earlier.user_attrs.get("retry_of", -1))
+    return kind[0] in ("crashed", "out of memory")
+
+
+def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
+    """Parameters to try first: one table, or several [[trial]]s; RefusedInput lists what the space doesn't hold."""
+    content = read_toml(path, "--enqueue")
+    tables = content.pop("trial", []) or [content]
+    problems, space = [], {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
+    if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
+        raise RefusedInput(
+            f"--enqueue: {path} holds no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables"
+        )
+    for table in tables:
+        for name, value in table.items():
+            if name == "network_alpha":
+                problems.append(f"--enqueue: network_alpha in {path} follows from network_alpha_ratio; give that one")
+            elif name not in space:
+                problems.append(f"--enqueue: unknown parameter '{name}' in {path}{nearest(name, space)}")
+            elif not _holds(space[name], value):
+                problems.append(
+                    f"--enqueue: {name} = {value!r} in {path} is outside the search space "
+                    f"({describe_distribution(space[name])}); give a value in it"
+                )
+        if table.get("optimizer_type") == "AdamW8bit" and not can_train(table):
+            problems.append(
+                f"--enqueue: AdamW8bit in {path} needs bitsandbytes and a CUDA card; install it or use AdamW"
+            )
+        if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
+            problems.append(f"--enqueue: lr_scheduler_num_cycles in {path} needs lr_scheduler = 'cosine_with_restarts'")
+    if content and tables is not content and tables != [content]:
+        problems.append(
+            f"--enqueue: {path} has both [[trial]] tables and parameters outside of them; put all into tables"
+        )
+    if problems:
+        raise RefusedInput(*problems)
+    return tables
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return any(value == choice and type(value) is type(choice) for choice in distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0
+    return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-6
+
+
+def describe_distribution(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(map(str, distribution.choices))
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    step = f", step {distribution.step:g}" if distribution.step else ""
+    return f"{distribution.low:g} to {distribution.high:g}{step}"
+
+
+def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
+    """Enqueue the user's own parameters; the same ones given again add nothing."""
+    known = {trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)}
+    for table in tables:
+        mark = digest(json.dumps(table, sort_keys=True))[:16]
+        if mark not in known:
+            study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
+
+
+def run_study(study: optuna.Study, objective: Callable[[optuna.Trial], float], settings: Settings) -> None:
+    """Run trials until exactly n_trials are trained. SearchStopped says why it ended before."""
+    started = time.monotonic()
+    failures: list[tuple[str, Params]] = []
+    waiting = False
+    while True:
+        queue_retries(study, settings)
+        trials = study.get_trials(deepcopy=False)
+        trained = sum(map(is_trained, trials))
+        running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+        if trained >= settings.n_trials:
+            return
+        if trained + len(running) >= settings.n_trials:  # other programs train the rest
+            if not waiting:
+                say(f"Waiting for trials {running}, which other programs run in this study.")
+            waiting = True
+            time.sleep(POLL_SECONDS)
+            continue
+        waiting = False
+        hours = (time.monotonic() - started) / 3600
+        if settings.timeout_hours is not None and hours >= settings.timeout_hours:
+            raise SearchStopped(
+                f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
+                "trials trained; the same command goes on"
+            )
+        trial = study.ask()
+        if surplus(study, trial.number, settings.n_trials):
+            finish_trial(study, trial, "surplus", "other programs train the last ones", TrialState.FAIL)
+            continue
+        failure = run_trial(study, trial, objective, settings)
+        failures = [*failures, failure][-EQUAL_FAILURES:] if failure else []
+        stop_after_equal_failures(failures)
+
+
+def surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
+    """Whether enough earlier trials are trained or running, so that this one would be one too many."""
+    earlier = (t for t in study.get_trials(deepcopy=False) if t.number < number)
+    return sum(is_trained(t) or t.state == TrialState.RUNNING for t in earlier) >= n_trials
+
+
+def stop_after_equal_failures(failures: Sequence[tuple[str, Params]]) -> None:
+    """Three equal failures in a row from different parameters are the set-up's fault."""
+    reasons = {reason for reason, _ in failures}
+    different = {json.dumps(params, sort_keys=True) for _, params in failures}
+    if len(failures) == EQUAL_FAILURES and len(reasons) == 1 and len(different) > 1:
+        raise SearchStopped(
+            f"three trials in a row ended alike, so it is the set-up and not the parameters: "
+            f"{reasons.pop()}; mend that and give the same command again"
+        )
+
+
+def run_trial(
+    study: optuna.Study, trial: optuna.Trial, objective: Callable[[optuna.Trial], float], settings: Settings
+) -> tuple[str, Params] | None:
+    """Run one trial and tell the study how it ended; what failed and with which parameters, or None."""
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "output_dir": str(settings.output_dir)}
+    about["folder"] = trial_folder(settings.output_dir, trial.number).name
+    try:
+        for name, value in about.items():
+            trial.set_user_attr(name, value)
+        value = objective(trial)
+    except optuna.TrialPruned as pruned:
+        finish_trial(study, trial, "rejected", str(pruned), TrialState.PRUNED)
+        return None
+    except TrialFailed as error:
+        state = state_after(study, trial, error)
+        say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
+        finish_trial(study, trial, error.ended, str(error), state)
+        return None if isinstance(error, Diverged) else (f"{error.ended}: {one_line(error)}", trial.params)
+    except KeyboardInterrupt:
+        finish_trial(study, trial, "interrupted", "stopped by the user or a signal", TrialState.FAIL)
+        raise
+    except OSError as error:  # a full or vanished disk: not the parameters' fault
+        finish_trial(study, trial, "interrupted", str(error), TrialState.FAIL)
+        raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
+    study.tell(trial, value)
+    report_trial(study, trial.number, settings.n_trials)
+    return None
+
+
+def state_after(study: optuna.Study, trial: optuna.Trial, error: TrialFailed) -> TrialState:
+    """Diverged, or out of memory for the second time, is the parameters' fault and learnt from; else FAIL."""
+    if isinstance(error, Diverged):
+        return TrialState.PRUNED
+    trials = {t.number: t for t in study.get_trials(deepcopy=False)}
+    earlier = trials.get(trial.user_attrs.get("retry_of", -1))
+    while isinstance(error, OutOfMemory) and earlier is not None:
+        if earlier.user_attrs.get("ended") == error.ended:
+            return TrialState.PRUNED
+        earlier = trials.get(earlier.user_attrs.get("retry_of", -1))
+    return TrialState.FAIL
+
+
+def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
+    trials = study.get_trials(deepcopy=False)
+    done = [trial for trial in trials if is_trained(trial)]
+    seconds = [t.user_attrs.get("training_seconds", 0) + t.user_attrs.get("scoring_seconds", 0) for t in done]
+    left = max(0, n_trials - len(done)) * float(np.median(seconds))
+    ahead = f"; about {format_seconds(left)} to go" if len(done) < n_trials else ""
+    best = study.best_trial
+    say(
+        f"Trial {number} scored {trials[number].value:.4f} (best: {best.value:.4f}, trial {best.number}); "
+        f"{len(done)} of {n_trials} trained{ahead}"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+# ======================================================================================================
+# 11. Results: the best LoRA and how to make it again, the table of trials, what the guide promised and
+#     what was measured. Writes results/.
+# ======================================================================================================
+
+TERMS = ("fidelity", "text", "preservation", "variety", "usable")
+OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the best score
+QUALITY_FAILURE_BELOW = 0.9  # share of usable images
+
+
+def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials with a score, best first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def write_results(study: optuna.Study, output_dir: Path) -> None:
+    """Everything in results/, made anew from the study and the trial folders."""
+    results = output_dir / "results"
+    write_trials_csv(study, results / "trials.csv")
+    ranked = scored_trials(study)
+    if not ranked:
+        return
+    best = ranked[0]
+    folder = output_dir / best.user_attrs["folder"]
+    _copy_atomically(folder / best.user_attrs["checkpoint"], results / "best_lora.safetensors")
+    write_json(
+        results / "best_parameters.json",
+        {
+            "study": study.study_name,
+            "trial": best.number,
+            "score": best.value,
+            "best_epoch": best.user_attrs["best_epoch"],
+            "checkpoint": str(folder / best.user_attrs["checkpoint"]),
+            "terms": best.user_attrs["terms"],
+            "parameters": best.user_attrs["training_params"],
+        },
+    )
+    _write_best_config(best, folder, results)
+
+
+def _copy_atomically(source: Path, target: Path) -> None:
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(target)
+
+
+def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
+    """The best trial's config, to be run anew in a folder of its own with a data set config of its own."""
+    config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    retrained = results / "retrained"
+    retrained.mkdir(exist_ok=True)
+    dataset_config = Path(config["dataset_config"])
+    if dataset_config.is_file():
+        _copy_atomically(dataset_config, results / "dataset.toml")
+        config["dataset_config"] = str(results / "dataset.toml")
+    config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
+    epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
+    comment = (
+        f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
+        f"#     python train_network.py --config_file best_config.toml\n"
+        f"# and take epoch {epoch} of {config['max_train_epochs']}: {checkpoint} in {retrained}\n\n"
+    )
+    write_atomically(results / "best_config.toml", comment + toml.dumps(config))
+
+
+def write_trials_csv(study: optuna.Study, path: Path) -> None:
+    parameters = [*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
+    attributes = "ended best_epoch training_seconds scoring_seconds rejection_reason reason retry_of folder".split()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "state", "score", *attributes, *TERMS, *parameters])
+        for trial in study.get_trials(deepcopy=False):
+            attrs = trial.user_attrs
+            params = attrs.get("training_params", trial.params)
+            writer.writerow(
+                [trial.number, trial.state.name, trial.value]
+                + [attrs.get(name) for name in attributes]
+                + [attrs.get("terms", {}).get(name) for name in TERMS]
+                + [params.get(name) for name in parameters]
+            )
+    unfinished.replace(path)
+
+
+def describe_study(study: optuna.Study, output_dir: Path) -> str:
+    """The table of the trials, best first, how the others ended, and the measured improvements."""
+    ranked = scored_trials(study)
+    others = Counter(
+        trial.user_attrs.get("ended", trial.state.name.lower())
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.COMPLETE
+    )
+    ended = ", ".join(f"{count} {name}" for name, count in others.items())
+    if not ranked:
+        return f"Nothing was scored yet in study {study.study_name!r}: {_why_nothing_was_scored(study, ended)}"
+    lines = [f"\nStudy {study.study_name!r}, best first:", _TABLE_HEAD, *map(_table_row, ranked)]
+    if ended:
+        lines.append(f"Without a score: {ended} (results/trials.csv says why)")
+    lines += ["", "Expected improvements, measured:", *describe_improvements(study)]
+    best, results = ranked[0], output_dir / "results"
+    lines += [
+        "",
+        f"Best: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
+        f"  the LoRA        {results / 'best_lora.safetensors'}",
+        f"  its settings    {results / 'best_config.toml'}",
+        f"  its pictures    {output_dir / best.user_attrs['folder'] / 'scores' / 'confirm'}",
+        f"  base model's    {output_dir / 'reference' / 'confirm'}",
+        f"  all trials      {results / 'trials.csv'}",
+    ]
+    return "\n".join(lines)
+
+
+_TABLE_HEAD = (
+    "trial  score  fidel.  text  pres.  var.  usable  epoch  learning_rate  te_lr    dim  alpha  optimizer  "
+    "scheduler             accum  warmup  minutes"
+)
+
+
+def _table_row(trial: FrozenTrial) -> str:
+    params, terms, attrs = trial.user_attrs["training_params"], trial.user_attrs["terms"], trial.user_attrs
+    minutes = (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60
+    return (
+        f"{trial.number:5d} {trial.value:6.4f}  {terms['fidelity']:6.3f} {terms['text']:5.3f}  "
+        f"{terms['preservation']:5.3f} {terms['variety']:5.3f}  {terms['usable']:6.3f}  "
+        f"{attrs['best_epoch']:2d}/{params['max_train_epochs']:2d}  {params['learning_rate']:13.2e}  "
+        f"{params['text_encoder_lr']:.1e} {params['network_dim']:4d}  {params['network_alpha']:5d}  "
+        f"{params['optimizer_type']:9s}  {params['lr_scheduler']:20s}  "
+        f"{params['gradient_accumulation_steps']:5d}  {params['lr_warmup_steps']:6d}  {minutes:7.1f}"
+    )
+
+
+def _why_nothing_was_scored(study: optuna.Study, ended: str) -> str:
+    trials = study.get_trials(deepcopy=False)
+    reasons = [
+        t.user_attrs.get("rejection_reason") or t.user_attrs.get("reason") for t in trials if t.user_attrs.get("ended")
+    ]
+    if not trials:
+        return "it has no trials."
+    return f"{ended}." + (f" The last one: {reasons[-1]}" if reasons else "")
+
+
+def describe_improvements(study: optuna.Study) -> list[str]:
+    """The guide's expected improvements beside what this study measured, a line each."""
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    proposals = [t for t in trials if "retry_of" not in t.user_attrs]
+    trained = [t for t in trials if is_trained(t)]
+    scored = [t for t in trained if t.state == TrialState.COMPLETE]
+    best = max(t.value or 0.0 for t in scored)
+    ratios = [t.user_attrs["training_params"]["network_alpha_ratio"] for t in trained]
+    bands = [sum(r in band for r in ratios) for band in (LOW_ALPHA, MID_ALPHA, HIGH_ALPHA)]
+    rows = [
+        (
+            "rejected proposals",
+            sum(t.user_attrs.get("ended") == "rejected" for t in proposals),
+            len(proposals),
+            "< 10%",
+        ),
+        ("stable trainings", len(scored), len(trained), "80-90%"),
+        (
+            "quality failures (usable < 0.9)",
+            sum(t.user_attrs["terms"]["usable"] < QUALITY_FAILURE_BELOW for t in scored),
+            len(trained),
+            "< 10%",
+        ),
+        (
+            "optimal (within 5% of the best)",
+            sum((t.value or 0.0) >= OPTIMAL_SHARE_OF_BEST * best for t in scored),
+            len(trained),
+            "30-40%",
+        ),
+        ("low alpha (0.25-0.40)", bands[0], len(trained), "30%"),
+        ("mid alpha (0.45-0.70)", bands[1], len(trained), "40%"),
+        ("high alpha (0.75-0.90)", bands[2], len(trained), "30%"),
+    ]
+    return [
+        f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})"
+        for name, part, whole, target in rows
+    ]
+
+
+# ======================================================================================================
+# 12. Command line: parser, checks, demo, main. The only place that prints an error and chooses an exit
+#     status: 0 complete, 1 stopped by itself, 2 refused, 130 interrupted.
+# ======================================================================================================
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="optuna_hyperparameter_search.py",
+        description="Search the hyperparameters of kohya-ss/sd-scripts for the best character LoRA. "
+        "Running the same command again resumes the study, whatever happened to the first run.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to train on")
+    what.add_argument("--dataset-config", type=Path, metavar="TOML", help="kohya's data set file")
+    what.add_argument(
+        "--base-model", type=Path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder"
+    )
+    what.add_argument("--subject", metavar="NAME", help="the character's name in the captions (default: found there)")
+    what.add_argument(
+        "--eval-prompts", type=Path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format"
+    )
+
+    how = parser.add_argument_group("how much to search")
+    how.add_argument("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
+    how.add_argument("--enqueue", type=Path, metavar="TOML", help="parameters to try first: your best so far")
+    how.add_argument("--timeout", type=float, metavar="HOURS", help="start no new trial after that")
+    how.add_argument("--seed", type=int, default=42, help="of the search (42)")
+
+    where = parser.add_argument_group("where things are")
+    where.add_argument("--output-dir", type=Path, metavar="DIR", help="the study, its trials and results/")
+    where.add_argument("--study-name", metavar="NAME", help="(lora_v2.1)")
+    where.add_argument("--storage", metavar="URL", help="any storage of Optuna (SQLite in the output folder)")
+    where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
+    where.add_argument("--sd-scripts", type=Path, metavar="DIR", help="kohya-ss/sd-scripts (default: $SD_SCRIPTS_DIR)")
+    where.add_argument("--trainer-python", metavar="EXE", help="the Python that kohya is installed in (this one)")
+
+    files = parser.add_argument_group("settings files")
+    files.add_argument(
+        "--training-config", type=Path, metavar="TOML", help="fixed kohya options (configs/training.toml)"
+    )
+    files.add_argument(
+        "--scoring-config", type=Path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)"
+    )
+
+    instead = parser.add_argument_group("instead of searching").add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="check all inputs, say what was found, and stop")
+    instead.add_argument("--report", action="store_true", help="write results/ and show the trials of --output-dir")
+    instead.add_argument("--score", type=Path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
+    instead.add_argument("--demo", action="store_true", help="the whole program on tiny inputs of its own, on the CPU")
+    return parser
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The command line as Settings; RefusedInput lists what is missing or senseless."""
+    problems = [
+        f"{flag} is missing; {remedy}"
+        for flag, value, remedy in (
+            ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
+            ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
+            ("--output-dir", args.output_dir, "give a folder for the study"),
+            ("--sd-scripts", args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR"), "give kohya-ss/sd-scripts' folder"),
+        )
+        if not value
+    ]
+    n_trials = 20 if args.n_trials is None else args.n_trials
+    if n_trials < 1:
+        problems.append(f"--n-trials: {n_trials} is too few; give 1 or more")
+    if args.timeout is not None and not 0 < args.timeout < math.inf:
+        problems.append(f"--timeout: {args.timeout} is no number of hours; give one above 0")
+    if not 0 <= args.seed < 2**32:
+        problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        problems.append(f"--device: {args.device!r} is none; give cuda, cuda:N or cpu")
+    if args.study_name is not None and not args.study_name.strip():
+        problems.append("--study-name: is empty; give a name or leave it out")
+    if sys.platform == "win32":
+        problems.append("native Windows is not supported; run it in WSL2")
+    if problems:
+        raise RefusedInput(*problems)
+    output_dir = args.output_dir.expanduser().resolve()
+    return Settings(
+        dataset_config=args.dataset_config.expanduser().resolve(),
+        base_model=args.base_model.expanduser().resolve(),
+        output_dir=output_dir,
+        study_name=args.study_name or "lora_v2.1",
+        n_trials=n_trials,
+        device=args.device,
+        sd_scripts=Path(args.sd_scripts or os.environ["SD_SCRIPTS_DIR"]).expanduser().resolve(),
+        trainer_python=args.trainer_python or sys.executable,
+        training_config=args.training_config or HERE / "configs" / "training.toml",
+        scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
+        eval_prompts=args.eval_prompts,
+        subject=args.subject,
+        storage=args.storage or default_storage(output_dir),
+        seed=args.seed,
+        enqueue=args.enqueue,
+        timeout_hours=args.timeout,
+    )
+
+
+def default_storage(output_dir: Path) -> str:
+    return f"sqlite:///{output_dir / DATABASE_NAME}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs of a search, read and checked."""
+
+    options: dict[str, Any]
+    data_set: DataSet
+    base_model: BaseModel
+    plan: dict[str, Any]
+    trainer: TrainerFacts
+    enqueued: list[Params]
+    fingerprint: dict[str, Any]
+    study: optuna.Study | None
+
+    def can_train(self, params: Params) -> bool:
+        return can_train_with(self.trainer, params)
+
+    def prefers(self, params: Params) -> bool:
+        """A warm-up as long as the whole run would never reach the learning rate that was asked for."""
+        return params["lr_warmup_steps"] < self.data_set.updates(params)
+
+
+def can_train_with(trainer: TrainerFacts, params: Mapping[str, Any]) -> bool:
+    """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
+    return params.get("optimizer_type") != "AdamW8bit" or (trainer.has_bitsandbytes and trainer.device_name != "cpu")
+
+
+class Problems:
+    """Collects what several checks refuse, so that all of it is reported at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def of(self, check: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return check(*args)
+        except RefusedInput as error:
+            self.lines += [line for line in error.problems if line not in self.lines]
+            return None
+
+    def refuse(self) -> None:
+        if self.lines:
+            raise RefusedInput(*self.lines)
+
+
+def check_inputs(settings: Settings) -> Inputs:
+    """Read and check everything before a GPU second or a database row is spent. Makes nothing."""
+    problems = Problems()
+    options = problems.of(read_training_options, settings.training_config)
+    scoring = problems.of(read_scoring_settings, settings.scoring_config)
+    data_set = problems.of(read_data_set, settings.dataset_config, options or {})
+    base_model = problems.of(inspect_base_model, settings.base_model)
+    cache = settings.reference / "trainer_options.json"
+    trainer = problems.of(inspect_trainer, settings.sd_scripts, settings.trainer_python, settings.device, cache)
+    plan = None
+    if data_set and scoring and options:
+        plan = problems.of(make_plan, settings, data_set, scoring, options)
+    problems.of(check_scoring_tools)
+    if scoring:
+        problems.of(check_encoders, scoring, settings.base_model)
+    if options and trainer:
+        problems.of(check_options, settings, options, trainer)
+    enqueued = []
+    if settings.enqueue:
+        enqueued = problems.of(
+            read_enqueue_file, settings.enqueue, lambda p: trainer is None or can_train_with(trainer, p)
+        )
+    study = problems.of(load_study, settings.storage, settings.study_name)
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        problems.lines.append(f"--output-dir: {settings.output_dir} is a file; give a folder")
+    problems.of(check_output_folder, settings, study)
+    problems.refuse()
+    fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
+    if study:
+        problems.of(check_fingerprint, study, fingerprint)
+    inputs = Inputs(options, data_set, base_model, plan, trainer, enqueued, fingerprint, study)
+    problems.of(check_disk, settings, inputs)
+    problems.refuse()
+    return inputs
+
+
+def make_plan(
+    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    images = [(image.path, image.caption) for image in data_set.subject_images]
+    captions = [caption for _, caption in images]
+    subject = find_subject(captions, data_set.class_tokens, settings.subject)
+    clip_skip, seed = options.get("clip_skip", 1), options["seed"]
+    return build_scoring_plan(
+        images, subject, scoring, str(settings.base_model), clip_skip, seed, settings.eval_prompts
+    )
+
+
+def check_scoring_tools() -> None:
+    missing = [
+        name
+        for name in ("torch", "diffusers", "transformers", "peft", "safetensors", "PIL")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise RefusedInput(f"scoring: this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+
+
+def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
+    """RefusedInput for an encoder or pipeline config that is neither a folder, nor cached, nor on a hub in reach."""
+    wanted = {"dinov2": (scoring.dinov2, "config.json"), "clip": (scoring.clip, "config.json")}
+    if base_model.is_file():
+        wanted["pipeline_config"] = (scoring.pipeline_config, "model_index.json")
+    problems = Problems()
+    for key, (name, file) in wanted.items():
+        problems.of(_check_hub_or_folder, key, name, file)
+    problems.refuse()
+
+
+def _check_hub_or_folder(key: str, name: str, file: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise RefusedInput(
+                f"--scoring-config: {key} = {name!r} is a folder without {file}; give the model's folder"
+            )
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    fetch = f"fetch it once with `hf download {name}`, or give a folder"
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+            return
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise RefusedInput(f"--scoring-config: {key} = {name!r} is not on this machine and the hub is off; {fetch}")
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except HFValidationError:
+        raise RefusedInput(
+            f"--scoring-config: {key} = {name!r} is no folder and no name on the hub; correct it"
+        ) from None
+    except RefusedInput:
+        raise
+    except Exception as error:  # the client's errors come from several libraries
+        raise RefusedInput(
+            f"--scoring-config: {key} = {name!r} is not on this machine and the hub does not give it "
+            f"({type(error).__name__}); {fetch}"
+        ) from error
+
+
+def check_options(settings: Settings, options: Mapping[str, Any], trainer: TrainerFacts) -> None:
+    """Every key that would be written must be an option of this sd-scripts: kohya swallows others in silence."""
+    params = dict.fromkeys([*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"])
+    written = trial_config(params, options, settings.base_model, settings.dataset_config, settings.output_dir)
+    problems = [
+        f"--training-config: '{key}' in {settings.training_config} is no option of sd-scripts {trainer.version}"
+        f"{nearest(key, trainer.options)}"
+        for key in written
+        if key not in trainer.options
+    ]
+    if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
+        problems.append(
+            f"--training-config: mixed_precision = 'fp16' in {settings.training_config} "
+            'needs a CUDA card; set it to "no" for --device cpu'
+        )
+    if problems:
+        raise RefusedInput(*problems)
+
+
+def needed_bytes(settings: Settings, inputs: Inputs) -> float:
+    """Disk for the checkpoints of the trials still to train, from the means of the search space; fp16 or fp32."""
+    per_number = 2 if options_say_float(inputs.options) else 1
+    epochs = float(np.mean(SEARCH_SPACE["max_train_epochs"].choices))
+    dim = float(np.mean(SEARCH_SPACE["network_dim"].choices))
+    checkpoints = math.ceil(epochs / inputs.options["save_every_n_epochs"])
+    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
+    left = max(0, settings.n_trials - trained)
+    return left * checkpoints * dim * inputs.base_model.lora_bytes_per_dim * per_number
+
+
+def options_say_float(options: Mapping[str, Any]) -> bool:
+    return options.get("save_precision") not in ("fp16", "bf16")
+
+
+def check_disk(settings: Settings, inputs: Inputs) -> None:
+    needed, free = needed_bytes(settings, inputs), free_bytes(settings.output_dir)
+    if needed > free:
+        raise RefusedInput(
+            f"--output-dir: {needed / 1e9:.1f} GB are needed for the checkpoints, {free / 1e9:.1f} GB are free in "
+            f"{settings.output_dir}; make room, choose another folder or raise save_every_n_epochs"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def describe_inputs(settings: Settings, inputs: Inputs) -> str:
+    """What the checks found, one line a thing, and warnings."""
+    data, trainer, options = inputs.data_set, inputs.trainer, inputs.options
+    subject_images = data.subject_images
+    regs = len(data.images) - len(subject_images)
+    optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
+    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
+    rows = [
+        ("base model", f"{settings.base_model.name} ({inputs.base_model.family})"),
+        (
+            "data set",
+            f"{len(subject_images)} images, {sum(bool(i.caption) for i in subject_images)} captions"
+            + (f", {regs} regularisation images" if regs else ""),
+        ),
+        ("subject", f"{inputs.plan['subject']!r} (--subject overrules it)"),
+        (
+            "steps",
+            f"{data.batches_per_epoch} batches an epoch, checkpoint every {options['save_every_n_epochs']} epochs",
+        ),
+        ("sd-scripts", f"{trainer.version} with PyTorch {trainer.torch}"),
+        ("device", trainer.device_name),
+        (
+            "optimizers",
+            ", ".join(optimizers) + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
+        ),
+        (
+            "scoring",
+            f"{len(inputs.plan['screen'])} images a checkpoint, {len(inputs.plan['confirm'])} for the best one",
+        ),
+        (
+            "disk",
+            f"{needed_bytes(settings, inputs) / 1e9:.1f} GB needed, "
+            f"{free_bytes(settings.output_dir) / 1e9:.1f} GB free",
+        ),
+        (
+            "study",
+            f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, in {hide_password(settings.storage)}",
+        ),
+    ]
+    return "\n".join([f"  {name:11s} {value}" for name, value in rows] + describe_warnings(settings, inputs))
+
+
+def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
+    """What is allowed but not wise."""
+    lines = []
+    long_warmup, never_ends = warmup_shares(inputs)
+    if long_warmup:
+        lines.append(
+            f"  warning: {long_warmup:.0%} of the proposals warm up for more than half of the run"
+            + (f", {never_ends:.0%} would for all of it and are avoided" if 0 < never_ends < 1 else "")
+            + (", all for longer than the run" if never_ends == 1 else "")
+            + "; a larger num_repeats or a smaller batch_size gives more steps"
+        )
+    stored = inputs.study.user_attrs.get("environment", {}) if inputs.study else {}
+    lines += [
+        f"  warning: the study was begun with other tools: {difference}"
+        for difference in fingerprint_differences(stored, environment_of(inputs) if stored else {})
+    ]
+    return lines
+
+
+def warmup_shares(inputs: Inputs, draws: int = 2000) -> tuple[float, float]:
+    """Shares of safe proposals whose warm-up takes over half of the run, and all of it."""
+    rng = np.random.default_rng(0)
+    drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(draws))
+    shares = [
+        params["lr_warmup_steps"] / inputs.data_set.updates(params)
+        for params in drawn
+        if check_safety_constraints(params)[0] and inputs.can_train(params)
+    ]
+    return float(np.mean([s > 0.5 for s in shares])), float(np.mean([s >= 1 for s in shares]))
+
+
+def environment_of(inputs: Inputs) -> dict[str, str]:
+    """Tools whose change moves scores a little: a warning, not a refusal."""
+    return {
+        "card": inputs.trainer.device_name,
+        "sd-scripts": inputs.trainer.version,
+        "PyTorch": inputs.trainer.torch,
+        "Optuna": optuna.__version__,
+    }
+
+
+def run_search(settings: Settings, *, only_check: bool = False) -> None:
+    """The whole search, or only its checks."""
+    print("Checking the inputs ...", flush=True)
+    inputs = check_inputs(settings)
+    if only_check:
+        say(describe_inputs(settings, inputs))
+        return
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    with locked_folder(settings.output_dir), logging_to(settings.output_dir / "search.log"):
+        say(describe_inputs(settings, inputs))
+        study = open_study(settings, inputs)
+        scorer = ScoringProcess(settings.device)
+        make_reference(settings, study, inputs, scorer)
+        close_interrupted_trials(study, settings)
+        enqueue_once(study, inputs.enqueued)
+        trainer = KohyaTrainer(settings.trainer_python, settings.sd_scripts / "train_network.py", settings.device)
+        objective = LoraObjective(settings, inputs.options, trainer, scorer)
+        try:
+            run_study(study, objective, settings)
+        finally:
+            write_results(study, settings.output_dir)
+            say(describe_study(study, settings.output_dir))
+
+
+def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
+    """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
+    study = optuna.create_study(
+        study_name=settings.study_name,
+        storage=open_storage(settings.storage),
+        sampler=FeasibleTPESampler(settings.seed, can_train=inputs.can_train, prefers=inputs.prefers),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    check_fingerprint(study, inputs.fingerprint)
+    if "fingerprint" not in study.user_attrs:
+        study.set_user_attr("fingerprint", inputs.fingerprint)
+        study.set_user_attr("environment", environment_of(inputs))
+    return study
+
+
+def make_reference(settings: Settings, study: optuna.Study, inputs: Inputs, scorer: Callable[[Path], None]) -> None:
+    """The score's anchors, made once before trial 0 and the same for all trials of the study."""
+    settings.reference.mkdir(exist_ok=True)
+    write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
+    write_atomically(settings.reference / "dataset.toml", toml.dumps(inputs.data_set.config))
+    if read_json(settings.reference / "anchors.json") is None:
+        say("Making the reference: the base model's own images, once a study ...")
+        try:
+            scorer(settings.reference)
+        except ScoringFailed as error:
+            raise SearchStopped(f"the reference could not be made: {error}") from error
+    anchors = read_json(settings.reference / "anchors.json")
+    check_anchors(study, anchors)
+
+
+def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
+    """Keep the anchors in the study; refuse ones by which scores would not be comparable with the earlier."""
+    stored = study.user_attrs.get("anchors")
+    if stored is None:
+        study.set_user_attr("anchors", anchors)
+        return
+    moved = [
+        name
+        for name, value in flat_numbers(stored)
+        if not math.isclose(dict(flat_numbers(anchors)).get(name, math.inf), value, abs_tol=ANCHOR_TOLERANCE)
+    ]
+    if moved:
+        raise RefusedInput(
+            f"the score's anchors differ from the study's ({', '.join(moved[:3])}): its scores would not "
+            "be comparable; restore reference/, or give another --output-dir"
+        )
+
+
+def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += flat_numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((prefix + key, float(value)))
+    return found
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Everything that is said goes to a file too, with times."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def run_report(args: argparse.Namespace) -> None:
+    if args.output_dir is None:
+        raise RefusedInput("--output-dir is missing; give the folder of the study")
+    output_dir = args.output_dir.expanduser().resolve()
+    plan = read_json(output_dir / "reference" / "plan.json") or {}
+    name = args.study_name or plan.get("study", "lora_v2.1")
+    study = load_study(args.storage or default_storage(output_dir), name)
+    if study is None:
+        raise RefusedInput(
+            f"--report: no study {name!r} in {output_dir}; check --output-dir, --study-name and --storage"
+        )
+    write_results(study, output_dir)
+    say(describe_study(study, output_dir))
+
+
+def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """The demo differs from a real run in its inputs alone, which it makes under its output folder."""
+    maker = HERE / "tests" / "demo_world.py"
+    if not maker.is_file():
+        raise RefusedInput(f"--demo: {maker} is missing; get the whole repository")
+    given = [
+        f
+        for f in ("dataset_config", "base_model", "sd_scripts", "scoring_config", "training_config")
+        if getattr(args, f)
+    ]
+    if given:
+        raise RefusedInput(f"--demo: makes its own inputs; leave out --{given[0].replace('_', '-')}")
+    args.output_dir = (args.output_dir or Path("runs/demo")).expanduser().resolve()
+    world = args.output_dir / "inputs"
+    sys.path.insert(0, str(maker.parent))
+    import demo_world
+
+    print(f"The demo's data set and tiny Stable Diffusion (random weights): {world}", flush=True)
+    demo_world.make_demo_world(world)
+    args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
+    args.sd_scripts, args.trainer_python = HERE / "tests" / "small_trainer", sys.executable
+    args.training_config, args.scoring_config = world / "training.toml", world / "scoring.toml"
+    args.device, args.n_trials = "cpu", args.n_trials or 3
+    args.study_name = args.study_name or "demo"
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.score:
+        score_folder(args.score.expanduser().resolve(), args.device)
+    elif args.report:
+        run_report(args)
+    else:
+        run_search(read_settings(demo_settings(args) if args.demo else args), only_check=args.check)
+
+
+def _interrupt(signum: int, _frame: Any) -> None:
+    raise Interrupted(signal.Signals(signum).name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    args = make_parser().parse_args(argv)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(name, _interrupt)
+    try:
+        run(args)
+    except RefusedInput as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except SearchError as error:
+        log.error("stopped: %s", error)
+        print(f"stopped: {one_line(error, 1000)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

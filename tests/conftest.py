@@ -1,0 +1,100 @@
+"""Shared by all tests: the script on the import path, and a small data set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+Pictures = Callable[..., Path]
+DataSetFile = Callable[..., Path]
+
+
+@pytest.fixture
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Pictures:
+    """Make a folder of PNG pictures with captions: pictures("images", [(64, 64)] * 4)."""
+
+    def make(
+        name: str = "images",
+        sizes: Sequence[tuple[int, int]] = ((64, 64),) * 4,
+        caption: str | None = "luca, a boy, smiling",
+        extension: str = ".txt",
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, size in enumerate(sizes):
+            Image.new("RGB", tuple(size), (40 * number % 256, 90, 160)).save(folder / f"{number:02}.png")
+            if caption is not None:
+                (folder / f"{number:02}{extension}").write_text(caption, encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def data_set_file(tmp_path: Path, pictures: Pictures) -> DataSetFile:
+    """Write a kohya data set TOML: data_set_file(general={...}, dataset={...}, subsets=[{...}])."""
+
+    def make(
+        *,
+        general: Mapping[str, Any] | None = None,
+        dataset: Mapping[str, Any] | None = None,
+        subsets: Sequence[Mapping[str, Any]] | None = None,
+        name: str = "data_set.toml",
+    ) -> Path:
+        if subsets is None:
+            subsets = [{"image_dir": str(pictures())}]
+        config = {
+            "general": {"caption_extension": ".txt", **(general or {})},
+            "datasets": [{"resolution": 64, **(dataset or {}), "subsets": [dict(subset) for subset in subsets]}],
+        }
+        path = tmp_path / name
+        path.write_text(toml.dumps(config), encoding="utf-8")
+        return path
+
+    return make
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `--demo` left and printed: killed with kill -9 in its second trial, then started again."""
+
+    output_dir: Path
+    killed: str
+    resumed: str
+    status: int
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    output_dir = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), "--demo", "--n-trials", "2"]
+    command += ["--output-dir", str(output_dir)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert first.stdout is not None
+    killed = ""
+    for line in first.stdout:
+        killed += line
+        if "Trial 1: " in killed and "  epoch 2/" in line:
+            break
+    first.kill()
+    first.wait()
+    second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return Demo(output_dir, killed, second.stdout + second.stderr, second.returncode)

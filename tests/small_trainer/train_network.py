@@ -1,0 +1,596 @@
+"""A small LoRA trainer that speaks the contract of kohya-ss/sd-scripts' train_network.py.
+
+    python train_network.py --config_file config.toml
+
+The same options, config file, data set file, output, checkpoint names, weight names, metadata, latents cache
+and exit statuses; but made for Stable Diffusion 1.x folders so tiny that a training takes seconds on a CPU,
+with nothing beside PyTorch, diffusers, transformers, peft and accelerate. The demo and the tests use it.
+
+It really trains: noise prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
+change nothing here (attention kernels, gradient checkpointing, loader workers, TensorBoard, model hub) and
+those that it leaves out (buckets, augmentation, regularisation images, other losses, validation, samples,
+saved states, optimizer_args, network_args) are accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import toml
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+OPTION_LISTS = Path(__file__).resolve().parent.parent / "kohya"  # names of the real trainer's options
+LISTS = {
+    "optimizer_args", "lr_scheduler_args", "text_encoder_lr", "network_args", "base_weights",
+    "base_weights_multiplier",
+}  # fmt: skip
+# kohya's defaults of the options that this trainer honours. An option without one is None.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-6, "lr_scheduler": "constant", "lr_warmup_steps": 0, "lr_scheduler_num_cycles": 1,
+    "lr_scheduler_power": 1.0, "max_grad_norm": 1.0, "optimizer_type": "AdamW", "network_alpha": 1.0,
+    "network_dim": 4, "gradient_accumulation_steps": 1, "max_train_steps": 1600, "mixed_precision": "no",
+    "caption_extension": ".caption", "train_batch_size": 1, "dataset_repeats": 1, "output_name": "last",
+    "save_model_as": "safetensors", "keep_tokens": 0,
+}  # fmt: skip
+TYPES: dict[str, type] = {
+    "unet_lr": float, "text_encoder_lr": float, "max_train_epochs": int, "save_every_n_epochs": int,
+    "clip_skip": int, "seed": int, "dataset_config": Path,
+}  # fmt: skip
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CACHE_NAME = "{stem}_{width:04d}x{height:04d}_sd.npz"  # by the picture's own size, whatever the resolution
+VAE_SCALE = 0.18215  # of Stable Diffusion 1.x: latents times this have about unit variance
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+Batch = dict[str, Any]  # latents (batch, 4, height / 8, width / 8) and captions
+
+log = logging.getLogger("trainer")
+
+
+# Options and data set
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every option of the real trainer, by name; flags take no value, as there."""
+    names = (OPTION_LISTS / "train_network_options.txt").read_text(encoding="utf-8").split()
+    flags = (OPTION_LISTS / "train_network_flags.txt").read_text(encoding="utf-8").split()
+    parser = argparse.ArgumentParser(prog="train_network.py")
+    for option in names:
+        name = option[2:]
+        if option in flags:
+            parser.add_argument(option, action="store_true")
+        elif name != "help":
+            kind = TYPES.get(name, type(DEFAULTS.get(name, "")))
+            nargs = "*" if name in LISTS else None
+            parser.add_argument(option, type=kind, default=DEFAULTS.get(name), nargs=nargs)
+    return parser
+
+
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line over config file over defaults; names and types in the file are not checked."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.config_file:
+        file = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
+        if not file.is_file():
+            log.info("%s not found.", file)
+            sys.exit(1)
+        log.info("Loading settings from %s...", file)
+        settings: dict[str, Any] = {}
+        for key, value in toml.loads(file.read_text(encoding="utf-8")).items():
+            settings.update(value if isinstance(value, dict) else {key: value})
+        args = parser.parse_args(argv, namespace=argparse.Namespace(**settings))
+    args.cache_latents = args.cache_latents or args.cache_latents_to_disk
+    return args
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as often as an epoch shows it, with what its subset says about it."""
+
+    image: Path
+    caption: str
+    resolution: tuple[int, int]  # width, height in pixels
+    shuffle_caption: bool
+    keep_tokens: int
+
+    def draw_caption(self) -> str:
+        """A step's caption: with shuffle_caption, the tags after the first keep_tokens in a new order."""
+        if not self.shuffle_caption:
+            return self.caption
+        tags = [tag.strip() for tag in self.caption.split(",")]
+        kept, rest = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        random.shuffle(rest)
+        return ", ".join([*kept, *rest])
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """One [[datasets]] table: its samples, repeats included, and how many make a batch."""
+
+    samples: list[Sample]
+    batch_size: int
+    folders: dict[str, tuple[int, int]]  # name: repeats, pictures
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(len(self.samples) / self.batch_size)
+
+
+def read_training_sets(args: argparse.Namespace) -> list[TrainingSet]:
+    """What dataset_config describes; as in kohya, a folder without pictures is no error."""
+    log.info("Loading dataset config from %s", args.dataset_config)
+    config = toml.loads(Path(args.dataset_config).read_text(encoding="utf-8"))
+    tables = config.get("datasets")
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise ValueError("expected a list for dictionary value @ data['datasets']")
+    defaults = {
+        "resolution": args.resolution, "batch_size": args.train_batch_size,
+        "num_repeats": args.dataset_repeats, "caption_extension": args.caption_extension,
+        "shuffle_caption": args.shuffle_caption, "keep_tokens": args.keep_tokens,
+    }  # fmt: skip
+    return [read_training_set({**defaults, **config.get("general", {}), **table}) for table in tables]
+
+
+def read_training_set(table: dict[str, Any]) -> TrainingSet:
+    samples: list[Sample] = []
+    folders: dict[str, tuple[int, int]] = {}
+    for subset in table["subsets"]:
+        options = {**table, **subset}
+        folder = Path(options["image_dir"])
+        if not folder.is_dir():
+            log.warning("not directory: %s", folder)
+        files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        log.info("found directory %s contains %d image files", folder, len(files))
+        samples += [read_sample(file, options) for file in files for _ in range(options["num_repeats"])]
+        folders[folder.name] = (options["num_repeats"], len(files))
+    log.info("%d train images with repeats.", len(samples))
+    return TrainingSet(samples, table["batch_size"], folders)
+
+
+def read_sample(image: Path, options: dict[str, Any]) -> Sample:
+    caption = image.with_suffix(options["caption_extension"])
+    lines = caption.read_text(encoding="utf-8").splitlines() if caption.is_file() else []
+    if not lines and not options.get("class_tokens"):
+        log.warning("neither caption file nor class tokens are found. use empty caption for %s", image)
+    text = lines[0].strip() if lines else options.get("class_tokens") or ""
+    resolution = options["resolution"]
+    width, height = resolution if isinstance(resolution, list) else (int(resolution), int(resolution))
+    return Sample(image, text, (width, height), options["shuffle_caption"], options["keep_tokens"])
+
+
+def draw_batches(sets: Sequence[TrainingSet]) -> list[list[Sample]]:
+    """One epoch's batches: the samples of each data set in a new order, then the batches in a new order."""
+    batches = []
+    for one in sets:
+        order = random.sample(one.samples, len(one.samples))
+        batches += [order[start : start + one.batch_size] for start in range(0, len(order), one.batch_size)]
+    random.shuffle(batches)
+    return batches
+
+
+# The model
+
+
+def load_latents(sample: Sample, pipeline: StableDiffusionPipeline, to_disk: bool) -> torch.Tensor:
+    """The picture's unscaled latents: from the cache beside it, else encoded, and cached there.
+
+    As in kohya, the cache is keyed by the picture's own size alone, and a cold run draws the encoder's noise.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    with Image.open(sample.image) as opened:
+        image = opened.convert("RGB")
+    width, height = image.size
+    cache = sample.image.with_name(CACHE_NAME.format(stem=sample.image.stem, width=width, height=height))
+    if to_disk and cache.is_file():
+        with np.load(cache) as arrays:
+            return torch.from_numpy(arrays["latents"])
+    pixels = np.asarray(ImageOps.fit(image, sample.resolution), dtype=np.float32) / 127.5 - 1
+    inputs = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(pipeline.vae.device)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(inputs).latent_dist.sample()[0].cpu()
+    if to_disk:
+        corners = np.array([0, 0, *sample.resolution], dtype=np.float64)
+        np.savez(cache, latents=latents.numpy(), original_size=np.array([width, height]), crop_ltrb=corners)
+    return latents
+
+
+def encode_captions(pipeline: StableDiffusionPipeline, captions: Sequence[str], clip_skip: int | None) -> torch.Tensor:
+    """The UNet's conditioning; clip_skip N takes the Nth last hidden state, through the final layer norm."""
+    tokens = pipeline.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    encoder = pipeline.text_encoder
+    output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    if not clip_skip:
+        return output.last_hidden_state
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm  # transformers 5 has no text_model
+    return norm(output.hidden_states[-clip_skip])
+
+
+def add_lora(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> list[list[torch.nn.Parameter]]:
+    """LoRA layers on text encoder and UNet; what there is to train of each."""
+    from peft import LoraConfig
+
+    log.info("create LoRA network. base dim (rank): %s, alpha: %s", args.network_dim, args.network_alpha)
+    trainable = []
+    for model, targets in ((pipeline.text_encoder, TEXT_TARGETS), (pipeline.unet, UNET_TARGETS)):
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=args.network_dim, lora_alpha=args.network_alpha, target_modules=targets))
+        trainable.append([parameter for parameter in model.parameters() if parameter.requires_grad])
+    return trainable
+
+
+def kohya_state_dict(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The LoRA's weights under kohya's names, in save_precision."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(args.save_precision, torch.float32)
+    weights: dict[str, torch.Tensor] = {}
+    for prefix, model in (("lora_te", pipeline.text_encoder), ("lora_unet", pipeline.unet)):
+        for name, weight in get_peft_model_state_dict(model).items():
+            module, _, side = name.removesuffix(".weight").rpartition(".")
+            if prefix == "lora_te":
+                module = f"text_model.{module.removeprefix('text_model.')}"
+            key = f"{prefix}_{module.replace('.', '_')}"
+            side = {"lora_A": "lora_down", "lora_B": "lora_up"}[side]
+            weights[f"{key}.{side}.weight"] = weight.detach().to("cpu", dtype).contiguous()
+            weights[f"{key}.alpha"] = torch.tensor(float(args.network_alpha), dtype=dtype)
+    return weights
+
+
+# Training
+
+
+def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    import torch
+
+    name = args.optimizer_type
+    if "8bit" in name.lower():
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ImportError("No bitsandbytes / bitsandbytesがインストールされていないようです") from None
+        kind = getattr(bitsandbytes.optim, name)
+    else:
+        kind = getattr(torch.optim, name)
+    log.info("use %s optimizer | {}", name)
+    return kind(groups, lr=args.learning_rate)
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    from diffusers.optimization import get_scheduler
+
+    warmup = args.lr_warmup_steps  # updates, or a share of all of them
+    warmup = int(warmup * args.max_train_steps) if isinstance(warmup, float) else warmup
+    if args.lr_scheduler == "constant" and warmup:
+        raise ValueError(f"{args.lr_scheduler} does not require `num_warmup_steps`. Set None or 0.")
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_scheduler_num_cycles,
+        power=args.lr_scheduler_power,
+    )
+
+
+def learning_rates(args: argparse.Namespace) -> tuple[float, float]:
+    """(text encoder's, UNet's); text_encoder_lr may be a list of one."""
+    text = args.text_encoder_lr
+    if isinstance(text, list):
+        text = text[0] if text else None
+    unet = args.learning_rate if args.unet_lr is None else args.unet_lr
+    return (args.learning_rate if text is None else text), unet
+
+
+def sum_of_batches(sets: Sequence[TrainingSet]) -> int:
+    return sum(one.batches for one in sets)
+
+
+def count_steps(args: argparse.Namespace, batches: int) -> int:
+    """Epochs to train; sets max_train_steps (optimizer updates of the whole run) if max_train_epochs is given.
+
+    As in kohya, the last batches of an epoch are an update of their own even if they are fewer.
+    """
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    if args.max_train_epochs:
+        args.max_train_steps = args.max_train_epochs * per_epoch
+        print(
+            f"override steps. steps for {args.max_train_epochs} epochs is / "
+            f"指定エポックまでのステップ数: {args.max_train_steps}"
+        )
+    return math.ceil(args.max_train_steps / per_epoch)
+
+
+def noise_prediction_loss(
+    pipeline: StableDiffusionPipeline, noise_scheduler: DDPMScheduler, batch: Batch, clip_skip: int | None
+) -> torch.Tensor:
+    """Mean squared error of the UNet's guess at the noise in noised latents (DDPM, epsilon)."""
+    import torch
+
+    latents = batch["latents"] * VAE_SCALE
+    noise = torch.randn_like(latents)
+    last = noise_scheduler.config.num_train_timesteps
+    steps = torch.randint(0, last, (len(latents),), device=latents.device)
+    noisy = noise_scheduler.add_noise(latents, noise, steps)
+    conditioning = encode_captions(pipeline, batch["captions"], clip_skip)
+    guess = pipeline.unet(noisy, steps, conditioning).sample
+    return torch.nn.functional.mse_loss(guess.float(), noise.float())
+
+
+class AverageLoss:
+    """Mean of each batch's last loss, as a running sum: one NaN stays in it for good, as in kohya's bar."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.total = 0.0
+
+    def add(self, number: int, loss: float) -> float:
+        if number == len(self.losses):
+            self.losses.append(0.0)
+        self.total += loss - self.losses[number]
+        self.losses[number] = loss
+        return self.total / len(self.losses)
+
+
+class Training:
+    """One run: the model, what trains it, and how far it is."""
+
+    def __init__(self, args: argparse.Namespace, sets: list[TrainingSet], accelerator: Accelerator) -> None:
+        from diffusers import DDPMScheduler
+
+        self.args, self.sets, self.accelerator = args, sets, accelerator
+        self.started, self.epoch, self.step = time.time(), 0, 0
+        self.pipeline = load_pipeline(args, accelerator)
+        self.latents = cache_latents(args, sets, self.pipeline) if args.cache_latents else {}
+        print(f"import network module: {args.network_module}")
+        trainable = add_lora(self.pipeline, args)
+        self.trainable = [parameter for group in trainable for parameter in group]
+        print("prepare optimizer, data loader etc.")
+        rates = learning_rates(args)
+        groups = [{"params": group, "lr": rate} for group, rate in zip(trainable, rates, strict=True)]
+        optimizer = make_optimizer(args, groups)
+        self.epochs = count_steps(args, sum_of_batches(sets))
+        schedule = make_schedule(args, optimizer)
+        self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
+        self.noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        args, average = self.args, AverageLoss()
+        describe_run(args, self.sets, self.epochs)
+        with tqdm(total=args.max_train_steps, smoothing=0, desc="steps") as bar:
+            if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+                raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::Half != float")
+            for epoch in range(1, self.epochs + 1):
+                self.epoch = epoch
+                print(f"\nepoch {epoch}/{self.epochs}\n")
+                log.info("epoch is incremented. current_epoch: %d, epoch: %d", epoch - 1, epoch)
+                for number, loss in enumerate(self._train_epoch()):
+                    bar.update(self.step - bar.n)
+                    bar.set_postfix(avr_loss=average.add(number, loss))
+                every = args.save_every_n_epochs
+                if every and epoch % every == 0 and epoch < self.epochs:
+                    self._save(f"{args.output_name}-{epoch:06d}.safetensors")
+            self._save(f"{args.output_name}.safetensors")
+            log.info("model saved.")
+
+    def _train_epoch(self) -> Iterator[float]:
+        """Train on every batch once and yield its loss."""
+        from torch.utils.data import DataLoader
+
+        batches = [self._make_batch(samples) for samples in draw_batches(self.sets)]
+        loader = DataLoader(batches, batch_size=1, collate_fn=lambda one: one[0])
+        args, accelerator, pipeline = self.args, self.accelerator, self.pipeline
+        for batch in accelerator.prepare_data_loader(loader):
+            with accelerator.accumulate(pipeline.unet, pipeline.text_encoder):
+                with accelerator.autocast():
+                    loss = noise_prediction_loss(pipeline, self.noise_scheduler, batch, args.clip_skip)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self.step += 1
+                    accelerator.clip_grad_norm_(self.trainable, args.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            yield loss.item()
+
+    def _make_batch(self, samples: Sequence[Sample]) -> Batch:
+        import torch
+
+        latents = [self.latents.get(one.image) for one in samples]
+        if not self.latents:
+            latents = [load_latents(one, self.pipeline, to_disk=False) for one in samples]
+        return {"latents": torch.stack(latents), "captions": [one.draw_caption() for one in samples]}
+
+    def _save(self, name: str) -> None:
+        from safetensors.torch import save_file
+
+        file = Path(self.args.output_dir) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(f"\nsaving checkpoint: {file}")
+        weights = kohya_state_dict(self.pipeline, self.args)
+        save_file(weights, file, metadata=make_metadata(self, weights))
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
+    name = args.pretrained_model_name_or_path
+    log.info("loading model for process 0/1")
+    log.info("load Diffusers pretrained models: %s", name)
+    return StableDiffusionPipeline.from_pretrained(name, safety_checker=None, local_files_only=True).to(
+        accelerator.device
+    )
+
+
+def cache_latents(
+    args: argparse.Namespace, sets: Sequence[TrainingSet], pipeline: StableDiffusionPipeline
+) -> dict[Path, torch.Tensor]:
+    from tqdm import tqdm
+
+    log.info("caching latents...")
+    samples = {sample.image: sample for one in sets for sample in one.samples}
+    to_disk = args.cache_latents_to_disk
+    return {image: load_latents(sample, pipeline, to_disk) for image, sample in tqdm(samples.items())}
+
+
+def describe_run(args: argparse.Namespace, sets: Sequence[TrainingSet], epochs: int) -> None:
+    print("running training / 学習開始")
+    print(f"  num train images * repeats: {sum(len(one.samples) for one in sets)}")
+    print(f"  num batches per epoch: {sum_of_batches(sets)}")
+    print(f"  num epochs: {epochs}")
+    print(f"  batch size per device: {', '.join(str(one.batch_size) for one in sets)}")
+    print(f"  gradient accumulation steps = {args.gradient_accumulation_steps}")
+    print(f"  total optimization steps: {args.max_train_steps}")
+
+
+# What a checkpoint says about itself: kohya's names, all values text.
+
+OPTIONS_IN_METADATA = (
+    "adaptive_noise_scale cache_latents caption_dropout_every_n_epochs caption_dropout_rate "
+    "caption_tag_dropout_rate clip_skip face_crop_aug_range fp8_base fp8_base_unet full_fp16 "
+    "gradient_accumulation_steps gradient_checkpointing huber_c huber_scale huber_schedule ip_noise_gamma "
+    "ip_noise_gamma_random_strength learning_rate loss_type lowram lr_scheduler lr_warmup_steps "
+    "max_grad_norm max_token_length max_train_steps max_validation_steps min_snr_gamma mixed_precision "
+    "multires_noise_discount multires_noise_iterations network_alpha network_dim network_dropout "
+    "network_module noise_offset noise_offset_random_strength output_name prior_loss_weight "
+    "resize_interpolation scale_weight_norms seed text_encoder_lr training_comment unet_lr v2 "
+    "validate_every_n_epochs validate_every_n_steps validation_seed validation_split zero_terminal_snr"
+).split()
+
+
+def make_metadata(training: Training, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    from safetensors.torch import save
+
+    args, sets = training.args, training.sets
+    values = {f"ss_{name}": getattr(args, name) for name in OPTIONS_IN_METADATA}
+    values["ss_debiased_estimation"] = args.debiased_estimation_loss
+    if isinstance(args.text_encoder_lr, list):
+        values["ss_text_encoder_lr"] = args.text_encoder_lr[0] if args.text_encoder_lr else None
+    kind = type(training.optimizer.optimizer)
+    model = Path(args.pretrained_model_name_or_path)
+    values |= {
+        "ss_base_model_version": "sd_v1", "ss_sd_model_name": model.name, "ss_sd_model_hash": "IsADirectory",
+        "ss_new_sd_model_hash": "IsADirectory", "ss_sd_scripts_commit_hash": "(unknown)",
+        "ss_optimizer": f"{kind.__module__}.{kind.__name__}", "ss_session_id": os.getpid(),
+        "ss_training_started_at": training.started, "ss_training_finished_at": time.time(),
+        "ss_epoch": training.epoch, "ss_steps": training.step, "ss_num_epochs": training.epochs,
+        "ss_num_batches_per_epoch": sum_of_batches(sets), "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(len(one.samples) for one in sets), "ss_num_validation_images": 0,
+    }  # fmt: skip
+    values |= describe_sets(sets)
+    values |= describe_model(args, sets)
+    data = save(weights)
+    values["sshs_model_hash"] = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    values["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    return {name: str(value) for name, value in values.items()}
+
+
+def describe_sets(sets: Sequence[TrainingSet]) -> dict[str, str]:
+    folders = {
+        name: {"n_repeats": repeats, "img_count": count}
+        for one in sets
+        for name, (repeats, count) in one.folders.items()
+    }
+    tags: dict[str, Counter[str]] = {}
+    for one in sets:
+        for sample in set(one.samples):
+            counts = tags.setdefault(sample.image.parent.name, Counter())
+            counts.update(tag.strip() for tag in sample.caption.split(","))
+    tables = [
+        {
+            "is_dreambooth": True,
+            "batch_size_per_device": one.batch_size,
+            "num_train_images": len(one.samples),
+            "resolution": one.samples[0].resolution,
+        }
+        for one in sets
+        if one.samples
+    ]
+    return {
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_tag_frequency": json.dumps(tags),
+        "ss_datasets": json.dumps(tables),
+    }
+
+
+def describe_model(args: argparse.Namespace, sets: Sequence[TrainingSet]) -> dict[str, Any]:
+    """The modelspec.* entries of Stability AI's metadata standard."""
+    width, height = next(sample.resolution for one in sets for sample in one.samples)
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": "small_trainer",
+        "modelspec.title": args.metadata_title or args.output_name,
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.encoder_layer": args.clip_skip or 1,
+    }
+
+
+def set_up_logging() -> None:
+    """To stderr; as in kohya, through rich where it is installed, which wraps lines at the terminal's width."""
+    try:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True))
+    except ImportError:
+        handler = logging.StreamHandler()
+    logging.basicConfig(format="%(message)s", datefmt="%Y-%m-%d %H:%M:%S", handlers=[handler])
+    log.setLevel(logging.INFO)
+
+
+def make_training(args: argparse.Namespace, sets: list[TrainingSet]) -> Training:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    torch.set_num_threads(1)  # the model is too small to share out
+    log.info("preparing accelerator")
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    print("accelerator device:", accelerator.device)
+    set_seed(random.getrandbits(32) if args.seed is None else args.seed)
+    return Training(args, sets, accelerator)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    set_up_logging()
+    args = read_arguments(sys.argv[1:] if argv is None else argv)
+    sets = read_training_sets(args)
+    if any(one.samples for one in sets):
+        make_training(args, sets).run()
+    else:
+        log.error("No data found. Please verify arguments")  # and status 0, as in kohya
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Section 12: flags, checks, exit statuses. Bad input: one line each, all at once, status 2, nothing created."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toml
+from conftest import REPOSITORY
+
+import optuna_hyperparameter_search as search
+
+SCRIPT = REPOSITORY / "optuna_hyperparameter_search.py"
+GUIDES_FLAGS = "--dataset-config --base-model --output-dir --study-name --n-trials --device".split()
+OTHER_FLAGS = (
+    "--sd-scripts --trainer-python --training-config --scoring-config --eval-prompts --subject --storage --seed "
+    "--enqueue --timeout --check --report --score --demo"
+).split()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import demo_world
+
+    folder = tmp_path_factory.mktemp("world")
+    demo_world.make_demo_world(folder)
+    return folder
+
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture
+def command(world: Path, tmp_path: Path) -> Command:
+    """A whole, valid command line of a search; keywords replace a flag's value, None leaves it out."""
+
+    def make(**changes: object) -> list[str]:
+        flags: dict[str, object] = {
+            "dataset_config": world / "dataset.toml",
+            "base_model": world / "base_model",
+            "output_dir": tmp_path / "out",
+            "sd_scripts": REPOSITORY / "tests" / "small_trainer",
+            "training_config": world / "training.toml",
+            "scoring_config": world / "scoring.toml",
+            "device": "cpu",
+            "n_trials": 2,
+            **changes,
+        }
+        return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
+
+    return make
+
+
+def errors_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> list[str]:
+    """The error lines of a command that must be refused."""
+    assert search.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("error: ") for line in lines)
+    return lines
+
+
+# --- help --------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_flag_and_groups_them() -> None:
+    text = search.make_parser().format_help()
+    for flag in GUIDES_FLAGS + OTHER_FLAGS:
+        assert re.search(rf"^  {flag}\b", text, re.MULTILINE), flag
+    groups = re.findall(r"^([a-z].*):$", text, re.MULTILINE)
+    assert groups[1:] == [
+        "what to train on", "how much to search", "where things are", "settings files", "instead of searching",
+    ]  # fmt: skip
+
+
+def test_help_and_errors_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys, optuna_hyperparameter_search as s\n"
+        "try: s.main(['--help'])\nexcept SystemExit: pass\n"
+        "s.main([])\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'sqlalchemy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_docstrings_sections_are_the_files_sections() -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    banners = re.findall(r"^# =+\n# (\d+)\. ([A-Za-z ]+?)[.,:(]", text, re.MULTILINE)
+    assert [int(number) for number, _ in banners] == list(range(1, 13))
+    listed = dict(re.findall(r"\b(\d+) ([a-z][a-z, ]+?)(?:  |$)", search.__doc__ or "", re.MULTILINE))
+    for number, title in banners:
+        assert title.lower().startswith(listed[number].split(",")[0].split(" and ")[0].rstrip("s")[:6]), (number, title)
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_an_empty_command_lists_all_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
+    missing = [line.split()[1] for line in errors_of(capsys, [])]
+    assert missing == ["--dataset-config", "--base-model", "--output-dir", "--sd-scripts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_trials": 0}, "--n-trials: 0 is too few"),
+        ({"n_trials": -3}, "--n-trials: -3"),
+        ({"timeout": "nan"}, "--timeout: nan"),
+        ({"timeout": 0}, "--timeout: 0.0"),
+        ({"seed": -1}, "--seed: -1"),
+        ({"device": "gpu"}, "--device: 'gpu'"),
+        ({"device": "cuda:x"}, "--device: 'cuda:x'"),
+        ({"study_name": " "}, "--study-name: is empty"),
+    ],
+)
+def test_senseless_values_are_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], changes: dict[str, object], says: str
+) -> None:
+    (line,) = errors_of(capsys, command(**changes))
+    assert says in line
+
+
+def test_all_problems_are_reported_at_once_and_nothing_is_made(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    inputs = tmp_path / "inputs"
+    (inputs / "empty").mkdir(parents=True)
+    (inputs / "sd").mkdir()
+    (inputs / "training.toml").write_text("learning_rate = 1.0\nunet_lr = 2.0\n")
+    (inputs / "scoring.toml").write_text("[images]\nresolutoin = 512\n")
+    (inputs / "model.ckpt").write_bytes(b"\x80\x04pickle")
+    (inputs / "first.toml").write_text("network_dim = 96\n")
+    (inputs / "data.toml").write_text(
+        toml.dumps(
+            {"datasets": [{"resolution": 64, "bach_size": 2, "subsets": [{"image_dir": str(inputs / "empty")}]}]}
+        )
+    )
+    arguments = command(
+        dataset_config=inputs / "data.toml", base_model=inputs / "model.ckpt", sd_scripts=inputs / "sd",
+        training_config=inputs / "training.toml", scoring_config=inputs / "scoring.toml", enqueue=inputs / "first.toml",
+    )  # fmt: skip
+    text = "\n".join(errors_of(capsys, arguments))
+    for part in (
+        "'learning_rate' in", "'unet_lr' in", "unknown key 'resolutoin' in [images]", "did you mean 'resolution'?",
+        "has no table [prompts]", "may be a pickle", "unknown key 'bach_size'", "did you mean 'batch_size'?",
+        "has no images", "no train_network.py", "network_dim = 96",
+    ):  # fmt: skip
+        assert part in text, part
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs"]
+
+
+def test_a_key_that_the_trainer_does_not_know_is_refused_with_the_nearest(
+    command: Command, capsys: pytest.CaptureFixture[str], world: Path, tmp_path: Path
+) -> None:
+    options = toml.loads((world / "training.toml").read_text())
+    (tmp_path / "training.toml").write_text(toml.dumps({**options, "noise_ofset": 0.1}))
+    (line,) = errors_of(capsys, command(training_config=tmp_path / "training.toml"))
+    assert "'noise_ofset'" in line and "did you mean 'noise_offset'?" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_on_the_cpu_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (line,) = errors_of(capsys, command(training_config=REPOSITORY / "configs" / "training.toml"))
+    assert "mixed_precision = 'fp16'" in line and 'set it to "no"' in line
+
+
+def test_missing_files_are_named(command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    nowhere = tmp_path / "no where"
+    lines = errors_of(
+        capsys,
+        command(
+            dataset_config=nowhere, base_model=nowhere, training_config=nowhere, eval_prompts=nowhere, enqueue=nowhere
+        ),
+    )
+    flags = {line.split()[1] for line in lines}
+    assert flags >= {"--dataset-config:", "--base-model:", "--training-config:", "--enqueue:"}
+
+
+def test_an_output_folder_that_is_a_file_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    lines = errors_of(capsys, command())
+    assert any("is a file; give a folder" in line for line in lines)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_encoder_out_of_reach_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    scoring = toml.loads((world / "scoring.toml").read_text())
+    scoring["encoders"] |= {"dinov2": "nobody/nothing", "clip": str(tmp_path)}
+    (tmp_path / "scoring.toml").write_text(toml.dumps(scoring))
+    lines = errors_of(capsys, command(scoring_config=tmp_path / "scoring.toml"))
+    assert any("dinov2 = 'nobody/nothing' is not on this machine" in line and "hf download" in line for line in lines)
+    assert any("clip =" in line and "folder without config.json" in line for line in lines)
+
+
+def test_too_small_a_disk_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(search, "free_bytes", lambda folder: 1000)
+    (line,) = errors_of(capsys, command())
+    assert "GB are needed for the checkpoints" in line and not (tmp_path / "out").exists()
+
+
+def test_8bit_cannot_be_enqueued_on_the_cpu(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "first.toml").write_text('optimizer_type = "AdamW8bit"')
+    (line,) = errors_of(capsys, command(enqueue=tmp_path / "first.toml"))
+    assert "needs bitsandbytes and a CUDA card" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--report"], "--output-dir is missing"),
+        (["--report", "--output-dir", "/nowhere/at/all"], "no study 'lora_v2.1' in /nowhere/at/all"),
+        (["--demo", "--base-model", "x"], "--demo: makes its own inputs; leave out --base-model"),
+        (["--score", "/nowhere/at/all"], "is no trial's folder"),
+    ],
+)
+def test_other_modes_refuse_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    (line,) = errors_of(capsys, arguments)
+    assert says in line
+
+
+# --- check -------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_it_found_and_makes_nothing(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert search.main([*command(), "--check"]) == 0
+    shown = capsys.readouterr().out
+    found = dict(re.findall(r"^  (\w[\w -]*?)  +(.+)$", shown, re.MULTILINE))
+    assert found["base model"] == "base_model (SD1.x)"
+    assert found["data set"] == "10 images, 10 captions"
+    assert found["subject"].startswith("'luca'")
+    assert re.match(r"\d+ batches an epoch", found["steps"])
+    assert found["device"] == "cpu" and "no AdamW8bit" in found["optimizers"]
+    assert found["sd-scripts"].startswith("files ")
+    assert "GB needed" in found["disk"] and "0 of 2 trained" in found["study"]
+    assert not (tmp_path / "out").exists()
+
+
+# --- a running search --------------------------------------------------------------------------------
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"never said {text!r}:\n{seen}")
+
+
+def trainers_below(folder: Path) -> list[int]:
+    """Processes whose command line names this folder's trial configs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "train_network.py" in line and str(folder) in line:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_search_and_its_trainer_and_the_trial_is_tried_again(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    process = start(command(study_name="signals"))
+    read_until(process, "  epoch 1/")
+    assert trainers_below(out)
+    process.send_signal(getattr(signal, name))
+    output = process.communicate(timeout=15)[0]
+    assert process.returncode == 130 and "the same command resumes" in output and "Traceback" not in output
+    assert trainers_below(out) == []
+    study = search.load_study(search.default_storage(out), "signals")
+    assert study is not None
+    (trial,) = study.get_trials()
+    assert trial.state.name == "FAIL" and trial.user_attrs["ended"] == "interrupted"
+
+
+def test_a_second_program_and_changed_inputs_are_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    process = start(command())
+    read_until(process, "  epoch 1/")
+    (line,) = errors_of(capsys, command())
+    assert f"is in use by process {process.pid} on " in line
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+
+    (line,) = errors_of(capsys, command(seed=7))
+    assert "seed (--seed): was 42, is now 7" in line
+    (line,) = errors_of(capsys, command(study_name="another"))
+    assert "holds study 'lora_v2.1'" in line
+    assert search.main(["--report", f"--output-dir={tmp_path / 'out'}"]) == 0
+    assert "Nothing was scored yet" in capsys.readouterr().out
+
+
+def test_a_timeout_is_status_1_and_says_why(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search.main(command(timeout=1e-9)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: --timeout 1e-09 is over with 0 of 2 trials trained") and said.count("\n") == 1

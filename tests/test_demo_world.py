@@ -1,0 +1,64 @@
+"""The demo's inputs: the same every time, made once, found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import demo_world
+import pytest
+import toml
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    demo_world.make_demo_world(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_every_picture_has_a_caption_that_begins_with_the_subject(world: Path) -> None:
+    pictures = sorted((world / "images").glob("*.png"))
+    assert 8 <= len(pictures) <= 12
+    captions = [picture.with_suffix(".txt").read_text(encoding="utf-8") for picture in pictures]
+    assert all(caption.startswith(f"{demo_world.SUBJECT}, ") for caption in captions)
+    assert len(set(captions)) == len(captions)
+
+
+def test_pictures_are_of_the_size_that_is_trained_and_rendered(world: Path) -> None:
+    sizes = {Image.open(picture).size for picture in (world / "images").glob("*.png")}
+    resolutions = {
+        toml.loads((world / "dataset.toml").read_text())["datasets"][0]["resolution"],
+        toml.loads((world / "scoring.toml").read_text())["images"]["resolution"],
+    }
+    assert sizes == {(side, side) for side in resolutions}
+
+
+def test_made_twice_is_made_alike(world: Path, tmp_path: Path) -> None:
+    demo_world.make_demo_world(tmp_path / "other")
+    ours, other = contents(world), contents(tmp_path / "other")
+    assert ours.keys() == other.keys()
+    differ = {
+        name
+        for name in ours
+        if ours[name].replace(str(world).encode(), b"") != other[name].replace(str(tmp_path / "other").encode(), b"")
+    }
+    assert not differ
+
+
+def test_a_whole_world_is_left_as_it_is(world: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in world.rglob("*")}
+    demo_world.make_demo_world(world)
+    assert {file: file.stat().st_mtime_ns for file in world.rglob("*")} == before
+
+
+def test_a_world_that_was_moved_gets_its_new_paths(tmp_path: Path) -> None:
+    demo_world.make_demo_world(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    demo_world.make_demo_world(tmp_path / "new")
+    data_set = toml.loads((tmp_path / "new" / "dataset.toml").read_text())
+    assert data_set["datasets"][0]["subsets"][0]["image_dir"] == str(tmp_path / "new" / "images")

@@ -1,0 +1,978 @@
+"""What the user gives is read as kohya reads it, or refused: in one line a problem, all problems at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+from conftest import DataSetFile, Pictures
+
+import optuna_hyperparameter_search as search
+
+KOHYA = json.loads((Path(__file__).parent / "kohya_data_set.json").read_text(encoding="utf-8"))
+OPTIONS: dict[str, Any] = {}
+
+
+def refusal(read: Callable[..., Any], *args: Any) -> tuple[str, ...]:
+    """The problems that a reader reports, each of them one line."""
+    with pytest.raises(search.RefusedInput) as caught:
+        read(*args)
+    problems = caught.value.problems
+    assert problems
+    assert all(problem.strip() and "\n" not in problem for problem in problems)
+    assert len(set(problems)) == len(problems)
+    return problems
+
+
+def the_refusal(read: Callable[..., Any], *args: Any) -> str:
+    """The one problem that there is."""
+    problems = refusal(read, *args)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+# ------------------------------------------------------------------------------------------------------
+# Any TOML
+# ------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "--dataset-config": lambda path: search.read_data_set(path, OPTIONS),
+    "--training-config": search.read_training_options,
+    "--scoring-config": search.read_scoring_settings,
+}
+
+
+@pytest.mark.parametrize("flag", READERS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a = ",
+        b"[x",
+        b"a = [1, 'b']",
+        b"a = .1",
+        b"\xff\xfe\x00",
+        b"a = 1\na = 2",
+        b"x\n" * 9,
+        b"a = 'b",
+        b"]]",
+        b"= 1",
+    ],
+)
+def test_refuses_a_file_that_is_no_toml_and_names_flag_and_file(flag: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    problem = the_refusal(READERS[flag], path)
+    assert problem.startswith(flag)
+    assert str(path) in problem
+
+
+@pytest.mark.parametrize("flag", READERS)
+def test_refuses_a_missing_file(flag: str, tmp_path: Path) -> None:
+    assert str(tmp_path / "none.toml") in the_refusal(READERS[flag], tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("flag", READERS)
+def test_refuses_a_folder_in_place_of_a_file(flag: str, tmp_path: Path) -> None:
+    assert the_refusal(READERS[flag], tmp_path).startswith(flag)
+
+
+# ------------------------------------------------------------------------------------------------------
+# The fixed training options
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "training.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_reads_the_training_options_that_come_with_the_program(repository: Path) -> None:
+    options = search.read_training_options(repository / "configs" / "training.toml")
+    v1 = {
+        "network_module": "networks.lora",
+        "mixed_precision": "fp16",
+        "gradient_checkpointing": True,
+        "cache_latents": True,
+        "save_every_n_epochs": 2,
+        "seed": 42,
+        "clip_skip": 2,
+        "sdpa": True,
+    }
+    assert {name: options[name] for name in v1} == v1
+    assert options["save_model_as"] == "safetensors"
+
+
+def test_flattens_one_level_of_tables(training: Callable[[str], Path]) -> None:
+    options = search.read_training_options(training('[model]\nv2 = false\n[save]\nsave_precision = "bf16"\n'))
+    assert options["v2"] is False
+    assert options["save_precision"] == "bf16"
+    assert not {"model", "save"} & options.keys()
+
+
+FORBIDDEN = (
+    # searched
+    "learning_rate text_encoder_lr network_dim network_alpha optimizer_type max_train_epochs lr_scheduler "
+    "lr_scheduler_num_cycles gradient_accumulation_steps lr_warmup_steps "
+    # would quietly beat the search or the program
+    "unet_lr use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only "
+    "network_train_text_encoder_only dim_from_weights network_weights max_train_steps train_data_dir "
+    "save_last_n_epochs save_last_n_steps save_last_n_epochs_state save_last_n_steps_state "
+    "output_dir output_name output_config logging_dir pretrained_model_name_or_path dataset_config "
+    # secrets
+    "huggingface_token wandb_api_key"
+).split()
+
+
+@pytest.mark.parametrize("key", FORBIDDEN)
+@pytest.mark.parametrize("table", ["", "[some]\n"], ids=["top", "table"])
+def test_refuses_a_fixed_option_that_would_beat_the_search(
+    key: str, table: str, training: Callable[[str], Path]
+) -> None:
+    path = training(f"{table}{key} = 1\nseed = 7\n")
+    problem = the_refusal(search.read_training_options, path)
+    assert f"'{key}'" in problem
+    assert str(path) in problem
+
+
+def test_reports_all_forbidden_options_at_once(training: Callable[[str], Path]) -> None:
+    path = training(
+        'learning_rate = 1e-4\nunet_lr = 1e-4\nwandb_api_key = "x"\nsave_model_as = "ckpt"\nclip_skip = 0\n'
+    )
+    problems = "\n".join(refusal(search.read_training_options, path))
+    for word in ("learning_rate", "unet_lr", "wandb_api_key", "save_model_as", "clip_skip"):
+        assert word in problems
+
+
+def test_never_shows_a_secret(training: Callable[[str], Path]) -> None:
+    problem = the_refusal(search.read_training_options, training('wandb_api_key = "very-secret"\n'))
+    assert "very-secret" not in problem
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "pt", "diffusers"])
+def test_refuses_another_file_format_than_safetensors(kind: str, training: Callable[[str], Path]) -> None:
+    assert "save_model_as" in the_refusal(search.read_training_options, training(f'save_model_as = "{kind}"\n'))
+
+
+@pytest.mark.parametrize("value", ['"vae.pt"', '"a/b.CKPT"', '["one.safetensors", "two.bin"]', '["x.pth"]'])
+def test_refuses_pickles_anywhere(value: str, training: Callable[[str], Path]) -> None:
+    problem = the_refusal(search.read_training_options, training(f"base_weights = {value}\n"))
+    assert "pickle" in problem
+    assert "base_weights" in problem
+
+
+@pytest.mark.parametrize(
+    "line", ["save_every_n_epochs = 0", "save_every_n_epochs = 1.5", 'clip_skip = "2"', "clip_skip = -1", "seed = 1.5"]
+)
+def test_refuses_numbers_that_the_program_cannot_work_with(line: str, training: Callable[[str], Path]) -> None:
+    assert line.split()[0] in the_refusal(search.read_training_options, training(line))
+
+
+# ------------------------------------------------------------------------------------------------------
+# The scoring settings
+# ------------------------------------------------------------------------------------------------------
+
+ScoringFile = Callable[[Callable[[dict[str, Any]], Any]], Path]
+
+
+@pytest.fixture
+def scoring(repository: Path, tmp_path: Path) -> ScoringFile:
+    """configs/scoring.toml with a change made to it."""
+
+    def write(change: Callable[[dict[str, Any]], Any]) -> Path:
+        content = toml.loads((repository / "configs" / "scoring.toml").read_text(encoding="utf-8"))
+        change(content)
+        path = tmp_path / "scoring.toml"
+        path.write_text(toml.dumps(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path) -> None:
+    settings = search.read_scoring_settings(repository / "configs" / "scoring.toml")
+    assert settings.screen == search.SampleCounts(prompts=8, seeds=2, plain_prompts=4)
+    assert settings.confirm == search.SampleCounts(prompts=16, seeds=3, plain_prompts=10)
+    assert settings.weights == {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
+    assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
+    assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)
+    assert (settings.dinov2, settings.clip) == ("facebook/dinov2-base", "openai/clip-vit-large-patch14")
+    assert all("{subject}" in template for template in settings.elsewhere + settings.style)
+    assert not any("{subject}" in template for template in settings.plain)
+
+
+TABLES = "images screen confirm weights encoders usable prompts".split()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_refuses_an_unknown_key_in_every_scoring_table(table: str, scoring: ScoringFile) -> None:
+    path = scoring(lambda content: content[table].update(no_such_key=1))
+    problem = the_refusal(search.read_scoring_settings, path)
+    assert "'no_such_key'" in problem
+    assert f"[{table}]" in problem
+    assert str(path) in problem
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_refuses_a_missing_scoring_table(table: str, scoring: ScoringFile) -> None:
+    assert f"[{table}]" in the_refusal(search.read_scoring_settings, scoring(lambda content: content.pop(table)))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_refuses_a_missing_scoring_key(table: str, scoring: ScoringFile) -> None:
+    first: list[str] = []
+
+    def change(content: dict[str, Any]) -> None:
+        first.append(next(iter(content[table])))
+        del content[table][first[0]]
+
+    problem = the_refusal(search.read_scoring_settings, scoring(change))
+    assert f"{first[0]} in [{table}]" in problem
+    assert "missing" in problem
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong", "right"),
+    [("images", "resolutoin", "resolution"), ("weights", "fidelty", "fidelity"), ("prompts", "elswhere", "elsewhere")],
+)
+def test_hints_at_the_nearest_scoring_key(table: str, wrong: str, right: str, scoring: ScoringFile) -> None:
+    problem = the_refusal(search.read_scoring_settings, scoring(lambda content: content[table].update({wrong: 1})))
+    assert f"did you mean '{right}'?" in problem
+
+
+def test_hints_at_the_nearest_scoring_table(scoring: ScoringFile) -> None:
+    problem = the_refusal(search.read_scoring_settings, scoring(lambda content: content.update(wieghts={"a": 1})))
+    assert "did you mean 'weights'?" in problem
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("images", "resolution", 512.0),
+        ("images", "resolution", 8),
+        ("images", "resolution", 500),  # the VAE works on blocks of 8 pixels
+        ("images", "steps", 0),
+        ("images", "steps", "25"),
+        ("images", "steps", True),
+        ("images", "guidance_scale", -1.0),
+        ("images", "guidance_scale", float("nan")),
+        ("images", "guidance_scale", float("inf")),
+        ("images", "negative_prompt", 3),
+        ("images", "batch_size", 0),
+        ("screen", "seeds", 1),
+        ("confirm", "prompts", 0),
+        ("weights", "text", -0.1),
+        ("weights", "text", "0.3"),
+        ("encoders", "clip", 1),
+        ("usable", "flat_std", "5"),
+        ("prompts", "style", ["{subject}"]),
+        ("prompts", "style", "{subject}, oil"),
+        ("prompts", "style", ["{subject}, oil", "  "]),
+    ],
+)
+def test_refuses_wrong_scoring_values(table: str, key: str, value: Any, scoring: ScoringFile) -> None:
+    path = scoring(lambda content: content[table].update({key: value}))
+    assert f"{key} in [{table}] of {path}" in the_refusal(search.read_scoring_settings, path)
+
+
+def test_takes_whole_numbers_where_fractions_may_stand(scoring: ScoringFile) -> None:
+    path = scoring(lambda content: content["images"].update(guidance_scale=7))
+    assert search.read_scoring_settings(path).guidance_scale == 7
+
+
+def test_takes_a_weight_of_nothing_but_not_all_of_them(scoring: ScoringFile) -> None:
+    path = scoring(lambda content: content["weights"].update(text=0.0))
+    assert search.read_scoring_settings(path).weights["text"] == 0
+    path = scoring(lambda content: content["weights"].update(dict.fromkeys(content["weights"], 0.0)))
+    assert "weights" in the_refusal(search.read_scoring_settings, path)
+
+
+@pytest.mark.parametrize("key", ["elsewhere", "style"])
+@pytest.mark.parametrize("template", ["{subjct} in snow", "{subject in snow", "{} in snow", "{subject.x}", "in snow"])
+def test_refuses_a_prompt_that_cannot_name_the_subject(key: str, template: str, scoring: ScoringFile) -> None:
+    """Found here, it costs nothing; found by scoring, it costs a training."""
+    problem = the_refusal(
+        search.read_scoring_settings, scoring(lambda content: content["prompts"][key].append(template))
+    )
+    assert repr(template) in problem
+    assert key in problem
+
+
+def test_reports_all_that_is_wrong_with_the_scoring_settings(scoring: ScoringFile) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["images"].update(steps=0, extra=1)
+        content["weights"].pop("text")
+        content["wrong"] = {}
+        content.pop("usable")
+
+    assert len(refusal(search.read_scoring_settings, scoring(change))) == 5
+
+
+# ------------------------------------------------------------------------------------------------------
+# The data set
+# ------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, options: Mapping[str, Any] = OPTIONS) -> search.DataSet:
+    return search.read_data_set(path, options)
+
+
+def test_the_example_is_refused_only_for_the_folder_that_the_user_must_fill_in(repository: Path) -> None:
+    problem = the_refusal(read, repository / "configs" / "luca_human_dataset.toml")
+    assert "/path/to/luca_human/images" in problem
+
+
+def test_the_example_reads_once_its_folder_is_filled_in(repository: Path, tmp_path: Path, pictures: Pictures) -> None:
+    text = (repository / "configs" / "luca_human_dataset.toml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("/path/to/luca_human/images", str(pictures(sizes=[(512, 512)] * 9))), encoding="utf-8")
+    found = read(path)
+    assert len(found.images) == 9
+    assert found.batches_per_epoch == 2  # nine pictures of one size at batch 8
+
+
+def test_reads_pictures_captions_and_repeats(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures(sizes=[(64, 48), (32, 32)], caption="luca, smiling\nnot this line")
+    found = read(data_set_file(subsets=[{"image_dir": str(folder), "num_repeats": 3}]))
+    assert found.images == (
+        search.TrainingImage(folder / "00.png", "luca, smiling", 3, (64, 48), False),
+        search.TrainingImage(folder / "01.png", "luca, smiling", 3, (32, 32), False),
+    )
+    assert found.batches_per_epoch == 6
+
+
+def test_updates_are_counted_as_the_trainer_counts_them(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    """410 pictures at batch 8 and accumulation 4: 13 updates an epoch, 156 in 12 epochs."""
+    folder = pictures(sizes=[(8, 8)] * 41)
+    found = read(data_set_file(dataset={"batch_size": 8}, subsets=[{"image_dir": str(folder), "num_repeats": 10}]))
+    assert found.batches_per_epoch == 52
+    assert found.updates({"gradient_accumulation_steps": 4, "max_train_epochs": 12}) == 156
+    assert found.updates({"gradient_accumulation_steps": 1, "max_train_epochs": 20}) == 1040
+
+
+def test_a_part_filled_accumulation_is_an_update(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    found = read(data_set_file(subsets=[{"image_dir": str(pictures(sizes=[(8, 8)] * 5))}]))
+    assert found.updates({"gradient_accumulation_steps": 2, "max_train_epochs": 12}) == 36
+
+
+# --- names of keys
+
+
+def test_knows_exactly_the_keys_of_kohya() -> None:
+    assert sorted(search._SUBSET_KEYS) == KOHYA["keys"]["subset"]
+    assert sorted(search._DATASET_KEYS) == KOHYA["keys"]["dataset"]
+    assert sorted(search._GENERAL_KEYS) == KOHYA["keys"]["general"]
+
+
+TABLE_OF = ("top", "general", "dataset", "subset")
+
+
+@pytest.fixture
+def with_key(data_set_file: DataSetFile, pictures: Pictures) -> Callable[[str, str, Any], Path]:
+    """A good data set with one more key in the table that is asked for."""
+
+    def write(table: str, key: str, value: Any) -> Path:
+        parts: dict[str, dict[str, Any]] = {name: {} for name in TABLE_OF}
+        parts[table][key] = value
+        path = data_set_file(
+            general=parts["general"],
+            dataset=parts["dataset"],
+            subsets=[{"image_dir": str(pictures()), **parts["subset"]}],
+        )
+        text = path.read_text(encoding="utf-8")
+        path.write_text(toml.dumps(parts["top"]) + text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("table", TABLE_OF)
+def test_refuses_an_unknown_key_in_every_table(table: str, with_key: Callable[[str, str, Any], Path]) -> None:
+    path = with_key(table, "no_such_key", 1)
+    problem = the_refusal(read, path)
+    assert "'no_such_key'" in problem
+    assert str(path) in problem
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong", "right"),
+    [
+        ("general", "caption_extention", "caption_extension"),
+        ("dataset", "batchsize", "batch_size"),
+        ("dataset", "enable_buckets", "enable_bucket"),
+        ("subset", "num_repeat", "num_repeats"),
+        ("top", "dataset", "datasets"),
+    ],
+)
+def test_hints_at_the_nearest_key(
+    table: str, wrong: str, right: str, with_key: Callable[[str, str, Any], Path]
+) -> None:
+    assert f"did you mean '{right}'?" in the_refusal(read, with_key(table, wrong, 1))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("general", "image_dir", "x"),
+        ("dataset", "image_dir", "x"),
+        ("subset", "resolution", 512),
+        ("general", "is_reg", True),
+    ],
+)
+def test_refuses_a_key_in_a_table_where_kohya_does_not_take_it(
+    table: str, key: str, value: Any, with_key: Callable[[str, str, Any], Path]
+) -> None:
+    assert f"'{key}'" in the_refusal(read, with_key(table, key, value))
+
+
+@pytest.mark.parametrize("table", TABLE_OF)
+def test_refuses_a_data_set_of_the_fine_tuning_kind(table: str, with_key: Callable[[str, str, Any], Path]) -> None:
+    assert "metadata_file" in the_refusal(read, with_key(table, "metadata_file", "x.json"))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("dataset", "bucket_reso_steps", "64"),
+        ("dataset", "enable_bucket", "yes"),
+        ("dataset", "batch_size", "2"),
+        ("dataset", "network_multiplier", 1),
+        ("general", "caption_extension", 5),
+        ("general", "class_tokens", ["luca"]),
+        ("subset", "flip_aug", 1),
+        ("subset", "is_reg", "no"),
+        ("subset", "keep_tokens", 1.0),
+        ("subset", "image_dir", 3),
+    ],
+)
+def test_refuses_a_value_of_a_type_that_stops_kohya(
+    table: str, key: str, value: Any, with_key: Callable[[str, str, Any], Path]
+) -> None:
+    path = with_key(table, key, value)
+    assert any(key in problem and str(path) in problem for problem in refusal(read, path))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("subset", "caption_dropout_rate", 0),
+        ("subset", "token_warmup_step", 0.5),
+        ("dataset", "network_multiplier", 1.0),
+    ],
+)
+def test_takes_the_types_that_kohya_takes(
+    table: str, key: str, value: Any, with_key: Callable[[str, str, Any], Path]
+) -> None:
+    assert len(read(with_key(table, key, value)).images) == 4
+
+
+# --- structure
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[general]\n",
+        "[[datasets]]\nresolution = 64\n",
+        "datasets = 3\n",
+        "[datasets]\nresolution = 64\n",
+        "general = 1\n[[datasets]]\nresolution = 64\n",
+        "[[datasets]]\nresolution = 64\nsubsets = 1\n",
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nnum_repeats = 1\n",
+    ],
+)
+def test_refuses_a_data_set_that_lacks_a_part(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "part.toml"
+    path.write_text(text, encoding="utf-8")
+    assert any(str(path) in problem for problem in refusal(read, path))
+
+
+@pytest.mark.parametrize("resolution", [0, -1, 64.0, "64", [64], [64, 64, 64], [64, 0]])
+def test_refuses_a_resolution_that_is_none(resolution: Any, data_set_file: DataSetFile) -> None:
+    assert any("resolution" in problem for problem in refusal(read, data_set_file(dataset={"resolution": resolution})))
+
+
+def test_refuses_a_missing_resolution(data_set_file: DataSetFile) -> None:
+    path = data_set_file()
+    path.write_text(path.read_text(encoding="utf-8").replace("resolution = 64", ""), encoding="utf-8")
+    assert "resolution" in the_refusal(read, path)
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5])
+def test_refuses_repeats_that_make_kohya_skip_the_folder(
+    repeats: Any, data_set_file: DataSetFile, pictures: Pictures
+) -> None:
+    path = data_set_file(subsets=[{"image_dir": str(pictures()), "num_repeats": repeats}])
+    assert any("num_repeats" in problem for problem in refusal(read, path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_bucket_reso": 32}, {"min_bucket_reso": 128}, {"min_bucket_reso": 32, "bucket_reso_steps": 0}],
+    ids=["above the largest bucket", "below the smallest bucket", "no steps"],
+)
+def test_refuses_bucket_settings_that_stop_kohya(settings: Mapping[str, int], data_set_file: DataSetFile) -> None:
+    small = {"min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 32, **settings}
+    assert "bucket_reso" in the_refusal(read, data_set_file(dataset={"enable_bucket": True, **small}))
+
+
+def test_refuses_a_picture_smaller_than_a_bucket_step_without_upscaling(
+    data_set_file: DataSetFile, pictures: Pictures
+) -> None:
+    folder = pictures(sizes=[(512, 512), (300, 63)])  # kohya divides by the bucket's height of 0
+    dataset = {"resolution": 512, "enable_bucket": True, "bucket_no_upscale": True}
+    problem = the_refusal(read, data_set_file(dataset=dataset, subsets=[{"image_dir": str(folder)}]))
+    assert "01.png" in problem
+
+
+def test_refuses_a_validation_split(data_set_file: DataSetFile) -> None:
+    """kohya would train on fewer pictures than are counted and scored here."""
+    assert "validation_split" in the_refusal(read, data_set_file(dataset={"validation_split": 0.25}))
+
+
+# --- folders and pictures
+
+
+def test_refuses_a_folder_that_does_not_exist(data_set_file: DataSetFile, tmp_path: Path) -> None:
+    assert "no/such" in the_refusal(read, data_set_file(subsets=[{"image_dir": str(tmp_path / "no/such")}]))
+
+
+def test_refuses_an_empty_folder(data_set_file: DataSetFile, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    problem = the_refusal(read, data_set_file(subsets=[{"image_dir": str(tmp_path / "empty")}]))
+    assert "no images" in problem
+
+
+def test_refuses_a_folder_given_twice(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    """kohya takes the first and ignores the second, whatever its repeats."""
+    subset = {"image_dir": str(pictures())}
+    assert "twice" in the_refusal(read, data_set_file(subsets=[subset, {**subset, "num_repeats": 5}]))
+
+
+def test_refuses_a_picture_that_is_none(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures()
+    (folder / "01.png").write_bytes(b"not a picture")
+    assert str(folder / "01.png") in the_refusal(read, data_set_file(subsets=[{"image_dir": str(folder)}]))
+
+
+def test_passes_over_the_files_that_kohya_passes_over(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures()
+    (folder / "._00.png").write_bytes(b"what macOS leaves behind")
+    (folder / "00_0064x0064_sd.npz").write_bytes(b"a latents cache")
+    (folder / "picture.gif").write_bytes(b"")
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "00.png", folder / "sub" / "deeper.png")
+    assert [image.path.name for image in read(data_set_file(subsets=[{"image_dir": str(folder)}])).images] == [
+        "00.png",
+        "01.png",
+        "02.png",
+        "03.png",
+    ]
+
+
+@pytest.mark.parametrize("suffix", "png jpg jpeg webp bmp PNG JPG JPEG WEBP BMP".split())
+def test_takes_every_kind_of_picture_that_kohya_takes(
+    suffix: str, data_set_file: DataSetFile, pictures: Pictures
+) -> None:
+    folder = pictures(sizes=[(64, 64)])
+    (folder / "00.png").rename(folder / f"00.{suffix}")
+    assert len(read(data_set_file(subsets=[{"image_dir": str(folder)}])).images) == 1
+
+
+def test_looks_for_a_relative_folder_beside_the_file(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures("beside")
+    found = read(data_set_file(subsets=[{"image_dir": "beside"}]))
+    assert found.images[0].path.parent == folder
+    assert found.config["datasets"][0]["subsets"][0]["image_dir"] == str(folder)
+
+
+def test_looks_for_a_relative_folder_in_the_current_folder_first(
+    data_set_file: DataSetFile, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures("mine")
+    here = pictures("elsewhere/mine")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read(data_set_file(subsets=[{"image_dir": "mine"}])).images[0].path.parent == here
+
+
+def test_a_link_to_a_folder_of_links_is_followed(
+    data_set_file: DataSetFile, pictures: Pictures, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(pictures())
+    assert len(read(data_set_file(subsets=[{"image_dir": str(tmp_path / "link")}])).images) == 4
+
+
+# --- captions
+
+
+def test_refuses_pictures_without_caption_and_says_how_many(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures()
+    (folder / "02.txt").unlink()
+    problem = the_refusal(read, data_set_file(subsets=[{"image_dir": str(folder)}]))
+    assert "1 of 4" in problem
+    assert "02.png" in problem
+
+
+def test_captions_are_looked_for_by_their_extension(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures(extension=".cap")
+    assert "4 of 4" in the_refusal(read, data_set_file(subsets=[{"image_dir": str(folder)}]))
+    found = read(data_set_file(subsets=[{"image_dir": str(folder), "caption_extension": ".cap"}]))
+    assert found.images[0].caption == "luca, a boy, smiling"
+
+
+def test_an_extension_may_be_given_without_its_dot(data_set_file: DataSetFile) -> None:
+    assert read(data_set_file(general={"caption_extension": "txt"})).images[0].caption == "luca, a boy, smiling"
+
+
+def test_kohyas_own_extension_is_caption(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    path = data_set_file(subsets=[{"image_dir": str(pictures(extension=".caption"))}])
+    path.write_text(path.read_text(encoding="utf-8").replace('caption_extension = ".txt"', ""), encoding="utf-8")
+    assert read(path).images[0].caption == "luca, a boy, smiling"
+
+
+def test_the_training_options_may_name_the_extension(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    path = data_set_file(subsets=[{"image_dir": str(pictures(extension=".cap"))}])
+    path.write_text(path.read_text(encoding="utf-8").replace('caption_extension = ".txt"', ""), encoding="utf-8")
+    assert read(path, {"caption_extension": ".cap"}).images[0].caption == "luca, a boy, smiling"
+
+
+@pytest.mark.parametrize("table", ["general", "dataset", "subset"])
+def test_class_tokens_stand_in_for_captions(table: str, data_set_file: DataSetFile, pictures: Pictures) -> None:
+    parts: dict[str, dict[str, Any]] = {"general": {}, "dataset": {}, "subset": {}}
+    parts[table]["class_tokens"] = "luca boy"
+    subsets = [{"image_dir": str(pictures(caption=None)), **parts["subset"]}]
+    found = read(data_set_file(general=parts["general"], dataset=parts["dataset"], subsets=subsets))
+    assert {image.caption for image in found.images} == {"luca boy"}
+    assert found.class_tokens == "luca boy"
+
+
+def test_the_nearest_class_tokens_win(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    subsets = [{"image_dir": str(pictures(caption=None)), "class_tokens": "luca"}]
+    found = read(data_set_file(general={"class_tokens": "somebody"}, subsets=subsets))
+    assert {image.caption for image in found.images} == {"luca"}
+    assert found.class_tokens == "luca"
+
+
+def test_two_class_tokens_are_no_name(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    subsets = [{"image_dir": str(pictures(name)), "class_tokens": name} for name in ("luca", "alberto")]
+    assert read(data_set_file(subsets=subsets)).class_tokens is None
+
+
+def test_refuses_captions_that_stop_kohya(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures()
+    (folder / "00.txt").write_bytes(b"")
+    (folder / "01.txt").write_bytes("luca, caf\xe9".encode("latin-1"))
+    problems = refusal(read, data_set_file(subsets=[{"image_dir": str(folder)}]))
+    assert [re.search(r"\d\d\.txt is (\w+ ?\w*)", problem)[0] for problem in problems] == [
+        "00.txt is empty",
+        "01.txt is not UTF",
+    ]
+
+
+# --- all at once
+
+
+def test_reports_all_that_is_wrong_with_the_data_set(
+    data_set_file: DataSetFile, pictures: Pictures, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    path = data_set_file(
+        general={"shufle_caption": True},
+        dataset={"resolution": 0, "batchsize": 4},
+        subsets=[
+            {"image_dir": str(tmp_path / "nowhere")},
+            {"image_dir": str(tmp_path / "empty"), "num_repeat": 2},
+            {"image_dir": str(pictures(caption=None))},
+        ],
+    )
+    problems = "\n".join(refusal(read, path))
+    for word in ("shufle_caption", "resolution", "batchsize", "nowhere", "no images", "num_repeat'", "4 of 4"):
+        assert word in problems, word
+
+
+# --- regularisation images
+
+
+def test_regularisation_images_are_not_the_subjects(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    subsets = [{"image_dir": str(pictures("own"))}, {"image_dir": str(pictures("reg", caption=None)), "is_reg": True}]
+    found = read(data_set_file(subsets=subsets))
+    assert [image.path.parent.name for image in found.subject_images] == ["own"] * 4
+    assert found.batches_per_epoch == 8
+
+
+def test_refuses_a_data_set_of_regularisation_images_alone(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    assert "regularisation" in the_refusal(
+        read, data_set_file(subsets=[{"image_dir": str(pictures()), "is_reg": True}])
+    )
+
+
+# --- counting, beside the trainer's own numbers
+
+
+@pytest.mark.parametrize("no_upscale", [False, True])
+def test_puts_pictures_into_the_buckets_that_kohya_puts_them_into(no_upscale: bool) -> None:
+    rows = [row for row in KOHYA["buckets"] if bool(row[7]) == no_upscale]
+    assert len(rows) > 50
+    assert [row for row in rows if list(bucket_of(row)) != row[8:]] == []
+
+
+def bucket_of(row: Sequence[int]) -> tuple[int, int]:
+    width, height, reso_width, reso_height, smallest, largest, step, no_upscale = row[:8]
+    dataset = {
+        "enable_bucket": True,
+        "min_bucket_reso": smallest,
+        "max_bucket_reso": largest,
+        "bucket_reso_steps": step,
+        "bucket_no_upscale": bool(no_upscale),
+    }
+    return search._bucket((width, height), (reso_width, reso_height), dataset)
+
+
+@pytest.mark.parametrize("case", range(len(KOHYA["data_sets"])))
+def test_counts_the_batches_that_kohya_counts(case: int, pictures: Pictures, tmp_path: Path) -> None:
+    known = json.loads(json.dumps(KOHYA["data_sets"][case]))
+    subsets = [subset for dataset in known["config"]["datasets"] for subset in dataset["subsets"]]
+    for number, (subset, sizes) in enumerate(zip(subsets, known["sizes"], strict=True)):
+        subset["image_dir"] = str(pictures(f"folder{number}", sizes))
+    path = tmp_path / "case.toml"
+    path.write_text(toml.dumps(known["config"]), encoding="utf-8")
+    assert read(path, known["options"]).batches_per_epoch == known["batches"]
+
+
+@pytest.mark.parametrize(("given", "batches"), [("512", 3), ("512,768", 3)])
+def test_the_training_options_may_name_resolution_and_batch(
+    given: str, batches: int, data_set_file: DataSetFile, pictures: Pictures
+) -> None:
+    """On kohya's command line, and so in its config file, a resolution is a text."""
+    path = data_set_file(subsets=[{"image_dir": str(pictures(sizes=[(32, 32)] * 5))}])
+    path.write_text(path.read_text(encoding="utf-8").replace("resolution = 64", ""), encoding="utf-8")
+    assert read(path, {"resolution": given, "train_batch_size": 2}).batches_per_epoch == batches
+
+
+def test_the_data_set_beats_the_training_options(data_set_file: DataSetFile) -> None:
+    path = data_set_file(dataset={"batch_size": 4})
+    assert read(path, {"train_batch_size": 1, "resolution": "512"}).batches_per_epoch == 1
+
+
+# ------------------------------------------------------------------------------------------------------
+# The base model
+# ------------------------------------------------------------------------------------------------------
+
+CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+Shapes = Mapping[str, Sequence[int]]
+SD1: Shapes = {FIRST: (2, 4, 3, 3), CROSS_ATTENTION: (4, 768)}
+
+
+def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Path:
+    """A whole fp16 file with zeros; big tensors would only make the test slow."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        size = 2
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return path
+
+
+def test_knows_stable_diffusion_1(tmp_path: Path) -> None:
+    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", SD1, {"format": "pt"}))
+    assert model.family == "SD1.x"
+    assert model.path == tmp_path / "sd.safetensors"
+
+
+SDXL_MARK = "resblocks.9.mlp.c_proj.bias"
+OTHER_MODELS: dict[str, tuple[str, Shapes]] = {
+    "SD2": ("SD2", {FIRST: (2, 4, 3, 3), CROSS_ATTENTION: (4, 1024)}),
+    "SDXL": ("SDXL", {**SD1, f"conditioner.embedders.1.model.transformer.{SDXL_MARK}": (4,)}),
+    "SDXL refiner": ("refiner", {f"conditioner.embedders.0.model.transformer.{SDXL_MARK}": (4,)}),
+    "SD3": ("SD3", {"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (4,)}),
+    "FLUX": ("FLUX", {"double_blocks.0.img_attn.norm.key_norm.scale": (4,)}),
+    "FLUX in a checkpoint": ("FLUX", {"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (4,)}),
+    "inpainting": ("inpainting", {**SD1, FIRST: (2, 9, 3, 3)}),
+    "LoRA": ("LoRA", {"lora_unet_down_blocks_0.lora_down.weight": (4, 8), "lora_te_text.alpha": ()}),
+    "something else": ("unknown", {"model.embed_tokens.weight": (4, 8)}),
+    "empty": ("unknown", {}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_refuses_other_families_by_name(kind: str, tmp_path: Path) -> None:
+    name, shapes = OTHER_MODELS[kind]
+    problem = the_refusal(search.inspect_base_model, write_safetensors(tmp_path / "model.safetensors", shapes))
+    assert name in problem
+    assert "model.safetensors" in problem
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin", "pth", "CKPT"])
+def test_refuses_pickles_unopened(suffix: str, tmp_path: Path) -> None:
+    good = write_safetensors(tmp_path / "good.safetensors", SD1)
+    path = good.rename(tmp_path / f"model.{suffix}")
+    assert "pickle" in the_refusal(search.inspect_base_model, path)
+
+
+def test_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in the_refusal(search.inspect_base_model, tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, -2, -1])
+def test_refuses_a_torn_file(keep: int, tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "sd.safetensors", SD1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep] if keep >= 0 else whole[: len(whole) + keep])
+    assert str(path) in the_refusal(search.inspect_base_model, path)
+
+
+def test_refuses_a_file_that_is_longer_than_its_header_says(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "sd.safetensors", SD1)
+    path.write_bytes(path.read_bytes() + b"x")
+    assert "torn" in the_refusal(search.inspect_base_model, path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "3",
+        '"text"',
+        "{",
+        '{"a": 1}',
+        '{"a": {}}',
+        '{"a": {"data_offsets": [0]}}',
+        '{"a": {"data_offsets": [0, "x"], "shape": [1]}}',
+        f'{{"{CROSS_ATTENTION}": {{"data_offsets": [0, 0]}}}}',
+        f'{{"{CROSS_ATTENTION}": {{"data_offsets": [0, 0], "shape": []}}}}',
+        f'{{"{CROSS_ATTENTION}": {{"data_offsets": [0, 0], "shape": "768"}}}}',
+        f'{{"{FIRST}": {{"data_offsets": [0, 0], "shape": [4]}}}}',
+    ],
+)
+def test_refuses_headers_that_make_no_sense(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert "odd.safetensors" in the_refusal(search.inspect_base_model, path)
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "sd.safetensors", SD1)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(min(len(damaged), 260))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert search.inspect_base_model(path).family == "SD1.x"
+        except search.RefusedInput as error:
+            assert len(error.problems) == 1
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_name(tmp_path: Path) -> None:
+    first = search.inspect_base_model(write_safetensors(tmp_path / "a.safetensors", SD1))
+    same = search.inspect_base_model(write_safetensors(tmp_path / "b.safetensors", SD1))
+    path = write_safetensors(tmp_path / "c.safetensors", SD1)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert first.fingerprint == same.fingerprint
+    assert search.inspect_base_model(path).fingerprint != first.fingerprint
+
+
+def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
+    """Two factors of rank 1 in fp16 for each linear layer and 1x1 convolution; none for norms and 3x3s."""
+    block = "model.diffusion_model.input_blocks.1.1"
+    text = "cond_stage_model.transformer.text_model.encoder.layers.0"
+    adapted: Shapes = {
+        CROSS_ATTENTION: (4, 768),
+        f"{block}.transformer_blocks.0.attn1.to_q.weight": (10, 20),
+        f"{block}.transformer_blocks.0.ff.net.0.proj.weight": (30, 40),
+        f"{block}.proj_in.weight": (5, 6, 1, 1),
+        f"{block}.proj_out.weight": (7, 8, 1, 1),
+        "model.diffusion_model.middle_block.1.proj_in.weight": (9, 10, 1, 1),
+        f"{text}.self_attn.q_proj.weight": (11, 12),
+        f"{text}.mlp.fc1.weight": (13, 14),
+    }
+    left_alone: Shapes = {
+        FIRST: (2, 4, 3, 3),
+        f"{block}.transformer_blocks.0.norm1.weight": (50,),
+        f"{block}.transformer_blocks.0.attn1.to_out.0.bias": (50,),
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (60, 60, 3, 3),
+        "model.diffusion_model.time_embed.0.weight": (70, 70),
+        f"{text.rsplit('.', 2)[0]}.final_layer_norm.weight": (50,),
+    }
+    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", {**adapted, **left_alone}))
+    assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
+
+
+def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width: int = 768) -> Path:
+    """A diffusers folder, as small as the program's checks allow."""
+    unet = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 8)}
+    write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)
+    text = {"text_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4)}
+    write_safetensors(folder / "text_encoder" / "model.safetensors", text)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (folder / "unet" / "config.json").write_text(json.dumps({"cross_attention_dim": width, "in_channels": 4}))
+    return folder
+
+
+def test_knows_a_diffusers_folder(tmp_path: Path) -> None:
+    model = search.inspect_base_model(write_folder(tmp_path / "sd"))
+    assert model.family == "SD1.x"
+    assert model.lora_bytes_per_dim == 2 * (4 + 8) + 2 * (4 + 4)
+
+
+def test_a_safety_checker_gets_no_lora(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    expected = search.inspect_base_model(folder).lora_bytes_per_dim
+    vision = {"vision_model.vision_model.encoder.layers.0.self_attn.q_proj.weight": (16, 16)}
+    write_safetensors(folder / "safety_checker" / "model.safetensors", vision)
+    assert search.inspect_base_model(folder).lora_bytes_per_dim == expected
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "width", "name"),
+    [
+        ("StableDiffusionXLPipeline", 2048, "StableDiffusionXLPipeline"),
+        ("StableDiffusionInpaintPipeline", 768, "StableDiffusionInpaintPipeline"),
+        ("FluxPipeline", 768, "FluxPipeline"),
+        ("StableDiffusionPipeline", 1024, "SD2"),
+    ],
+)
+def test_refuses_folders_of_other_families(pipeline: str, width: int, name: str, tmp_path: Path) -> None:
+    assert name in the_refusal(search.inspect_base_model, write_folder(tmp_path / "other", pipeline, width))
+
+
+def test_refuses_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    (folder / "model_index.json").unlink()
+    assert "model_index.json" in the_refusal(search.inspect_base_model, folder)
+
+
+def test_refuses_a_folder_with_pickled_weights_only(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    for weights in folder.glob("*/*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    assert "safetensors" in the_refusal(search.inspect_base_model, folder)
+
+
+def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert str(weights) in the_refusal(search.inspect_base_model, folder)

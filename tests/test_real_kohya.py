@@ -1,0 +1,119 @@
+"""The whole program with the real sd-scripts on the CPU; skipped unless SD_SCRIPTS_DIR names it.
+
+    SD_SCRIPTS_DIR=~/sd-scripts SD_SCRIPTS_PYTHON=~/kohya/bin/python python -m pytest tests/test_real_kohya.py
+
+SD_SCRIPTS_PYTHON (default: this Python) must import what kohya needs; without torchvision a stand-in on its path
+will do. Makes a full-size SD 1.5 single file of random weights (2 GB, by kohya's own converter), and trains one
+trial of 12 epochs of one step on four 64-pixel pictures: minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import toml
+from conftest import REPOSITORY, DataSetFile, Pictures
+
+import optuna_hyperparameter_search as search
+
+SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR")
+PYTHON = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
+pytestmark = pytest.mark.skipif(not SD_SCRIPTS, reason="SD_SCRIPTS_DIR does not name kohya-ss/sd-scripts")
+
+# Run by kohya's Python in kohya's folder: argv[1] is the file to make, argv[2] the folder for the configs.
+MAKE_SD15 = """
+import sys, torch
+sys.path.insert(0, ".")
+from pathlib import Path
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from library import model_util
+from transformers import CLIPTextConfig, CLIPTextModel
+torch.manual_seed(0)
+unet = UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
+vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                    block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                    num_attention_heads=12, projection_dim=768))
+file, configs = sys.argv[1:]
+for name, model in (("unet", unet), ("vae", vae)):
+    model.save_config(configs + "/" + name)
+text.config.architectures = ["CLIPTextModel"]
+text.config.save_pretrained(configs + "/text_encoder")
+DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+              steps_offset=1).save_pretrained(configs + "/scheduler")
+model_util.save_stable_diffusion_checkpoint(False, file, text, unet, None, 0, 0, None, torch.float16, vae)
+"""
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def make_sd15(folder: Path) -> tuple[Path, Path]:
+    """A single file and the folder of its configs."""
+    file, configs = folder / "sd15.safetensors", folder / "configs"
+    tiny_models.write_tokenizer(configs / "tokenizer")
+    (configs / "model_index.json").write_text(json.dumps(MODEL_INDEX))
+    subprocess.run([PYTHON, "-c", MAKE_SD15, str(file), str(configs)], cwd=SD_SCRIPTS, check=True)
+    return file, configs
+
+
+def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_set_file: DataSetFile) -> None:
+    base_model, configs = make_sd15(tmp_path)
+    tokenizers = tmp_path / "tokenizers" / "openai_clip-vit-large-patch14"
+    tiny_models.write_tokenizer(tokenizers)
+    tiny_models.make_tiny_dinov2(tmp_path / "dinov2")
+    tiny_models.make_tiny_clip(tmp_path / "clip")
+    training = toml.loads((REPOSITORY / "configs" / "training.toml").read_text())
+    training |= {"mixed_precision": "no", "save_every_n_epochs": 6, "max_data_loader_n_workers": 0}
+    training |= {"persistent_data_loader_workers": False, "tokenizer_cache_dir": str(tokenizers.parent)}
+    (tmp_path / "training.toml").write_text(toml.dumps(training))
+    scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text())
+    scoring["images"] |= {"resolution": 64, "steps": 2}
+    scoring["screen"] = scoring["confirm"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
+    scoring["encoders"] = {
+        "dinov2": str(tmp_path / "dinov2"), "clip": str(tmp_path / "clip"), "pipeline_config": str(configs),
+    }  # fmt: skip
+    (tmp_path / "scoring.toml").write_text(toml.dumps(scoring))
+    (tmp_path / "first.toml").write_text("max_train_epochs = 12\nnetwork_dim = 64\ngradient_accumulation_steps = 1")
+    sizes = [(64, 64)] * 4
+    data_set = data_set_file(dataset={"batch_size": 4}, subsets=[{"image_dir": str(pictures(sizes=sizes))}])
+    out = tmp_path / "out"
+    command = [
+        sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), f"--dataset-config={data_set}",
+        f"--base-model={base_model}", f"--sd-scripts={SD_SCRIPTS}", f"--trainer-python={PYTHON}",
+        f"--training-config={tmp_path / 'training.toml'}", f"--scoring-config={tmp_path / 'scoring.toml'}",
+        f"--enqueue={tmp_path / 'first.toml'}", f"--output-dir={out}", "--n-trials=1", "--device=cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    study = search.load_study(search.default_storage(out), "lora_v2.1")
+    assert study is not None
+    (trial,) = study.get_trials()
+    assert trial.user_attrs["ended"] == "scored"
+    metrics = search.read_json(out / "trial_0000" / "metrics.json")
+    assert [result["epoch"] for result in metrics["screen"]] == [6, 12]
+    assert "epoch 12/12  step 12/12  100%" in done.stdout
+    header = search.read_safetensors_header(out / "results" / "best_lora.safetensors")
+    metadata = header["__metadata__"]
+    assert metadata["ss_network_dim"] == "64" and metadata["ss_num_epochs"] == "12"
+    weights = [entry["data_offsets"] for name, entry in header.items() if name.endswith(".weight")]
+    saved = sum(end - start for start, end in weights)
+    assert 64 * search.inspect_base_model(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "Trial 1" not in again.stdout

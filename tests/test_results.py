@@ -1,0 +1,187 @@
+"""Section 11 and the whole program, on what the demo left: killed in its second trial, started again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import toml
+from conftest import REPOSITORY, Demo
+from optuna.trial import TrialState
+from test_study import SAFE, TERMS, failing, good_training, open_study, run, settings_for
+
+import optuna_hyperparameter_search as search
+
+SCRIPT = REPOSITORY / "optuna_hyperparameter_search.py"
+
+
+def study_of(demo: Demo) -> optuna.Study:
+    study = search.load_study(search.default_storage(demo.output_dir), "demo")
+    assert study is not None
+    return study
+
+
+# --- the whole program -------------------------------------------------------------------------------
+
+
+def test_a_search_killed_in_a_training_resumes_to_exactly_n_trained_trials(demo: Demo) -> None:
+    assert demo.status == 0, demo.resumed
+    trials = study_of(demo).get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert trials[1].user_attrs["ended"] == "interrupted" and trials[1].params == trials[2].params
+    assert trials[2].user_attrs["retry_of"] == 1
+    assert "Trial 1 was interrupted; its parameters are tried again." in demo.resumed
+
+
+def test_no_folder_is_used_twice(demo: Demo) -> None:
+    folders = sorted(folder.name for folder in demo.output_dir.glob("trial_*"))
+    assert folders == ["trial_0000", "trial_0001", "trial_0002"]
+    assert not (demo.output_dir / "trial_0001" / "lora.safetensors").exists()
+    assert not (demo.output_dir / "trial_0001" / "metrics.json").exists()
+
+
+def test_every_checkpoint_is_scored_and_the_best_epoch_kept(demo: Demo) -> None:
+    for number in (0, 2):
+        folder, trial = demo.output_dir / f"trial_{number:04d}", study_of(demo).get_trials()[number]
+        metrics = search.read_json(folder / "metrics.json")
+        saved = [epoch for epoch, _ in search.find_checkpoints(folder)]
+        assert [result["epoch"] for result in metrics["screen"]] == saved and len(saved) >= 3
+        assert trial.value == metrics["score"] and trial.user_attrs["best_epoch"] == metrics["best_epoch"]
+        assert set(trial.user_attrs["terms"]) == set(search.TERMS)
+        assert len(list((folder / "scores" / "confirm").glob("*.png"))) > 0
+
+
+def test_the_anchors_are_made_once(demo: Demo) -> None:
+    assert "Making the reference" in demo.killed and "Making the reference" not in demo.resumed
+    anchors = search.read_json(demo.output_dir / "reference" / "anchors.json")
+    assert study_of(demo).user_attrs["anchors"] == anchors
+
+
+def test_the_configs_optional_keys_repeat_the_training(demo: Demo) -> None:
+    config = search.read_toml(demo.output_dir / "trial_0000" / "config.toml", "config")
+    params = search.read_json(demo.output_dir / "trial_0000" / "params.json")
+    assert config["output_dir"] == str(demo.output_dir / "trial_0000")
+    assert {config[name] == params[name] for name in params if name != "network_alpha_ratio"} == {True}
+
+
+def test_the_disk_is_reckoned_from_the_size_of_the_loras(demo: Demo) -> None:
+    """The layers that are counted in the base model are those that the trainer adapted."""
+    base_model = search.inspect_base_model(demo.output_dir / "inputs" / "base_model")
+    header = search.read_safetensors_header(demo.output_dir / "trial_0000" / "lora.safetensors")
+    weights = [entry for name, entry in header.items() if name.endswith(".weight")]
+    assert {entry["dtype"] for entry in weights} == {"F16"}
+    dim = search.read_json(demo.output_dir / "trial_0000" / "params.json")["network_dim"]
+    saved = sum(end - start for start, end in (entry["data_offsets"] for entry in weights))
+    assert dim * base_model.lora_bytes_per_dim == pytest.approx(saved, rel=0.05)
+
+
+# --- results/ ----------------------------------------------------------------------------------------
+
+
+def test_the_best_lora_is_the_chosen_checkpoint_of_the_best_trial(demo: Demo) -> None:
+    best = study_of(demo).best_trial
+    chosen = demo.output_dir / best.user_attrs["folder"] / best.user_attrs["checkpoint"]
+    assert (demo.output_dir / "results" / "best_lora.safetensors").read_bytes() == chosen.read_bytes()
+    parameters = search.read_json(demo.output_dir / "results" / "best_parameters.json")
+    assert parameters["trial"] == best.number and parameters["score"] == best.value
+    assert parameters["parameters"] == best.user_attrs["training_params"]
+
+
+def test_the_best_config_trains_the_same_lora_again(demo: Demo) -> None:
+    """Run unchanged by the trainer, from another folder: the checkpoint that the comment names is the best LoRA."""
+    results = demo.output_dir / "results"
+    text = (results / "best_config.toml").read_text()
+    config = toml.loads(text)
+    retrained = Path(config["output_dir"])
+    assert retrained == results / "retrained" and list(retrained.iterdir()) == []
+    assert config["dataset_config"] == str(results / "dataset.toml")
+    trainer = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
+    command = [sys.executable, str(trainer), "--config_file", str(results / "best_config.toml")]
+    environment = search.child_environment("cpu")
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    best = study_of(demo).best_trial
+    assert f"take epoch {best.user_attrs['best_epoch']} of" in text
+    from safetensors.numpy import load_file
+
+    again = load_file(retrained / best.user_attrs["checkpoint"])
+    first = load_file(results / "best_lora.safetensors")
+    assert first.keys() == again.keys() and all((first[name] == again[name]).all() for name in first)
+
+
+def test_trials_csv_has_a_row_for_every_trial(demo: Demo) -> None:
+    with (demo.output_dir / "results" / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ended"] for row in rows] == ["scored", "interrupted", "scored"]
+    assert float(rows[0]["score"]) == study_of(demo).get_trials()[0].value
+    assert rows[1]["score"] == "" and rows[1]["reason"] == "the program died while it ran"
+    assert set(search.SEARCH_SPACE) <= rows[0].keys()
+
+
+def test_report_shows_the_same_again_and_needs_the_folder_alone(demo: Demo) -> None:
+    (demo.output_dir / "results" / "trials.csv").unlink()
+    command = [sys.executable, str(SCRIPT), "--report", "--output-dir", str(demo.output_dir)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    table = demo.resumed.partition("Study 'demo', best first:")[2]
+    assert table and table.strip() in done.stdout
+    assert (demo.output_dir / "results" / "trials.csv").is_file()
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_best_first_and_says_how_the_others_ended(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    study = run(settings, [good_training, failing(search.Diverged("nan"))])
+    lines = search.describe_study(study, settings.output_dir).splitlines()
+    rows = [line for line in lines if line[:5].strip().isdigit()]
+    assert [int(row.split()[0]) for row in rows] == [2, 0]
+    assert "Without a score: 1 diverged (results/trials.csv says why)" in lines
+    head = next(line for line in lines if line.startswith("trial"))
+    assert len(head) == len(rows[0]) == len(rows[1])
+
+
+def test_expected_improvements_are_measured(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 4)
+    open_study(settings).enqueue_trial({**SAFE, "learning_rate": 1.1e-4, "lr_warmup_steps": 50})
+    study = run(settings, [failing(search.Diverged("nan"))])  # scored: trials 2, 3, 4 with 0.12, 0.13, 0.14
+    lines = [" ".join(line.split()) for line in search.describe_improvements(study)]
+    assert lines[:4] == [
+        "rejected proposals 20% (1 of 5; expected < 10%)",
+        "stable trainings 75% (3 of 4; expected 80-90%)",
+        "quality failures (usable < 0.9) 0% (0 of 4; expected < 10%)",
+        "optimal (within 5% of the best) 25% (1 of 4; expected 30-40%)",
+    ]
+    shares = [int(line.split("(")[2].split()[0]) for line in lines[4:]]
+    assert sum(shares) == 4
+
+
+def test_unusable_pictures_are_quality_failures(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 2), [], [lambda folder: score_with(folder, 0.5)])
+    assert "50%  (1 of 2" in search.describe_improvements(study)[2]
+
+
+def score_with(folder: Path, usable: float) -> None:
+    metrics = {
+        "outcome": "scored", "reason": "", "score": 0.2, "best_epoch": 12, "checkpoint": "lora.safetensors",
+        "terms": {**TERMS, "usable": usable}, "scoring_seconds": 1.0,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_a_study_without_a_score_says_so_and_why(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    with pytest.raises(search.SearchStopped):
+        run(settings, [failing(search.TrialFailed("no such card"))] * 3)
+    study = open_study(settings)
+    search.write_results(study, settings.output_dir)
+    said = search.describe_study(study, settings.output_dir)
+    assert said.startswith("Nothing was scored yet in study 'test': ")
+    assert "3 crashed" in said and "The last one: no such card" in said
+    assert not (settings.output_dir / "results" / "best_lora.safetensors").exists()

@@ -1,0 +1,824 @@
+"""Section 8: terms on images whose right answer is known without a model, the plan, the pipeline on tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toml
+from PIL import Image
+
+import optuna_hyperparameter_search as search
+
+# Read when huggingface_hub is first imported, which no module does before a test runs: nothing here may use a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(search.__file__).resolve().parent
+LIMITS = {"flat_std": 5.0, "black_p99": 16.0, "white_p1": 240.0}
+WEIGHTS = {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def cloud(seed: int, count: int, spread: float = 1.0, towards: np.ndarray | None = None) -> np.ndarray:
+    """Unit vectors around a direction."""
+    centre = np.zeros(16) if towards is None else towards
+    return unit(centre + spread * np.random.default_rng(seed).normal(size=(count, 16)))
+
+
+NORTH, EAST = np.eye(16)[0], np.eye(16)[1]
+
+
+# --- terms -------------------------------------------------------------------------------------------
+
+
+def test_self_similarity_is_the_mean_cosine_of_different_images() -> None:
+    assert search.self_similarity(np.array([[1.0, 0], [0, 1], [1, 0]])) == pytest.approx(1 / 3)
+    assert search.self_similarity(np.array([[1.0, 0], [1, 0]])) == pytest.approx(1)
+    assert search.self_similarity(np.array([[1.0, 0]])) == 1
+
+
+def test_copies_of_the_data_set_have_the_similarity_of_the_data_set_to_itself() -> None:
+    data = cloud(1, 40, 0.3, NORTH)
+    assert 1 <= search.subject_similarity(data, data) < 1.05  # each image meets itself once
+
+
+def test_the_same_subject_drawn_elsewhere_is_as_similar_as_copies() -> None:
+    data, right = cloud(1, 40, 0.3, NORTH), cloud(2, 40, 0.3, NORTH)
+    assert search.subject_similarity(right, data) == pytest.approx(1, abs=0.02)
+
+
+def test_monotony_gains_nothing() -> None:
+    data = cloud(1, 40, 0.3, NORTH)
+    half_right_and_monotonous = cloud(3, 40, 0.01, NORTH + EAST)
+    right_and_varied = cloud(2, 40, 0.3, NORTH)
+    assert search.subject_similarity(right_and_varied, data) > search.subject_similarity(
+        half_right_and_monotonous, data
+    )
+    # The plain mean cosine would have said the opposite.
+    assert (right_and_varied @ data.T).mean() < (unit(half_right_and_monotonous) @ data.T).mean()
+
+
+def test_paired_similarity_is_1_for_identical_images_and_less_for_shuffled_ones() -> None:
+    x = cloud(1, 8)
+    assert search.paired_similarity(x, x) == pytest.approx(1)
+    assert search.paired_similarity(x, np.roll(x, 1, axis=0)) < 0.9
+
+
+def test_crossed_similarity_leaves_out_equal_prompts() -> None:
+    x = np.array([[1.0, 0], [1, 0], [0, 1]])
+    assert search.crossed_similarity(x, x, ["a", "a", "b"]) == pytest.approx(0)
+    assert search.crossed_similarity(x, x, ["a", "b", "c"]) == pytest.approx(1 / 3)
+    assert search.crossed_similarity(x, x, ["a", "a", "a"]) == 0
+
+
+def test_spread_within_is_0_where_seeds_change_nothing_and_counts_within_prompts_alone() -> None:
+    x = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    assert search.spread_within(x, ["a", "a", "b", "b"]) == pytest.approx(0)
+    assert search.spread_within(x, ["a", "b", "a", "b"]) == pytest.approx(1)
+    assert search.spread_within(x, ["a", "b", "c", "d"]) == 0
+    assert search.spread_within(x[:0], []) == 0
+
+
+ANCHORS = {"q": 0.4, "m": 0.3, "m_crossed": 0.1, "plain_crossed": 0.2, "spread": 0.5, "data_spread": 0.4}
+BASE_RAW = {"q": 0.4, "m": 0.3, "plain": 1.0, "spread": 0.5, "usable": 1.0}
+
+
+def test_the_base_model_itself_has_no_fidelity_and_all_the_rest() -> None:
+    terms = search.terms_of(BASE_RAW, ANCHORS)
+    assert terms == pytest.approx({"fidelity": 0, "text": 1, "preservation": 1, "variety": 1, "usable": 1})
+
+
+def test_the_perfect_lora_scores_1() -> None:
+    terms = search.terms_of({**BASE_RAW, "q": 1.0}, ANCHORS)
+    assert search.combine(terms, WEIGHTS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "term", "value"),
+    [
+        ({"q": 0.7}, "fidelity", 0.5),
+        ({"q": 0.1}, "fidelity", 0.0),
+        ({"q": 1.3}, "fidelity", 1.0),
+        ({"m": 0.2}, "text", 0.5),
+        ({"m": 0.05}, "text", 0.0),
+        ({"plain": 0.6}, "preservation", 0.5),
+        ({"spread": 0.2}, "variety", 0.5),
+        ({"spread": 0.45}, "variety", 1.0),
+        ({"q": None}, "fidelity", 0.0),
+        ({"m": None}, "text", 0.0),
+        ({"plain": None}, "preservation", 0.0),
+        ({"spread": None}, "variety", 0.0),
+        ({"usable": 0.25}, "usable", 0.25),
+    ],
+)
+def test_terms_stand_between_their_anchors(raw: dict[str, Any], term: str, value: float) -> None:
+    assert search.terms_of({**BASE_RAW, **raw}, ANCHORS)[term] == pytest.approx(value)
+
+
+def test_a_base_model_that_already_is_the_subject_does_not_divide_by_zero() -> None:
+    terms = search.terms_of({**BASE_RAW, "q": 1.0}, {**ANCHORS, "q": 0.999, "m": 0.1})
+    assert terms["fidelity"] == pytest.approx(0.001 / 0.05) and terms["text"] == 1
+
+
+def test_the_score_is_the_documented_product() -> None:
+    terms = {"fidelity": 0.5, "text": 0.4, "preservation": 0.3, "variety": 0.2, "usable": 0.9}
+    expected = 0.9**2 * 0.5**0.5 * 0.4**0.3 * 0.3**0.1 * 0.2**0.1
+    assert search.combine(terms, WEIGHTS) == pytest.approx(expected)
+
+
+def test_terms_are_floored_so_that_a_zero_does_not_hide_the_others() -> None:
+    lost = dict.fromkeys(WEIGHTS, 0.0)
+    assert search.combine(lost, WEIGHTS) == pytest.approx(0.01**3)
+    assert search.combine({**lost, "text": 1.0}, WEIGHTS) > search.combine(lost, WEIGHTS)
+
+
+def test_lost_prompts_cannot_be_bought_back_by_copying() -> None:
+    copying = {"fidelity": 1.0, "text": 0.0, "preservation": 0.2, "variety": 0.3, "usable": 1.0}
+    balanced = {"fidelity": 0.6, "text": 0.7, "preservation": 0.6, "variety": 0.8, "usable": 1.0}
+    assert search.combine(balanced, WEIGHTS) > search.combine(copying, WEIGHTS)
+
+
+def test_nearest_similarity_leaves_an_image_of_the_data_set_itself_out() -> None:
+    data = np.array([[1.0, 0], [0, 1], [0.6, 0.8]])
+    assert search.nearest_similarity(data, data) == pytest.approx([0.6, 0.8, 0.8])
+    assert search.nearest_similarity(data.copy(), data) == pytest.approx([1, 1, 1])
+
+
+# --- usable images -----------------------------------------------------------------------------------
+
+
+def picture(value: Any, side: int = 32) -> Image.Image:
+    return Image.fromarray(np.broadcast_to(np.asarray(value, np.uint8), (side, side, 3)).copy())
+
+
+def noise(low: int, high: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(low, high, (32, 32, 3)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "usable"),
+    [
+        (noise(0, 256), True),
+        (noise(60, 200), True),
+        (None, False),
+        (picture(0), False),
+        (picture(255), False),
+        (picture(128), False),
+        (picture((200, 30, 30)), False),
+        (noise(120, 130), False),
+        (noise(0, 14), False),
+        (noise(242, 256), False),
+    ],
+)
+def test_black_white_flat_and_broken_images_are_not_usable(image: Image.Image | None, usable: bool) -> None:
+    assert search.is_usable(image, LIMITS) is usable
+
+
+def test_limits_widen_until_every_image_of_the_data_set_is_usable() -> None:
+    data = [noise(0, 256), picture(0), picture(255), picture(128)]
+    limits = search.widen_limits(LIMITS, data)
+    assert all(search.is_usable(image, limits) for image in data)
+    assert search.widen_limits(LIMITS, [noise(0, 256)]) == LIMITS
+
+
+def test_brightness_and_contrast_are_those_of_grey_values() -> None:
+    half = Image.fromarray(np.repeat(np.array([0, 200], np.uint8), 32)[None].repeat(64, 0)).convert("RGB")
+    assert search.brightness_and_contrast([half]) == {"brightness": 100, "contrast": 100}
+    assert search.brightness_and_contrast([]) == {"brightness": 0, "contrast": 0}
+
+
+# --- the subject and the plan ------------------------------------------------------------------------
+
+CAPTIONS = [f"luca, a boy, scene {number}" for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("captions", "class_tokens", "given", "subject"),
+    [
+        (CAPTIONS, None, None, "luca"),
+        (CAPTIONS, "shs boy", None, "shs boy"),
+        (CAPTIONS, "shs boy", "Luca P.", "Luca P."),
+        (["smiling, luca, park", "luca, sea"], None, None, "luca"),
+        (["luca"], None, None, "luca"),
+    ],
+)
+def test_finds_the_subject(captions: list[str], class_tokens: str | None, given: str | None, subject: str) -> None:
+    assert search.find_subject(captions, class_tokens, given) == subject
+
+
+@pytest.mark.parametrize("captions", [["a boy", "a girl"], [" , "], []])
+def test_asks_for_the_subject_where_captions_share_no_tag(captions: list[str]) -> None:
+    with pytest.raises(search.RefusedInput, match="give the subject's name"):
+        search.find_subject(captions, None, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("luca, a boy, smiling", "a boy, smiling"),
+        ("a portrait of Luca in the rain", "a portrait of in the rain"),
+        ("a boy, luca", "a boy"),
+        ("lucas and lucan, luca", "lucas and lucan"),
+        ("luca", ""),
+        ("a dog", "a dog"),
+    ],
+)
+def test_takes_the_subject_out_of_a_prompt(prompt: str, text: str) -> None:
+    assert search.without_subject(prompt, "luca") == text
+
+
+def settings_of_configs() -> search.ScoringSettings:
+    return search.read_scoring_settings(REPOSITORY / "configs" / "scoring.toml")
+
+
+def plan_of(
+    captions: list[str] = CAPTIONS,
+    training_seed: int = 42,
+    prompts: Path | None = None,
+    subject: str = "luca",
+    **changed: Any,
+) -> dict[str, Any]:
+    images = [(Path(f"/{number}.png"), caption) for number, caption in enumerate(captions)]
+    settings = dataclasses.replace(settings_of_configs(), **changed)
+    return search.build_scoring_plan(images, subject, settings, "/model", 2, training_seed, prompts)
+
+
+def prompts_of(plan: dict[str, Any], stage: str, subject: bool = True) -> set[str]:
+    return {job["prompt"] for job in plan[stage] if job["subject"] is subject}
+
+
+def test_the_plan_has_the_documented_counts_and_shares() -> None:
+    plan = plan_of()
+    screen, confirm = plan["screen"], plan["confirm"]
+    assert len(screen) == 8 * 2 + 4 and len(confirm) == 16 * 3 + 10
+    prompts = {job["prompt"] for job in confirm if job["subject"]}
+    assert len(prompts) == 16 and len(prompts & set(CAPTIONS)) == 4
+    assert sum(not job["subject"] for job in screen) == 4
+
+
+def test_confirmation_shares_neither_prompts_nor_seeds_with_screening() -> None:
+    plan = plan_of()
+    for key in ("prompt", "seed"):
+        assert not {job[key] for job in plan["screen"]} & {job[key] for job in plan["confirm"]}
+
+
+def test_the_plan_is_json_and_the_same_every_time() -> None:
+    assert json.dumps(plan_of()) == json.dumps(plan_of())
+
+
+@pytest.mark.parametrize("seed", [1001, 1002, 2001, 2003])
+def test_no_image_is_made_with_the_trainings_seed(seed: int) -> None:
+    plan = plan_of(training_seed=seed)
+    assert seed not in {job["seed"] for job in plan["screen"] + plan["confirm"]}
+    assert len(plan["confirm"]) == 58
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [["luca, a boy"] * 12, ["luca"] * 12, [""] * 12, CAPTIONS[:3]],
+    ids=["one caption", "the name alone", "none", "three captions"],
+)
+def test_few_captions_are_made_up_for_by_templates(captions: list[str]) -> None:
+    plan = plan_of(captions)
+    screen, confirm = prompts_of(plan, "screen"), prompts_of(plan, "confirm")
+    assert (len(screen), len(confirm)) == (8, 16) and not screen & confirm
+
+
+def test_captions_without_the_subject_are_not_taken_for_prompts_with_it() -> None:
+    odd_spaces = [f"a boy,scene  {number}," for number in range(12)]
+    plan = plan_of(odd_spaces)
+    assert not (prompts_of(plan, "screen") | prompts_of(plan, "confirm")) & set(odd_spaces)
+
+
+def test_too_few_templates_are_refused() -> None:
+    with pytest.raises(search.RefusedInput, match=r"need 24 templates .* which hold 4"):
+        plan_of([], elsewhere=("{subject} here", "{subject} there"), style=("{subject} in red", "{subject} in blue"))
+
+
+def test_a_template_without_the_subject_is_refused() -> None:
+    with pytest.raises(search.RefusedInput, match=r"'a boy in Rome' in 'elsewhere' .* has no \{subject\}"):
+        plan_of(elsewhere=("a boy in Rome",) * 16)
+
+
+def test_braces_in_a_template_are_text() -> None:
+    plan = plan_of(elsewhere=tuple(f"{{subject}}, {{a|b}} {number}" for number in range(16)))
+    assert "luca, {a|b} 0" in prompts_of(plan, "screen")
+
+
+def test_plain_prompts_that_name_the_subject_are_left_out() -> None:
+    plan = plan_of(class_captions("dog"), subject="dog")
+    plain = prompts_of(plan, "screen", subject=False) | prompts_of(plan, "confirm", subject=False)
+    assert len(plain) == 13 and not any("dog" in prompt for prompt in plain)
+
+
+def class_captions(subject: str) -> list[str]:
+    return [f"{subject}, scene {number}" for number in range(12)]
+
+
+def test_too_few_plain_prompts_are_refused() -> None:
+    with pytest.raises(search.RefusedInput, match=r"'plain' in .* is too short"):
+        plan_of(plain=("a red car", "a house", "a tree", "luca's shoes", "a lake"))
+
+
+def test_plain_prompts_do_not_name_the_subject() -> None:
+    plain = [job for job in plan_of()["confirm"] if not job["subject"]]
+    assert plain and all(job["text"] == job["prompt"] and "luca" not in job["prompt"] for job in plain)
+
+
+def test_users_own_prompts_are_split_and_keep_their_options(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(
+        "# mine\nluca, at sea --n blurry, bad --w 640 --h 512 --d 7 --l 5.5 --s 12\n\nluca in a car\nluca, night\n"
+    )
+    plan = plan_of(prompts=file)
+    first = next(job for job in plan["screen"] if job["prompt"] == "luca, at sea")
+    assert [first[key] for key in ("negative", "width", "height", "seed", "cfg", "steps")] == [
+        "blurry, bad", 640, 512, 7, 5.5, 12,
+    ]  # fmt: skip
+    assert {job["prompt"] for job in plan["screen"] if job["subject"]} == {"luca, at sea", "luca, night"}
+    assert {job["prompt"] for job in plan["confirm"] if job["subject"]} == {"luca in a car"}
+    assert all(sum(not job["subject"] for job in plan[stage]) >= 2 for stage in ("screen", "confirm"))
+
+
+@pytest.mark.parametrize("prompt", ["a red car,street", "a  dog", "a tree, ", "lucas at sea"])
+def test_users_prompts_without_the_subject_are_plain_however_they_are_spaced(tmp_path: Path, prompt: str) -> None:
+    (tmp_path / "p.txt").write_text(f"luca\n{prompt}\nluca at sea\na b\na c\na d\n")
+    plan = plan_of(prompts=tmp_path / "p.txt")
+    assert prompt.strip() in prompts_of(plan, "screen", subject=False)
+    assert len(prompts_of(plan, "screen")) == len(prompts_of(plan, "confirm")) == 1
+
+
+def test_options_are_read_in_either_case_and_with_either_number(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("luca --W 64 --L 7. --D 0\nluca at sea --S 3\n")
+    plan = plan_of(prompts=tmp_path / "p.txt")
+    assert [plan["screen"][0][key] for key in ("width", "cfg", "seed")] == [64, 7.0, 0]
+    assert plan["confirm"][0]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("luca --q 3\nluca", r"line 1 .*'--q 3' is not understood"),
+        ("luca\nluca --s 0", "line 2"),
+        ("luca --w 0\nluca", "line 1"),
+        ("luca --d 99999999999999999999\nluca", "line 1"),
+        ("luca --d -1\nluca", "line 1"),
+        ("luca --n\nluca", "line 1"),
+        ("luca\n--w 64", "line 2.*no prompt"),
+        ("luca --w abc\nluca", "line 1"),
+        ("luca\nluca --w 500", "line 2.*multiples of 8"),
+        ("luca", "1 prompts with 'luca'; write at least two"),
+        ("", "0 prompts with"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "p.txt").write_text(text)
+    with pytest.raises(search.RefusedInput, match=says):
+        plan_of(prompts=tmp_path / "p.txt")
+
+
+def test_a_missing_prompt_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match="can't read"):
+        plan_of(prompts=tmp_path / "none.txt")
+
+
+# --- the real pipeline, on tiny models ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import demo_world
+
+    folder = tmp_path_factory.mktemp("world")
+    demo_world.make_demo_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with its plan, as a search makes it."""
+    folder = tmp_path_factory.mktemp("out")
+    data = search.read_data_set(world / "dataset.toml", {})
+    images = [(image.path, image.caption) for image in data.images]
+    settings = search.read_scoring_settings(world / "scoring.toml")
+    plan = search.build_scoring_plan(images, "luca", settings, str(world / "base_model"), 2, 42, None)
+    (folder / "reference").mkdir()
+    search.write_json(folder / "reference" / "plan.json", plan)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer(output_dir: Path) -> search.ImageScorer:
+    return search.ImageScorer(search.read_json(output_dir / "reference" / "plan.json"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def anchors(scorer: search.ImageScorer, output_dir: Path) -> dict[str, Any]:
+    return search.load_reference(scorer, output_dir / "reference")[0]
+
+
+TARGETS = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (32, 32),
+    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (32, 32),
+    "lora_te_text_model_encoder_layers_1_self_attn_q_proj": (32, 32),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": (64, 32),
+}  # (out, in)
+
+
+def write_lora(
+    path: Path, strength: float = 1.0, alpha: float = 2.0, rank: int = 4, seed: int = 0, precision: str = "float32"
+) -> None:
+    """A LoRA under kohya's key names; `strength` scales lora_up."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, (out, into) in TARGETS.items():
+        weights[f"{name}.lora_down.weight"] = torch.randn(rank, into, generator=generator)
+        weights[f"{name}.lora_up.weight"] = torch.randn(out, rank, generator=generator) * strength
+        weights[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file({name: weight.to(getattr(torch, precision)) for name, weight in weights.items()}, path)
+
+
+def make_trial(output_dir: Path, name: str, strengths: list[float], epochs: int) -> Path:
+    """A trial's folder as a training leaves it: checkpoints every 2 epochs, the last under the plain name."""
+    folder = output_dir / name
+    folder.mkdir()
+    (folder / "config.toml").write_text(toml.dumps({"max_train_epochs": epochs}))
+    for number, strength in enumerate(strengths, start=1):
+        last = number == len(strengths)
+        file = "lora.safetensors" if last else f"lora-{2 * number:06d}.safetensors"
+        write_lora(folder / file, strength, seed=number)
+    return folder
+
+
+def pixels(images: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_a_lora_changes_the_pictures_and_leaves_no_trace_behind(scorer: search.ImageScorer, tmp_path: Path) -> None:
+    jobs = scorer.plan["screen"][:3]
+    before = pixels(scorer.render(jobs))
+    write_lora(tmp_path / "lora.safetensors", 3.0)
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        during = pixels(scorer.render(jobs))
+    assert (before != during).any()
+    np.testing.assert_array_equal(before, pixels(scorer.render(jobs)))
+
+
+def test_a_lora_is_removed_when_rendering_fails(scorer: search.ImageScorer, tmp_path: Path) -> None:
+    jobs = scorer.plan["screen"][:2]
+    before = pixels(scorer.render(jobs))
+    write_lora(tmp_path / "lora.safetensors", 3.0)
+    with pytest.raises(ZeroDivisionError), scorer.lora(tmp_path / "lora.safetensors"):
+        _ = 1 / 0
+    np.testing.assert_array_equal(before, pixels(scorer.render(jobs)))
+
+
+@pytest.mark.parametrize(("precision", "alpha"), [("float32", 1.0), ("float16", 3.0), ("bfloat16", 4.0)])
+def test_a_lora_is_applied_at_alpha_over_rank(
+    scorer: search.ImageScorer, tmp_path: Path, precision: str, alpha: float
+) -> None:
+    """Against the definition: W + alpha / rank * up @ down, merged by hand."""
+    import copy
+
+    import torch
+    from safetensors.torch import load_file
+
+    file = tmp_path / "lora.safetensors"
+    write_lora(file, 1.0, alpha=alpha, rank=4, precision=precision)
+    raw = {name: weight.float() for name, weight in load_file(file).items()}
+    merged, names = copy.deepcopy(scorer.pipeline.unet), list(TARGETS)
+    attention = merged.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    query = merged.up_blocks[1].attentions[0].transformer_blocks[0].attn1
+    for module, name in ((attention.to_k, names[0]), (query.to_q, names[1])):
+        with torch.no_grad():
+            module.weight += alpha / 4 * raw[f"{name}.lora_up.weight"] @ raw[f"{name}.lora_down.weight"]
+    generator = torch.Generator().manual_seed(5)
+    latents, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator)
+    with torch.inference_mode():
+        plain = scorer.pipeline.unet(latents, 500, states).sample
+        by_hand = merged(latents, 500, states).sample
+        with scorer.lora(file):
+            loaded = scorer.pipeline.unet(latents, 500, states).sample
+    assert float((loaded - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(loaded, by_hand, atol=1e-3 if precision == "bfloat16" else 1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_half_precision_renders_and_embeds_with_a_lora_of_any(
+    scorer: search.ImageScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """What a card does in half precision, on the CPU: no two types may meet in one multiplication."""
+    import torch
+
+    write_lora(tmp_path / "lora.safetensors", 3.0, precision=precision)
+    jobs, data = scorer.plan["screen"][:2], [noise(0, 256)]
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        full = pixels(scorer.render(jobs)).astype(int)
+    monkeypatch.setattr(scorer, "dtype", torch.float16)
+    models = (scorer.pipeline, scorer.dinov2, scorer.clip)
+    try:
+        for model in models:
+            model.to(torch.float16)
+        with scorer.lora(tmp_path / "lora.safetensors"):
+            images = scorer.render(jobs)
+        vectors = scorer.embed_images([*images, *scorer.through_vae(data)]), scorer.embed_texts(["a dog"])
+    finally:
+        for model in models:
+            model.to(torch.float32)
+    assert [len(part) for part in vectors] == [3, 1]
+    assert np.abs(pixels(images) - full).mean() < 3  # the same pictures, up to rounding
+
+
+def test_the_text_encoders_part_of_a_lora_is_applied(scorer: search.ImageScorer, tmp_path: Path) -> None:
+    write_lora(tmp_path / "lora.safetensors", 3.0)
+    before = scorer._embed_prompts(["luca"])
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        assert float((scorer._embed_prompts(["luca"]) - before).detach().abs().max()) > 1e-2
+
+
+def test_clip_skip_counts_as_kohya_does(scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    tokens = scorer.pipeline.tokenizer(["luca"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    encoder = scorer.pipeline.text_encoder
+    with torch.inference_mode():
+        output = encoder(tokens, output_hidden_states=True)
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        expected = {1: output.last_hidden_state, 2: norm(output.hidden_states[-2]), 3: norm(output.hidden_states[-3])}
+        for clip_skip, states in expected.items():
+            monkeypatch.setitem(scorer.plan, "clip_skip", clip_skip)
+            torch.testing.assert_close(scorer._embed_prompts(["luca"]), states)
+    assert not torch.equal(expected[1], expected[2])
+
+
+def test_the_noise_of_a_picture_does_not_depend_on_its_batch(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = scorer.plan["screen"][:5]
+    together = pixels(scorer.render(jobs)).astype(int)
+    monkeypatch.setattr(scorer, "batch_size", 2)
+    # Sums of another order differ in the last bit, so that a grey value may differ by one.
+    assert np.abs(together - pixels(scorer.render(jobs))).max() <= 1
+
+
+def test_a_full_card_halves_the_batch_down_to_one_and_is_not_tried_again(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    tried: list[int] = []
+
+    def work(batch: list[int], room: int) -> list[int]:
+        tried.append(len(batch))
+        if len(batch) > room:
+            raise torch.OutOfMemoryError
+        return batch
+
+    monkeypatch.setattr(scorer, "batch_size", 8)
+    for _ in range(2):
+        done = [item for batch, _ in scorer._in_batches(list(range(11)), lambda b: work(b, 3)) for item in batch]
+        assert done == list(range(11))
+    assert tried == [8, 4, *[2] * 5, 1, *[2] * 5, 1]
+    with pytest.raises(search.ScoringFailed, match="one image at a time"):
+        list(scorer._in_batches([1, 2], lambda b: work(b, 0)))
+
+
+def test_older_versions_name_of_out_of_memory_is_understood(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.OutOfMemoryError came with torch 2.5; the requirements allow 2.1."""
+    import torch
+
+    error = torch.cuda.OutOfMemoryError
+    monkeypatch.setattr(scorer, "batch_size", 2)
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+
+    def work(batch: list[int]) -> list[int]:
+        if len(batch) > 1:
+            raise error
+        return batch
+
+    assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
+
+
+def test_pictures_from_latents_that_are_not_finite_are_none(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    class Broken:
+        def __init__(self, pipeline: Any) -> None:
+            self.pipeline = pipeline
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.pipeline, name)
+
+        def __call__(self, **options: Any) -> Any:
+            result = self.pipeline(**options)
+            result.images[1] = torch.nan
+            return result
+
+    monkeypatch.setattr(scorer, "pipeline", Broken(scorer.pipeline))
+    images = scorer.render(scorer.plan["screen"][:3])
+    assert [image is None for image in images] == [False, True, False]
+
+
+def test_embeddings_are_unit_vectors_that_tell_images_and_texts_apart(scorer: search.ImageScorer) -> None:
+    images = [noise(0, 256, 1), picture((200, 40, 40)), picture((40, 40, 200))]
+    for vectors in (
+        scorer.embed_images(images),
+        scorer.embed_images_for_text(images),
+        scorer.embed_texts(["a dog", "a red car on a hill", "x " * 200]),
+    ):
+        assert vectors.shape[0] == 3
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1)
+        assert search.self_similarity(vectors) < 0.9999
+
+
+def test_embeddings_that_are_not_finite_are_an_error_and_no_score(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    broken = torch.nn.Linear(1, 1)
+    broken.forward = lambda pixels: type("Output", (), {"pooler_output": torch.full((len(pixels), 4), torch.nan)})
+    monkeypatch.setattr(scorer, "dinov2", broken)
+    with pytest.raises(search.ScoringFailed, match="not finite"):
+        scorer.embed_images([noise(0, 256)])
+
+
+def test_image_processors_are_the_pil_ones_with_or_without_torchvision(scorer: search.ImageScorer) -> None:
+    for processor in (scorer.dinov2_processor, scorer.clip_processor):
+        assert isinstance(processor(images=[noise(0, 256)], return_tensors="np")["pixel_values"][0], np.ndarray)
+        assert not any("Fast" in base.__name__ or "Torchvision" in base.__name__ for base in type(processor).mro())
+
+
+def test_one_image_is_embedded_as_in_a_batch(scorer: search.ImageScorer) -> None:
+    images = [noise(0, 256, seed) for seed in range(4)]
+    np.testing.assert_allclose(scorer.embed_images(images)[2:3], scorer.embed_images(images[2:3]), atol=1e-5)
+
+
+def test_data_set_images_keep_their_proportions_and_get_the_scorings_area(scorer: search.ImageScorer) -> None:
+    shown = scorer.through_vae([Image.new("RGB", (400, 100)), Image.new("RGB", (30, 30)), Image.new("L", (64, 64))])
+    assert [image.size for image in shown] == [(128, 32), (64, 64), (64, 64)]
+
+
+def test_the_base_models_own_images_are_the_anchors(
+    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+) -> None:
+    """A LoRA that does nothing has the base model's raw values, so fidelity 0 and preservation 1."""
+    folder = make_trial(output_dir, "trial_nothing", [1e-12], 2)
+    _, made = search.load_reference(scorer, output_dir / "reference")
+    result = search.score_one(
+        scorer, folder / "lora.safetensors", "screen", folder / "scores", anchors, made
+    )  # fmt: skip
+    for name in ("q", "m", "spread"):
+        assert result["raw"][name] == pytest.approx(anchors["screen"][name], abs=1e-4)
+    assert result["terms"]["preservation"] == pytest.approx(1, abs=0.02)
+    assert result["terms"]["fidelity"] == pytest.approx(0, abs=0.01)
+    assert len(list((folder / "scores").glob("*.png"))) == len(scorer.plan["screen"])
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_base_model_that_draws_nothing_usable_is_an_error_and_no_anchor(
+    scorer: search.ImageScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    def render(jobs: list[dict[str, Any]], report: Any) -> list[Any]:
+        return [picture(0) if job["subject"] is lost else noise(0, 256, job["seed"]) for job in jobs]
+
+    monkeypatch.setattr(scorer, "render", render)
+    with pytest.raises(search.ScoringFailed, match="check --base-model"):
+        search.make_reference_files(scorer, tmp_path)
+    assert not (tmp_path / "anchors.json").exists()
+
+
+def test_images_of_an_interrupted_scoring_do_not_stay(
+    scorer: search.ImageScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p99-s0.png").write_bytes(b"half an ima")
+    monkeypatch.setattr(scorer, "render", lambda jobs, report: [None, noise(0, 256)])
+    search.render_stage(scorer, scorer.plan["screen"][:2], tmp_path, "test")
+    assert [path.name for path in tmp_path.iterdir()] == ["p00-s1.png"]
+
+
+@pytest.mark.parametrize("fill", ["black", "white"])
+def test_a_lora_that_draws_black_or_white_has_no_usable_image_and_loses_all(
+    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path, fill: str
+) -> None:
+    _, made = search.load_reference(scorer, output_dir / "reference")
+    jobs = scorer.plan["screen"]
+    images = [Image.new("RGB", (64, 64), fill) for _ in jobs]
+    usable = made["screen_usable"]
+    raw = search.measure(scorer, jobs, images, anchors, made["data"], made["screen"], usable)
+    terms = search.terms_of(raw, {**anchors, **anchors["screen"]})
+    assert terms == dict.fromkeys(WEIGHTS, 0.0)
+    assert raw["images"][0] == {"name": jobs[0]["name"], "usable": False}
+
+
+def test_copies_of_the_data_set_are_flagged(
+    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+) -> None:
+    plan, (_, made) = scorer.plan, search.load_reference(scorer, output_dir / "reference")
+    shown = scorer.through_vae([Image.open(path) for path in plan["images"]])
+    images = [shown[number % len(shown)] for number in range(len(plan["screen"]))]
+    raw = search.measure(scorer, plan["screen"], images, anchors, made["data"], made["screen"], made["screen_usable"])
+    assert raw["copies"] == sum(job["subject"] for job in plan["screen"])
+
+
+def run_score(folder: Path) -> tuple[int, str]:
+    """`--score`, as a user or the search calls it: status and stderr."""
+    command = [sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), "--score", str(folder)]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+def test_a_trial_is_screened_confirmed_and_scored_the_same_in_every_process(
+    output_dir: Path, anchors: dict[str, Any]
+) -> None:
+    folder = make_trial(output_dir, "trial_0000", [0.2, 1.0, 4.0], 6)
+    assert run_score(folder) == (0, "")
+    first = search.read_json(folder / "metrics.json")
+    search.score_folder(folder, "cpu")
+    second = search.read_json(folder / "metrics.json")
+    for metrics in (first, second):
+        metrics.pop("scoring_seconds")
+    assert first == second
+    assert [result["epoch"] for result in first["screen"]] == [2, 4, 6]
+    assert len({result["score"] for result in first["screen"]}) == 3
+    best = max(first["screen"], key=lambda result: result["score"])
+    assert (first["best_epoch"], first["checkpoint"]) == (best["epoch"], best["checkpoint"])
+    assert first["score"] == first["confirm"]["score"] and 0 <= first["score"] <= 1
+    assert first["terms"].keys() == WEIGHTS.keys()
+    flagged = [image["name"] for image in first["raw"]["images"] if image.get("nearest", -1) > anchors["copy"]]
+    assert first["copies"] == {"limit": anchors["copy"], "images": flagged}
+    for name in ("plan", "anchors"):
+        assert first[name] == search.digest((output_dir / "reference" / f"{name}.json").read_bytes())
+    names = {path.name for path in (folder / "scores").iterdir()}
+    assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm"}
+
+
+def test_a_checkpoint_that_is_not_finite_ends_as_diverged_without_an_image(output_dir: Path) -> None:
+    folder = make_trial(output_dir, "trial_0001", [1.0, float("nan")], 4)
+    assert run_score(folder) == (0, "")
+    metrics = search.read_json(folder / "metrics.json")
+    assert metrics["outcome"] == "diverged" and "not finite in lora.safetensors" in metrics["reason"]
+    assert metrics["score"] is None and metrics["terms"] == {} and metrics["screen"] == []
+    assert not (folder / "scores").exists()
+
+
+def test_a_torn_checkpoint_is_one_line_and_status_1(output_dir: Path) -> None:
+    folder = make_trial(output_dir, "trial_0002", [1.0], 2)
+    file = folder / "lora.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    status, said = run_score(folder)
+    assert status == 1 and said.count("\n") == 1 and "lora.safetensors can't be read" in said
+
+
+def test_what_nobody_thought_of_is_a_scoring_that_failed(output_dir: Path, tmp_path: Path) -> None:
+    plan = search.read_json(output_dir / "reference" / "plan.json")
+    plan["images"] = [str(tmp_path / "torn.png")]
+    (tmp_path / "torn.png").write_bytes(b"no image")
+    search.write_json(tmp_path / "reference" / "plan.json", plan)
+    with pytest.raises(search.ScoringFailed, match=r"UnidentifiedImageError while scoring .*torn\.png"):
+        search.score_folder(tmp_path / "reference", "cpu")
+
+
+def test_what_is_no_trials_folder_is_refused_in_one_line(tmp_path: Path, output_dir: Path) -> None:
+    (output_dir / "trial_empty").mkdir(exist_ok=True)
+    for folder in (tmp_path, output_dir / "trial_empty"):
+        status, said = run_score(folder)
+        assert status == 2 and said.count("\n") == 1 and said.startswith("error: --score:")
+
+
+def missing(output_dir: Path, folder: Path, **changed: Any) -> str:
+    """What is said of a plan that names something that is not there."""
+    plan = {**search.read_json(output_dir / "reference" / "plan.json"), **changed}
+    search.write_json(folder / "reference" / "plan.json", plan)
+    with pytest.raises(search.ScoringFailed) as error:
+        search.score_folder(folder / "reference", "cpu")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_encoder_that_is_missing_is_one_line_with_the_remedy(output_dir: Path, tmp_path: Path) -> None:
+    encoders = {**search.read_json(output_dir / "reference" / "plan.json")["encoders"], "dinov2": "nobody/dinov2"}
+    assert "`hf download nobody/dinov2`" in missing(output_dir, tmp_path, encoders=encoders)
+
+
+def test_the_configs_that_a_single_file_needs_are_what_is_to_be_fetched(output_dir: Path, tmp_path: Path) -> None:
+    write_lora(tmp_path / "model.safetensors")
+    said = missing(output_dir, tmp_path, base_model=str(tmp_path / "model.safetensors"), pipeline_config="nobody/sd")
+    assert "`hf download nobody/sd`" in said and "download /" not in said

@@ -1,0 +1,501 @@
+"""Sections 9 and 10: what a trial's end means to the study, resuming, retries, counting, lock and fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+import optuna_hyperparameter_search as search
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SAFE = {
+    "learning_rate": 8e-5, "text_encoder_lr": 4e-5, "network_dim": 64, "network_alpha_ratio": 0.5,
+    "optimizer_type": "AdamW", "max_train_epochs": 16, "lr_scheduler": "cosine",
+    "gradient_accumulation_steps": 2, "lr_warmup_steps": 100,
+}  # fmt: skip
+UNSAFE = {**SAFE, "network_alpha_ratio": 0.9, "optimizer_type": "AdamW8bit"}
+TERMS = {"fidelity": 0.5, "text": 0.6, "preservation": 0.7, "variety": 0.8, "usable": 1.0}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the program may catch it."""
+
+
+def settings_for(folder: Path, n_trials: int = 3, **changes: object) -> search.Settings:
+    output_dir = folder / "out"
+    (output_dir / "reference").mkdir(parents=True, exist_ok=True)
+    settings = search.Settings(
+        dataset_config=folder / "dataset.toml", base_model=folder / "model.safetensors", output_dir=output_dir,
+        study_name="test", n_trials=n_trials, device="cpu", sd_scripts=folder, trainer_python=sys.executable,
+        training_config=folder, scoring_config=folder, eval_prompts=None, subject=None,
+        storage=search.default_storage(output_dir), seed=1, enqueue=None, timeout_hours=None,
+    )  # fmt: skip
+    return dataclasses.replace(settings, **changes)
+
+
+def open_study(settings: search.Settings) -> optuna.Study:
+    return optuna.create_study(
+        study_name=settings.study_name, storage=search.open_storage(settings.storage), direction="maximize",
+        sampler=search.FeasibleTPESampler(settings.seed), load_if_exists=True,
+    )  # fmt: skip
+
+
+Step = Callable[[Path], None]
+
+
+def good_training(folder: Path) -> None:
+    (folder / "lora.safetensors").write_bytes(b"weights of " + folder.name.encode())
+
+
+def good_scoring(folder: Path) -> None:
+    number = int(folder.name.rpartition("_")[2])
+    metrics = {
+        "outcome": "scored", "reason": "", "score": 0.1 + number / 100, "best_epoch": 12,
+        "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0,
+    }  # fmt: skip
+    search.write_json(folder / "metrics.json", metrics)
+
+
+def failing(error: BaseException) -> Step:
+    def fail(_folder: Path) -> None:
+        raise error
+
+    return fail
+
+
+def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[Step] = ()) -> optuna.Study:
+    """One start of the program's main loop; the given steps come first, then good ones."""
+    train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
+    score: Iterator[Step] = itertools.chain(scorings, itertools.repeat(good_scoring))
+
+    def trainer(config: Path) -> float:
+        next(train)(config.parent)
+        return 7.0
+
+    study = open_study(settings)
+    search.close_interrupted_trials(study, settings)
+    objective = search.LoraObjective(settings, {"seed": 42}, trainer, lambda folder: next(score)(folder))
+    search.run_study(study, objective, settings)
+    return study
+
+
+def endings(study: optuna.Study) -> list[tuple[TrialState, str]]:
+    return [(trial.state, trial.user_attrs.get("ended", "")) for trial in study.get_trials()]
+
+
+def suggested(trial: FrozenTrial) -> dict[str, object]:
+    return dict(trial.params)
+
+
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+# --- a trial -----------------------------------------------------------------------------------------
+
+
+def test_a_scored_trial_keeps_all_that_the_report_needs(tmp_path: Path) -> None:
+    trial = run(settings_for(tmp_path, 1)).get_trials()[0]
+    attrs = trial.user_attrs
+    assert trial.value == pytest.approx(0.1) and trial.state == COMPLETE
+    assert attrs["training_params"] == search.complete_params(trial.params)
+    assert attrs["ended"] == "scored" and attrs["best_epoch"] == 12 and attrs["terms"] == TERMS
+    assert attrs["training_seconds"] == 7.0 and attrs["scoring_seconds"] == 2.0
+    assert {"host", "pid", "folder", "output_dir"} <= attrs.keys()
+
+
+def test_a_trials_folder_holds_its_config_and_parameters(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    trial = run(settings).get_trials()[0]
+    folder = settings.output_dir / "trial_0000"
+    assert json.loads((folder / "params.json").read_text()) == trial.user_attrs["training_params"]
+    config = search.read_toml(folder / "config.toml", "config")
+    assert config["output_dir"] == str(folder) and config["network_dim"] == trial.params["network_dim"]
+
+
+def test_the_study_maximizes(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 3))
+    assert study.best_trial.number == 2
+
+
+def test_unsafe_parameters_are_rejected_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(tmp_path, 1)
+    study = open_study(settings)
+    study.enqueue_trial(UNSAFE)
+    run(settings)
+    rejected = study.get_trials()[0]
+    reason = "High alpha (≥0.75) requires: optimizer = AdamW, warmup >= 150"
+    assert rejected.state == PRUNED and rejected.user_attrs["ended"] == "rejected"
+    assert rejected.user_attrs["rejection_reason"] == reason
+    assert not (settings.output_dir / "trial_0000").exists()
+    shown = capsys.readouterr().out
+    assert f"\n❌ TRIAL REJECTED: {reason}\nParameters: {{\n" in shown
+    printed = shown[shown.index("{") :]
+    assert json.JSONDecoder().raw_decode(printed)[0]["network_alpha"] == 57
+
+
+def test_a_folder_that_exists_is_never_written_into(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    (settings.output_dir / "trial_0000").mkdir()
+    with pytest.raises(search.SearchStopped):
+        run(settings)
+    assert list((settings.output_dir / "trial_0000").iterdir()) == []
+
+
+# --- counting ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_study_trains_nothing_more(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+    run(settings)
+    study = run(settings, [failing(AssertionError("trained once more"))])
+    assert len(study.get_trials()) == 2
+
+
+def test_a_larger_n_trials_goes_on(tmp_path: Path) -> None:
+    run(settings_for(tmp_path, 2))
+    assert len(run(settings_for(tmp_path, 5)).get_trials()) == 5
+
+
+def test_rejected_and_failed_trials_do_not_count_but_diverged_ones_do(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    open_study(settings).enqueue_trial(UNSAFE)
+    study = run(settings, [failing(search.TrialFailed("boom")), failing(search.Diverged("nan"))])
+    assert endings(study) == [
+        (PRUNED, "rejected"),
+        (FAIL, "crashed"),
+        (PRUNED, "diverged"),
+        (COMPLETE, "scored"),
+        (COMPLETE, "scored"),
+    ]
+
+
+def test_a_diverged_trial_is_pruned_with_its_reason_and_no_value(tmp_path: Path) -> None:
+    trial = run(settings_for(tmp_path, 2), [failing(search.Diverged("weights not finite"))]).get_trials()[0]
+    assert trial.state == PRUNED and trial.value is None and trial.intermediate_values == {}
+    assert trial.user_attrs["reason"] == "weights not finite"
+
+
+def _work(settings: search.Settings) -> None:
+    run(settings)
+
+
+@pytest.mark.parametrize("workers", [4])
+def test_programs_that_share_a_storage_end_at_exactly_n(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "POLL_SECONDS", 0.05)
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    all_settings = [settings_for(tmp_path / str(n), 10, storage=storage) for n in range(workers)]
+    open_study(all_settings[0])
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_work, args=(settings,)) for settings in all_settings]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * workers
+    trials = open_study(all_settings[0]).get_trials()
+    assert sum(map(search.is_trained, trials)) == 10
+    learning_rates = [trial.params["learning_rate"] for trial in trials if trial.params]
+    assert len(set(learning_rates)) == len(learning_rates)
+
+
+# --- retries -----------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_tried_once_more_and_then_learnt_from(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 1), [failing(search.OutOfMemory("no room"))] * 2)
+    assert endings(study) == [(FAIL, "out of memory"), (PRUNED, "out of memory"), (COMPLETE, "scored")]
+    first, second, third = study.get_trials()
+    assert suggested(first) == suggested(second) != suggested(third)
+    assert second.user_attrs["retry_of"] == 0
+
+
+def test_a_crash_is_tried_once_more(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 1), [failing(search.TrialFailed("boom"))] * 2)
+    assert endings(study) == [(FAIL, "crashed"), (FAIL, "crashed"), (COMPLETE, "scored")]
+    first, second, third = study.get_trials()
+    assert suggested(first) == suggested(second) != suggested(third)
+
+
+def test_an_interruption_is_tried_again_always(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, [failing(KeyboardInterrupt())])
+    study = run(settings)
+    assert endings(study) == [(FAIL, "interrupted")] * 3 + [(COMPLETE, "scored")]
+    assert len({json.dumps(suggested(trial)) for trial in study.get_trials()}) == 1
+
+
+def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    trained = [good_training, failing(AssertionError("trained again"))]
+    study = run(settings, trained, [failing(search.ScoringFailed("no encoder"))])
+    assert endings(study) == [(FAIL, "crashed"), (COMPLETE, "scored")]
+    second = study.get_trials()[1]
+    assert second.user_attrs["trained_in"] == "trial_0000" and second.user_attrs["training_seconds"] == 7.0
+    for folder in ("trial_0000", "trial_0001"):
+        assert (settings.output_dir / folder / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+
+
+def test_an_interrupted_scoring_is_scored_again_after_any_number_of_interruptions(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [], [failing(KeyboardInterrupt())])
+    never = [failing(AssertionError("trained again"))]
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, never, [failing(KeyboardInterrupt())])
+    assert endings(run(settings, never))[-1] == (COMPLETE, "scored")
+
+
+def test_three_equal_failures_of_different_parameters_stop_the_study(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 5)
+    with pytest.raises(search.SearchStopped, match=r"three trials in a row ended alike.*no bitsandbytes"):
+        run(settings, [failing(search.TrialFailed("no bitsandbytes"))] * 3)
+    assert len(open_study(settings).get_trials(states=(FAIL,))) == 3
+
+
+def test_different_failures_do_not_stop_it(tmp_path: Path) -> None:
+    failures = [failing(search.TrialFailed(f"boom {n}")) for n in range(4)]
+    assert endings(run(settings_for(tmp_path, 1), failures))[-1] == (COMPLETE, "scored")
+
+
+# --- a program that died -----------------------------------------------------------------------------
+
+
+def test_a_trial_that_was_running_is_closed_and_its_parameters_tried_again(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+    with pytest.raises(Killed):
+        run(settings, [good_training, failing(Killed())])
+    assert open_study(settings).get_trials()[1].state == TrialState.RUNNING
+    study = run(settings)
+    assert endings(study) == [(COMPLETE, "scored"), (FAIL, "interrupted"), (COMPLETE, "scored")]
+    assert suggested(study.get_trials()[1]) == suggested(study.get_trials()[2])
+
+
+def test_where_the_training_had_finished_only_the_scoring_is_done_again(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(Killed):
+        run(settings, [], [failing(Killed())])
+    study = run(settings, [failing(AssertionError("trained again"))])
+    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+
+
+def test_metrics_that_were_whole_on_disk_are_told_from_there(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+
+    def score_and_die(folder: Path) -> None:
+        good_scoring(folder)
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, [], [score_and_die])
+    study = run(settings, [failing(AssertionError("trained again"))])
+    assert endings(study) == [(COMPLETE, "scored")] and study.best_value == pytest.approx(0.1)
+
+
+def test_torn_metrics_are_not_told(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+
+    def tear_and_die(folder: Path) -> None:
+        (folder / "metrics.json").write_text('{"outcome": "sco')
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, [], [tear_and_die])
+    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+
+
+def test_a_kill_between_closing_and_enqueueing_loses_nothing(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(Killed):
+        run(settings, [failing(Killed())])
+    study = open_study(settings)
+    search.close_interrupted_trials(study, settings)  # and the program dies here
+    for _ in range(2):
+        search.queue_retries(study, settings)
+    assert len(study.get_trials(states=(TrialState.WAITING,))) == 1
+
+
+def test_running_trials_of_another_folder_are_left_alone(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    here, there = (settings_for(tmp_path / name, 3, storage=storage) for name in ("here", "there"))
+    with pytest.raises(Killed):
+        run(there, [failing(Killed())])
+    study = open_study(here)
+    search.close_interrupted_trials(study, here)
+    assert study.get_trials()[0].state == TrialState.RUNNING
+
+
+def test_the_timeout_starts_no_new_trial(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3, timeout_hours=1e-9)
+    with pytest.raises(search.SearchStopped, match=r"--timeout 1e-09 is over with 0 of 3 trials trained"):
+        run(settings)
+    assert open_study(settings).get_trials() == []
+
+
+# --- storage and lock --------------------------------------------------------------------------------
+
+
+def test_every_transaction_takes_the_write_lock_at_its_start(tmp_path: Path) -> None:
+    storage = search.open_storage(f"sqlite:///{tmp_path / 's.db'}")
+    other = sqlite3.connect(tmp_path / "s.db", timeout=0)
+    with storage.engine.connect() as connection:
+        connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+    other.execute("BEGIN IMMEDIATE")
+
+
+def test_a_file_that_is_no_database_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "s.db").write_text("this is no database, " * 100)
+    with pytest.raises(search.RefusedInput) as caught:
+        search.load_study(f"sqlite:///{tmp_path / 's.db'}", "x")
+    assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
+
+
+def test_looking_for_a_study_makes_no_database(tmp_path: Path) -> None:
+    assert search.load_study(f"sqlite:///{tmp_path / 's.db'}", "x") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_is_never_shown() -> None:
+    assert search.hide_password("postgresql://me:s3cr3t@host/db") == "postgresql://me:***@host/db"
+    with pytest.raises(search.RefusedInput) as caught:
+        search.load_study("postgresql://me:s3cr3t@127.0.0.1:1/db", "x")
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_folder_belongs_to_one_program(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib, optuna_hyperparameter_search as s\n"
+        "with s.locked_folder(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(search.RefusedInput, match=f"in use by process {holder.pid} on "),
+        search.locked_folder(tmp_path),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with search.locked_folder(tmp_path):
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+# --- fingerprint -------------------------------------------------------------------------------------
+
+
+def test_differences_are_named_down_to_the_setting(tmp_path: Path) -> None:
+    study = open_study(settings_for(tmp_path))
+    fingerprint = {"seed": 1, "training options": {"clip_skip": 2, "sdpa": True}, "encoders": {"clip": "a"}}
+    study.set_user_attr("fingerprint", fingerprint)
+    search.check_fingerprint(study, fingerprint)
+    with pytest.raises(search.RefusedInput) as caught:
+        changed = {"seed": 1, "training options": {"clip_skip": 1, "xformers": True}, "encoders": {"clip": "a"}}
+        search.check_fingerprint(study, changed)
+    lines = caught.value.problems
+    assert [line.split("inputs: ")[1].split(";")[0] for line in lines] == [
+        "training options, clip_skip: was 2, is now 1",
+        "training options, sdpa: was True, is now None",
+        "training options, xformers: was None, is now True",
+    ]
+
+
+def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
+    study = open_study(settings_for(tmp_path))
+    anchors = {"screen": {"q_base": 0.5}, "version": "x"}
+    search.check_anchors(study, anchors)
+    search.check_anchors(study, {"screen": {"q_base": 0.505}, "version": "x"})
+    with pytest.raises(search.RefusedInput, match=r"screen\.q_base"):
+        search.check_anchors(study, {"screen": {"q_base": 0.52}, "version": "x"})
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    search.write_json(settings.reference / "plan.json", {"study": "the first"})
+    with pytest.raises(search.RefusedInput, match="holds study 'the first'"):
+        search.check_output_folder(settings, None)
+
+
+def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    (settings.output_dir / "trial_0003").mkdir()
+    with pytest.raises(search.RefusedInput, match="not of this study"):
+        search.check_output_folder(settings, None)
+
+
+# --- enqueueing --------------------------------------------------------------------------------------
+
+
+def read_enqueue(tmp_path: Path, text: str, *, has_8bit: bool = True) -> list[search.Params]:
+    (tmp_path / "first.toml").write_text(text)
+    return search.read_enqueue_file(tmp_path / "first.toml", lambda params: has_8bit)
+
+
+def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
+    assert read_enqueue(tmp_path, "learning_rate = 1e-4\nnetwork_dim = 64") == [
+        {"learning_rate": 1e-4, "network_dim": 64}
+    ]
+    assert len(read_enqueue(tmp_path, "[[trial]]\nnetwork_dim = 64\n[[trial]]\nnetwork_dim = 128")) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("learning_rate = 1.0", "outside the search space .6e-05 to 0.00012."),
+        ("learning_rate = nan", "outside the search space"),
+        ("network_dim = 96", "64, 128, 256"),
+        ("network_dim = 64.0", "64, 128, 256"),
+        ("network_alpha_ratio = 0.33", "step 0.05"),
+        ("lr_warmup_steps = true", "50 to 200"),
+        ("optimizer_type = 'Lion'", "AdamW, AdamW8bit"),
+        ("learning_rat = 1e-4", "did you mean 'learning_rate'"),
+        ("network_alpha = 32", "follows from network_alpha_ratio"),
+        ("lr_scheduler_num_cycles = 2", "needs lr_scheduler = 'cosine_with_restarts'"),
+        ("", "holds no parameters"),
+        ("trial = 3", "holds no parameters"),
+        ("network_dim = 64\n[[trial]]\nnetwork_dim = 128", "outside of them"),
+    ],
+)
+def test_what_the_space_does_not_hold_is_refused(tmp_path: Path, line: str, says: str) -> None:
+    with pytest.raises(search.RefusedInput, match=says):
+        read_enqueue(tmp_path, line)
+
+
+def test_8bit_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match="needs bitsandbytes"):
+        read_enqueue(tmp_path, "optimizer_type = 'AdamW8bit'", has_8bit=False)
+
+
+@pytest.mark.parametrize("ratio", ["0.6", "0.85", "0.25", "0.9"])
+def test_the_grids_own_values_are_accepted(tmp_path: Path, ratio: str) -> None:
+    assert read_enqueue(tmp_path, f"network_alpha_ratio = {ratio}")
+
+
+def test_enqueued_parameters_come_first_and_once(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+    study = open_study(settings)
+    for _ in range(2):
+        search.enqueue_once(study, [dict(SAFE)])
+    run(settings)
+    search.enqueue_once(study, [dict(SAFE)])
+    trials = study.get_trials()
+    assert len(trials) == 2 and suggested(trials[0]) == SAFE

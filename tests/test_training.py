@@ -1,0 +1,329 @@
+"""Section 7: the trial's config, the trainer's process, its progress, and the judgement of its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toml
+from safetensors.numpy import save_file
+
+import optuna_hyperparameter_search as search
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PARAMS: search.Params = {
+    "learning_rate": 8e-5,
+    "text_encoder_lr": 4e-5,
+    "network_dim": 64,
+    "network_alpha_ratio": 0.5,
+    "network_alpha": 32,
+    "optimizer_type": "AdamW",
+    "max_train_epochs": 12,
+    "lr_scheduler": "cosine_with_restarts",
+    "gradient_accumulation_steps": 2,
+    "lr_warmup_steps": 50,
+    "lr_scheduler_num_cycles": 3,
+}
+# What kohya prints, with its bars ended by CR and its colours.
+OUTPUT = (
+    "accelerator device: cpu\n"
+    "override steps. steps for 12 epochs is / 指定エポックまでのステップ数: 24\n"
+    "\rsteps:   0%|          | 0/24 [00:00<?, ?it/s]\x1b[32mINFO\x1b[0m something\n"
+    "\nepoch 1/12\n"
+    "\rsteps:   4%|▍         | 1/24 [00:07<02:41,  7.02s/it]"
+    "\rsteps:   8%|▊         | 2/24 [00:14<02:34,  7.01s/it, avr_loss=0.123]"
+    "\nvalidation steps:  50%|█████     | 9/18 [00:14<02:34,  7.01s/it, val_loss=0.5]\n"
+    "saving checkpoint: /x/lora-000002.safetensors\n"
+    "model saved.\n"
+)
+
+
+def save_lora(path: Path, up: float = 0.01, dtype: type = np.float16) -> None:
+    down, weight = np.ones((4, 8), dtype), np.full((8, 4), up, dtype)
+    alpha = np.array(2.0, dtype)
+    save_file(
+        {"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": weight, "lora_unet_x.alpha": alpha},
+        str(path),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A trial's folder after a good training of 4 epochs, saved every 2."""
+    config = search.trial_config({**PARAMS, "max_train_epochs": 4}, {}, Path("/m"), Path("/d"), tmp_path)
+    (tmp_path / "config.toml").write_text(toml.dumps(config))
+    save_lora(tmp_path / "lora-000002.safetensors")
+    save_lora(tmp_path / "lora.safetensors")
+    return tmp_path
+
+
+def progress_of(output: str) -> search.TrainingProgress:
+    progress = search.TrainingProgress()
+    progress.read(output)
+    progress.finish()
+    return progress
+
+
+# --- the config --------------------------------------------------------------------------------------
+
+
+def test_config_holds_searched_values_fixed_options_and_paths_under_kohyas_names() -> None:
+    config = search.trial_config(PARAMS, {"seed": 42}, Path("/m.safetensors"), Path("/d.toml"), Path("/out"))
+    assert config["network_alpha"] == 32 and config["seed"] == 42
+    assert config["pretrained_model_name_or_path"] == "/m.safetensors"
+    assert "network_alpha_ratio" not in config
+    assert toml.loads(toml.dumps(config)) == config
+
+
+def test_every_key_that_is_written_is_an_option_of_the_real_trainer() -> None:
+    options = (REPOSITORY / "tests/kohya/train_network_options.txt").read_text().split()
+    fixed = search.read_training_options(REPOSITORY / "configs/training.toml")
+    written = search.trial_config(PARAMS, fixed, Path("/m"), Path("/d"), Path("/o"))
+    assert {f"--{key}" for key in written} <= set(options)
+    assert set(search.FORBIDDEN_TRAINING_KEYS) <= {option.removeprefix("--") for option in options}
+
+
+# --- progress ----------------------------------------------------------------------------------------
+
+
+def test_reads_epoch_step_loss_and_eta_however_the_output_is_cut() -> None:
+    whole = progress_of(OUTPUT)
+    piecewise = search.TrainingProgress()
+    for character in OUTPUT:
+        piecewise.read(character)
+    piecewise.finish()
+    for progress in (whole, piecewise):
+        assert (progress.epoch, progress.epochs, progress.step, progress.steps) == (1, 12, 2, 24)
+        assert (progress.loss, progress.eta, progress.device, progress.saved) == ("0.123", "02:34", "cpu", True)
+    assert str(whole) == "  epoch 1/12  step 2/24    8%  loss 0.123  ETA 02:34"
+
+
+def test_notes_the_step_at_which_the_loss_became_nan() -> None:
+    progress = progress_of("epoch 1/2\n\rsteps:  50%|█ | 3/6 [00:01<00:01,  2.0it/s, avr_loss=nan]")
+    assert progress.first_nan_step == 3
+
+
+def test_away_from_a_terminal_each_epoch_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = "\rsteps:  50%|█ | 3/6 [00:01<00:01,  2.0it/s, avr_loss=0.5]"
+    progress_of(f"epoch 1/2\n{bars}{bars}\nepoch 2/2\n{bars}{bars}\n")
+    assert [line.split("  ")[1] for line in capsys.readouterr().out.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+
+
+# --- the end -----------------------------------------------------------------------------------------
+
+
+def test_a_good_training_passes(folder: Path) -> None:
+    search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+
+
+def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
+    found = [(epoch, file.name) for epoch, file in search.find_checkpoints(folder)]
+    assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_weights_that_are_not_finite_are_diverged(folder: Path, value: float, dtype: type) -> None:
+    save_lora(folder / "lora-000002.safetensors", value, dtype)
+    with pytest.raises(search.Diverged, match=r"not finite in lora-000002\.safetensors"):
+        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+
+
+def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save_torch
+
+    for value, finite in ((0.01, True), (3e38, True), (float("nan"), False), (float("inf"), False)):
+        save_torch({"a.lora_up.weight": torch.full((2, 2), value, dtype=torch.bfloat16)}, tmp_path / "l.safetensors")
+        assert (search.lora_problem(tmp_path / "l.safetensors") == "") is finite
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_lora_that_learnt_nothing_is_diverged(folder: Path, zero: float) -> None:
+    save_lora(folder / "lora.safetensors", zero)
+    with pytest.raises(search.Diverged, match="moved from zero"):
+        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+
+
+def test_the_largest_finite_half_is_finite(folder: Path) -> None:
+    save_lora(folder / "lora.safetensors", 65504.0)
+    assert search.lora_problem(folder / "lora.safetensors") == ""
+
+
+def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
+    whole = (folder / "lora.safetensors").read_bytes()
+    (folder / "lora.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(search.TrialFailed, match="torn") as caught:
+        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+    assert caught.value.ended == "crashed"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "kind", "ended", "says"),
+    [
+        (0, "No data found.\n", search.TrialFailed, "crashed", "saved no LoRA: No data found"),
+        (0, "model saved.\n", search.TrialFailed, "crashed", "saved no LoRA"),
+        (1, "Traceback\n  File x\nValueError: bad\n", search.TrialFailed, "crashed", "status 1: ValueError: bad"),
+        (-15, "", search.TrialFailed, "crashed", "it printed nothing"),
+        (-9, "", search.OutOfMemory, "out of memory", "SIGKILL"),
+        (
+            1,
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n",
+            search.OutOfMemory,
+            "out of memory",
+            "CUDA out of memory",
+        ),
+        (1, "torch.cuda.OutOfMemoryError: CUDA out of memory.\n", search.OutOfMemory, "out of memory", "CUDA"),
+    ],
+)
+def test_ends_are_told_apart(
+    tmp_path: Path, status: int, output: str, kind: type[search.TrialFailed], ended: str, says: str
+) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        search.judge_training(tmp_path, status, progress_of(output), "cpu")
+    assert caught.value.ended == ended
+
+
+def test_a_training_on_the_cpu_is_no_training_on_the_card(folder: Path) -> None:
+    with pytest.raises(search.TrialFailed, match="used the CPU instead of cuda"):
+        search.judge_training(folder, 0, progress_of(OUTPUT), "cuda")
+
+
+# --- the process -------------------------------------------------------------------------------------
+
+SLEEPER = "import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not waited for (a zombie) does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_dead(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_alive, pids))
+
+
+def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
+    seen: list[str] = []
+    code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
+    status = search.run_process(
+        [sys.executable, "-c", code], search.child_environment("cpu"), seen.append, tmp_path / "log"
+    )
+    assert status == 3 and "".join(seen) == "a\r指b"
+    assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
+
+
+def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
+    pids: list[int] = []
+
+    def interrupt(text: str) -> None:
+        pids.extend(map(int, text.split()))
+        raise KeyboardInterrupt
+
+    code = SLEEPER + "import os; print(f'{os.getpid()} {p.pid}', flush=True); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), interrupt)
+    assert len(pids) == 2 and wait_until_dead(pids, 5)
+
+
+def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "TERMINATION_SECONDS", 0.3)
+    pids: list[int] = []
+
+    def interrupt(text: str) -> None:
+        pids.extend(map(int, text.split()))
+        raise KeyboardInterrupt
+
+    code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), interrupt)
+    assert wait_until_dead(pids, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_program_takes_its_trainer_along() -> None:
+    code = (
+        "import sys, optuna_hyperparameter_search as s\n"
+        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "s.run_process([sys.executable, '-c', child], s.child_environment('cpu'), lambda t: print(t, flush=True))\n"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    trainer = int(program.stdout.readline())
+    assert is_alive(trainer)
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+    assert wait_until_dead([trainer], 5)
+
+
+@pytest.mark.parametrize(
+    ("device", "outside", "inside"),
+    [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda:1", None, "1"), ("cuda:1", "4,7", "7")],
+)
+def test_a_child_sees_only_the_card_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, outside: str | None, inside: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if outside is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outside)
+    assert search.child_environment(device)["CUDA_VISIBLE_DEVICES"] == inside
+
+
+# --- sd-scripts itself -------------------------------------------------------------------------------
+
+
+def fake_sd_scripts(folder: Path, body: str) -> Path:
+    folder.mkdir()
+    (folder / "train_network.py").write_text(body)
+    return folder
+
+
+def test_a_folder_without_the_trainer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match=r"no train_network\.py; give the folder"):
+        search.inspect_trainer(tmp_path, sys.executable, "cpu", tmp_path / "cache.json")
+
+
+def test_another_program_of_that_name_is_refused(tmp_path: Path) -> None:
+    folder = fake_sd_scripts(tmp_path / "other", "print('hello')")
+    with pytest.raises(search.RefusedInput, match="does not answer as kohya's trainer does"):
+        search.inspect_trainer(folder, sys.executable, "cpu", tmp_path / "cache.json")
+
+
+def test_a_python_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = fake_sd_scripts(tmp_path / "sd", "")
+    for python, says in ((str(tmp_path / "nothing"), "can't run"), ("/bin/echo", "no working Python")):
+        with pytest.raises(search.RefusedInput, match=says):
+            search.inspect_trainer(folder, python, "cpu", tmp_path / "cache.json")
+
+
+def test_the_option_list_is_read_once_and_again_when_the_trainer_changes(tmp_path: Path) -> None:
+    def trainer(option: str) -> str:
+        options = f"  --network_module X\n  --dataset_config X\n  --config_file X\n  --{option}"
+        return f"print('''options:\n{options}''')\nopen({str(tmp_path / 'calls')!r}, 'a').write('x')"
+
+    folder = fake_sd_scripts(tmp_path / "sd", trainer("first"))
+    cache = tmp_path / "trainer_options.json"
+    for _ in range(2):
+        assert "first" in search.inspect_trainer(folder, sys.executable, "cpu", cache).options
+    assert (tmp_path / "calls").read_text() == "x"
+    (folder / "train_network.py").write_text(trainer("second"))
+    assert "second" in search.inspect_trainer(folder, sys.executable, "cpu", cache).options
+
+
+def test_a_card_that_pytorch_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = fake_sd_scripts(tmp_path / "sd", "")
+    with pytest.raises(search.RefusedInput, match="sees no cuda"):
+        search.inspect_trainer(folder, sys.executable, "cuda", tmp_path / "cache.json")

@@ -1,0 +1,140 @@
+"""Tiny random models with the classes and module names of the real ones, for the demo, the tests and the benchmarks.
+
+    make_tiny_pipeline(folder)   Stable Diffusion 1.x as a diffusers folder, 64-pixel images, 8 x 8 latents
+    make_tiny_dinov2(folder)     DINOv2 with its image processor
+    make_tiny_clip(folder)       CLIP, text and image, with tokenizer and image processor
+
+Each is made from a fixed seed in about a second, without network.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WIDTH = 32  # of the text encoder's states, the UNet's cross-attention and the encoders' embeddings
+START, END = 512, 513  # token ids behind the byte alphabet
+
+
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's tokenizer without merges: every byte is a token, so 75 letters of a prompt are read."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": symbols[START], "eos_token": symbols[END], "unk_token": symbols[END]}
+    special["pad_token"] = symbols[END]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "vocab.json", {symbol: number for number, symbol in enumerate(symbols)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _text_config() -> dict[str, Any]:
+    return {
+        "vocab_size": END + 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "projection_dim": WIDTH,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+
+
+def make_tiny_pipeline(folder: Path, seed: int = 1) -> None:
+    """A StableDiffusionPipeline of random weights; its images are coloured noise, not flat."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 4  # random weights alone would draw flat grey
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_text_config()))
+    write_tokenizer(folder / "tokenizer")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def _write_image_processor(folder: Path, kind: str, side: int, mean: float, std: float) -> None:
+    processor = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [mean] * 3,
+        "image_std": [std] * 3,
+        "do_convert_rgb": True,
+    }
+    _write_json(folder / "preprocessor_config.json", processor)
+
+
+def make_tiny_dinov2(folder: Path, seed: int = 2) -> None:
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=7
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    _write_image_processor(folder, "BitImageProcessor", 28, 0.5, 0.25)
+
+
+def make_tiny_clip(folder: Path, seed: int = 3) -> None:
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8, "projection_dim": WIDTH}
+    CLIPModel(CLIPConfig(text_config=_text_config(), vision_config=vision, projection_dim=WIDTH)).save_pretrained(
+        folder
+    )
+    write_tokenizer(folder)
+    _write_image_processor(folder, "CLIPImageProcessor", 32, 0.48, 0.27)
