@@ -38,6 +38,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -47,9 +48,11 @@ import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -74,6 +77,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
+DEFAULT_STUDY_NAME = "lora_v2.1"
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
 Params = dict[str, Any]
 log = logging.getLogger("search")
@@ -253,17 +257,18 @@ class ScoringSettings:
     plain: tuple[str, ...]
 
 
+MAX_STEPS = 1000  # of the scheduler: it was trained on so many
 # What a key of scoring.toml must be: its type, and the smallest value that makes sense.
 _SCORING_SCHEMA: dict[str, dict[str, tuple[type, float | None]]] = {
     "images": {
         "resolution": (int, 16),
-        "steps": (int, 1),
+        "steps": (int, 1),  # to MAX_STEPS
         "guidance_scale": (float, 0),
         "negative_prompt": (str, None),
         "batch_size": (int, 1),
     },
-    "screen": {"prompts": (int, 1), "seeds": (int, 2), "plain_prompts": (int, 2)},
-    "confirm": {"prompts": (int, 1), "seeds": (int, 2), "plain_prompts": (int, 2)},
+    "screen": {"prompts": (int, 2), "seeds": (int, 2), "plain_prompts": (int, 2)},
+    "confirm": {"prompts": (int, 2), "seeds": (int, 2), "plain_prompts": (int, 2)},
     "weights": dict.fromkeys(("fidelity", "text", "preservation", "variety", "usable"), (float, 0)),
     "encoders": dict.fromkeys(("dinov2", "clip", "pipeline_config"), (str, None)),
     "usable": dict.fromkeys(("flat_std", "black_p99", "white_p1"), (float, 0)),
@@ -323,6 +328,8 @@ def read_scoring_settings(path: Path) -> ScoringSettings:
         problems.append(
             f"--scoring-config: resolution in [images] of {path} must be a multiple of 8 (the VAE's factor)"
         )
+    if not problems and values["images"]["steps"] > MAX_STEPS:
+        problems.append(f"--scoring-config: steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough")
     if not problems and not any(values["weights"].values()):
         problems.append(f"--scoring-config: all weights of {path} are 0, so every trial would score 1; raise one")
     for key in ("elsewhere", "style") if not problems else ():
@@ -344,6 +351,9 @@ def read_scoring_settings(path: Path) -> ScoringSettings:
 _SEARCHED = "is searched; delete it, or give it in --enqueue to try it first"
 _BEATS_SEARCH = "would quietly beat a searched value; delete it"
 _BY_PROGRAM = "is set by this program for every trial; delete it"
+_OTHER_MODEL = (
+    "would train on another model than the one that is scored; delete it, and give that model as --base-model"
+)
 _SECRET = "is a secret, and this file is copied into results; delete it"
 FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
     **dict.fromkeys(
@@ -356,7 +366,7 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
     **dict.fromkeys(
         (
             "unet_lr use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only "
-            "network_train_text_encoder_only dim_from_weights network_weights max_train_steps "
+            "network_train_text_encoder_only dim_from_weights network_weights max_train_steps lr_scheduler_args "
             "lr_decay_steps initial_epoch initial_step skip_until_initial_step resume"
         ).split(),
         _BEATS_SEARCH,
@@ -365,10 +375,12 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
         (
             "pretrained_model_name_or_path dataset_config output_dir output_name logging_dir train_data_dir "
             "reg_data_dir in_json config_file output_config debug_dataset save_last_n_epochs save_last_n_steps "
-            "save_last_n_epochs_state save_last_n_steps_state save_every_n_steps save_n_epoch_ratio dataset_class"
+            "save_last_n_epochs_state save_last_n_steps_state save_every_n_steps save_n_epoch_ratio dataset_class "
+            "console_log_level console_log_file"
         ).split(),
         _BY_PROGRAM,
     ),
+    **dict.fromkeys("v2 v_parameterization vae base_weights base_weights_multiplier".split(), _OTHER_MODEL),
     **dict.fromkeys("huggingface_token wandb_api_key huggingface_repo_id resume_from_huggingface".split(), _SECRET),
 }
 
@@ -381,23 +393,33 @@ def read_training_options(path: Path) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
         options.update(value if isinstance(value, dict) else {key: value})
+    for key, value in list(options.items()):
+        if key in FORBIDDEN_TRAINING_KEYS and (value is False or value == ""):
+            del options[key]  # kohya's default, spelled out as tools do that write such files
+        elif isinstance(value, str) and "/" in value and Path(value).exists():
+            options[key] = str(Path(value).resolve())  # the trial's config is used from other folders too
     problems = [
         f"--training-config: '{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}"
         for key in sorted(options.keys() & FORBIDDEN_TRAINING_KEYS.keys())
     ]
-    if options.get("save_model_as", "safetensors") != "safetensors":
-        problems.append(f'--training-config: save_model_as in {path} must be "safetensors"; pickles are not used')
+    for key, only in (("save_model_as", "safetensors"), ("network_module", "networks.lora")):
+        if options.setdefault(key, only) != only:
+            problems.append(f"--training-config: {key} = {options[key]!r} in {path} must be {only!r}, which is scored")
     for key, value in options.items():
         for file in value if isinstance(value, list) else [value]:
             if isinstance(file, str) and Path(file).suffix.lower() in _PICKLE_SUFFIXES:
                 problems.append(f"--training-config: {key} = {file!r} in {path} is a pickle; use a safetensors file")
-    for key in ("save_every_n_epochs", "clip_skip", "seed"):
-        value = options.get(key, 1)
-        if type(value) is not int or (value < 1 and key != "seed"):
-            problems.append(f"--training-config: {key} = {value!r} in {path} must be a whole number from 1 on")
+    if not isinstance(options.get("resolution", ""), str):
+        problems.append(
+            f'--training-config: resolution in {path} must be in quotes, "512" or "512,768", as kohya reads it'
+        )
+    for key, default, low in (("save_every_n_epochs", 1, 1), ("clip_skip", 1, 1), ("seed", 42, 0)):
+        value = options.setdefault(key, default)
+        if type(value) is not int or not low <= value < 2**32:
+            problems.append(f"--training-config: {key} = {value!r} in {path} must be a whole number from {low} on")
     if problems:
         raise RefusedInput(*problems)
-    return {"save_model_as": "safetensors", "seed": 42, "save_every_n_epochs": 1, **options}
+    return options
 
 
 # kohya's own keys for a DreamBooth data set and the types that it takes (sd-scripts, library/config_util.py).
@@ -424,6 +446,7 @@ _DATASET_KEYS: dict[str, tuple[type, ...]] = {
     "subsets": (list,),
 }
 _GENERAL_KEYS = {key: kinds for key, kinds in _DATASET_KEYS.items() if key != "subsets"}
+BUCKET_STEP = 64  # pixels; train_network.py takes its multiples only
 _IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
 
 
@@ -537,12 +560,17 @@ def _dataset_problems(dataset: Mapping[str, Any], path: Path) -> list[str]:
         return [f"{where}: validation_split takes pictures out of the training that are scored all the same; delete it"]
     if not dataset["enable_bucket"]:
         return []
+    names = ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso")
+    wrong = [f"{where}: {n} = {dataset[n]!r} must be a whole number" for n in names if type(dataset[n]) is not int]
     step = dataset["bucket_reso_steps"]
-    if step < 1:
-        return [f"{where}: bucket_reso_steps = {step} must be from 1 on (64 for SD 1.x)"]
+    if wrong or step < 1 or step % BUCKET_STEP:
+        return wrong or [f"{where}: bucket_reso_steps = {step} must be a multiple of {BUCKET_STEP}, else kohya stops"]
     low, high = _bucket_limits(dataset)
-    if not low <= min(sides) <= max(sides) <= high:
-        return [f"{where}: resolution {sides} must lie between min_bucket_reso ({low}) and max_bucket_reso ({high})"]
+    if not step <= low <= min(sides) <= max(sides) <= high:
+        return [
+            f"{where}: resolution {sides} must lie between min_bucket_reso ({low}) and max_bucket_reso ({high}), "
+            f"and these from bucket_reso_steps ({step}) on"
+        ]
     return []
 
 
@@ -557,7 +585,9 @@ def _dataset_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         "resolution": None, "batch_size": 1, "num_repeats": 1, "caption_extension": ".caption",
         "enable_bucket": False, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-        "bucket_no_upscale": False, "validation_split": 0.0,
+        "bucket_no_upscale": False, "validation_split": 0.0, "color_aug": False, "random_crop": False,
+        "caption_prefix": None, "caption_suffix": None, "caption_separator": ",", "keep_tokens_separator": None,
+        "secondary_separator": None, "cache_latents": options.get("cache_latents_to_disk", False),
     }  # fmt: skip
     names = {
         "train_batch_size": "batch_size",
@@ -565,9 +595,9 @@ def _dataset_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
         "caption_extention": "caption_extension",
     }
     given = {names.get(key, key): value for key, value in options.items()}
-    if re.fullmatch(r"\d+(,\d+)?", str(given.get("resolution"))):  # "512" or "512,768", as on kohya's command line
-        sides = [int(side) for side in given["resolution"].split(",")]
-        given["resolution"] = sides if len(sides) == 2 else sides[0]
+    sides = str(given.get("resolution")).split(",")  # "512" or "512,768", as on kohya's command line
+    if all(side.strip().isdecimal() for side in sides):
+        given["resolution"] = [int(side) for side in sides] if len(sides) > 1 else int(sides[0])
     return {key: given.get(key, default) for key, default in defaults.items()}
 
 
@@ -580,7 +610,10 @@ def _read_subset(
         problems.append(f"{where}: metadata_file is not supported; put a caption file beside every image")
         return []
     _check_keys(subset, _SUBSET_KEYS, path, problems)
-    folder, repeats = subset.get("image_dir"), subset.get("num_repeats", inherited["num_repeats"])
+    settings = {**inherited, **subset}
+    if settings["cache_latents"] and (settings["color_aug"] or settings["random_crop"]):
+        problems.append(f"{where}: color_aug and random_crop can't go with cached latents, at which kohya stops")
+    folder, repeats = subset.get("image_dir"), settings["num_repeats"]
     if type(repeats) is not int or repeats < 1:
         problems.append(f"{where}: num_repeats = {repeats!r} must be a whole number from 1 on (kohya skips the folder)")
         return []
@@ -600,17 +633,15 @@ def _read_subset(
             f"--dataset-config: image_dir {directory} has no images (png, jpg, webp, bmp); kohya would "
             "train nothing and say it succeeded"
         )
-    return _read_images(files, repeats, subset, inherited, problems)
+    return _read_images(files, settings, problems)
 
 
-def _read_images(
-    files: list[Path], repeats: int, subset: Mapping[str, Any], inherited: Mapping[str, Any], problems: list[str]
-) -> list[TrainingImage]:
+def _read_images(files: list[Path], settings: Mapping[str, Any], problems: list[str]) -> list[TrainingImage]:
+    """The pictures of a subset with their captions; `settings` are the subset's, inherited ones included."""
     from PIL import Image, UnidentifiedImageError
 
-    extension = subset.get("caption_extension", inherited["caption_extension"])
-    tokens = subset.get("class_tokens", inherited.get("class_tokens"))
-    is_reg = subset.get("is_reg", False)
+    extension, tokens = settings["caption_extension"], settings.get("class_tokens")
+    is_reg = settings.get("is_reg", False)
     images, without_caption = [], []
     for file in files:
         try:
@@ -624,12 +655,12 @@ def _read_images(
             caption = tokens
             if not tokens:
                 without_caption.append(file)
-        if inherited["enable_bucket"] and inherited["bucket_no_upscale"] and min(size) < inherited["bucket_reso_steps"]:
+        if settings["enable_bucket"] and settings["bucket_no_upscale"] and min(size) < settings["bucket_reso_steps"]:
             problems.append(
                 f"--dataset-config: {file} ({size[0]} x {size[1]}) is smaller than bucket_reso_steps, at which "
                 "kohya stops; remove it, or bucket_no_upscale"
             )
-        images.append(TrainingImage(file, caption or "", repeats, size, is_reg))
+        images.append(TrainingImage(file, _as_prompt(caption or "", settings), settings["num_repeats"], size, is_reg))
     if without_caption and not is_reg:
         problems.append(
             f"--dataset-config: {len(without_caption)} of {len(files)} images in {files[0].parent} have no "
@@ -637,6 +668,14 @@ def _read_images(
             "or set caption_extension or class_tokens"
         )
     return images
+
+
+def _as_prompt(caption: str, settings: Mapping[str, Any]) -> str:
+    """A caption with its prefix and suffix, and commas for whatever parts its tags."""
+    text = " ".join(filter(None, (settings["caption_prefix"], caption, settings["caption_suffix"])))
+    for name in ("keep_tokens_separator", "secondary_separator", "caption_separator"):
+        text = text.replace(settings[name] or ",", ",")
+    return ", ".join(tag.strip() for tag in text.split(",") if tag.strip())
 
 
 def _read_caption(image: Path, extension: str) -> str | None:
@@ -762,11 +801,11 @@ def inspect_base_model(path: Path) -> BaseModel:
     remedy = "give a Stable Diffusion 1.x safetensors file or diffusers folder"
     if not path.exists():
         raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
-    files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise RefusedInput(f"--base-model: {path.name} may be a pickle, which can run code when loaded; {remedy}")
-    if path.is_dir() and not ((path / "model_index.json").is_file() and files):
-        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json or safetensors; {remedy}")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json; {remedy}")
+    files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
     headers: dict[str, Any] = {}
     for file in files:
         try:
@@ -778,6 +817,9 @@ def inspect_base_model(path: Path) -> BaseModel:
     family = _family_of_folder(path) if path.is_dir() else _family_of_file(headers)
     if family != "SD1.x":
         raise RefusedInput(f"--base-model: {path.name} is {family}, which this search does not train; {remedy}")
+    missing = {"unet", "text_encoder", "vae"} - {file.parent.name for file in files}
+    if path.is_dir() and missing:
+        raise RefusedInput(f"--base-model: {path} has no safetensors in {', '.join(sorted(missing))}; {remedy}")
     shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
     per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
     fingerprint = digest("".join(digest_of_weights(file) for file in files))
@@ -829,12 +871,8 @@ def complete_params(values: Mapping[str, Any]) -> Params:
 
     The ratio is rounded to its grid's two decimals: Optuna's 0.6000000000000001 would print badly.
     """
-    params: Params = {}
-    for name, value in values.items():
-        params[name] = round(value, 2) if name == "network_alpha_ratio" else value
-        if name == "network_alpha_ratio":
-            params["network_alpha"] = int(params["network_dim"] * params[name])
-    return params
+    ratio = round(values["network_alpha_ratio"], 2)
+    return {**values, "network_alpha_ratio": ratio, "network_alpha": int(values["network_dim"] * ratio)}
 
 
 def suggest_hyperparameters(trial: optuna.trial.BaseTrial) -> Params:
@@ -967,11 +1005,12 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
         if not free:
             return {}
-        proposal: Params = {}
+        whole: Params = {}
         for proposal, passes in self._proposals(study, trial, free, rng):
-            if passes(complete_params({name: {**fixed, **proposal}[name] for name in search_space})):
+            whole = {**fixed, **proposal}
+            if passes(complete_params(whole)):
                 break
-        return {**proposal, **{name: fixed[name] for name in search_space if name in fixed}}
+        return whole
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -1044,7 +1083,6 @@ def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
 # ======================================================================================================
 
 TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
-PROBE_SECONDS = 300  # `train_network.py --help` imports torch: 10 s, minutes from a cold Windows drive
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -1076,12 +1114,23 @@ def run_process(
         stack.callback(_end_process_group, process)
         assert process.stdout is not None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while data := os.read(process.stdout.fileno(), 1 << 16):
+        while data := _read_output(process):
             if log_to:
                 log_to.write(data)
                 log_to.flush()
             on_text(decoder.decode(data))
         return process.wait()
+
+
+def _read_output(process: subprocess.Popen[bytes]) -> bytes:
+    """The next piece of output; nothing at its end, or when the process is gone and only a child of its is silent."""
+    assert process.stdout is not None
+    while True:
+        ended = process.poll() is not None
+        if select.select([process.stdout], [], [], 1.0)[0]:
+            return os.read(process.stdout.fileno(), 1 << 16)
+        if ended:
+            return b""
 
 
 def _end_process_group(process: subprocess.Popen[bytes]) -> None:
@@ -1107,8 +1156,9 @@ def child_environment(device: str) -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif ":" in device:
         index = int(device.partition(":")[2])
-        visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = [*map(str, range(index + 1))] if visible is None else visible.split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = cards[index] if index < len(cards) else ""
     return environment
 
 
@@ -1150,7 +1200,7 @@ class TrainingProgress:
 
     def read(self, text: str) -> None:
         """Take the next piece of output, cut anywhere; bars end with CR, the rest with LF."""
-        *lines, self._unfinished = re.split(r"[\r\n]", self._unfinished + _ANSI.sub("", text))
+        *lines, self._unfinished = re.split(r"[\r\n]", _ANSI.sub("", self._unfinished + text))
         for line in lines:
             self._read_line(line)
         if lines:
@@ -1215,13 +1265,17 @@ _EXPONENT_BITS: dict[str, tuple[type, int]] = {
 }
 
 
-def lora_problem(path: Path) -> str:
-    """Why a LoRA's weights can't be used (not finite, or nothing learnt), or nothing. ValueError if it is torn.
+def check_lora(path: Path, *, is_last: bool) -> None:
+    """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
 
-    Works on the bits, so it needs no torch and knows bfloat16, which NumPy doesn't.
+    Works on the bits, so it needs no torch and knows bfloat16, which NumPy doesn't. An early checkpoint may well
+    be zero: a warm-up begins with a learning rate of 0.
     """
-    header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    try:
+        header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except (ValueError, OSError) as error:
+        raise TrialFailed(f"{path.name} can't be read: {error}") from error
     start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
     learnt = False
     for name, entry in header.items():
@@ -1231,9 +1285,17 @@ def lora_problem(path: Path) -> str:
         begin, end = entry["data_offsets"]
         bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
         if np.any(bits & kind(exponent) == exponent):
-            return f"weights that are not finite in {path.name} ({name})"
+            raise Diverged(f"weights that are not finite in {path.name} ({name})")
         learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
-    return "" if learnt else f"no weight of {path.name} has moved from zero"
+    if is_last and not learnt:
+        raise TrialFailed(f"no weight of {path.name} has moved from zero")
+
+
+def check_checkpoints(folder: Path) -> None:
+    """What check_lora says of every checkpoint of a finished training."""
+    checkpoints = find_checkpoints(folder)
+    for epoch, path in checkpoints:
+        check_lora(path, is_last=epoch == checkpoints[-1][0])
 
 
 def judge_training(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
@@ -1243,6 +1305,7 @@ def judge_training(folder: Path, status: int, progress: TrainingProgress, device
     """
     said = meaningful_line(progress.tail)
     if status != 0:
+        refuse_full_disk(progress.tail)
         if status == -signal.SIGKILL:
             raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel for want of memory")
         if any(_OUT_OF_MEMORY.search(line) for line in progress.tail):
@@ -1250,17 +1313,29 @@ def judge_training(folder: Path, status: int, progress: TrainingProgress, device
         raise TrialFailed(f"the trainer ended with status {status}: {said}")
     if device != "cpu" and progress.device.startswith("cpu"):
         raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
-    final = folder / f"{LORA_NAME}.safetensors"
-    if not (progress.saved and final.is_file()):
+    if not (progress.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
         raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
-    for _, checkpoint in find_checkpoints(folder):
-        try:
-            problem = lora_problem(checkpoint)
-        except (ValueError, OSError) as error:
-            raise TrialFailed(f"{checkpoint.name} can't be read: {error}") from error
-        if problem:
-            since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
-            raise Diverged(problem + since)
+    try:
+        check_checkpoints(folder)
+    except Diverged as error:
+        since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
+        raise Diverged(f"{error}{since}") from error
+
+
+def refuse_full_disk(lines: Sequence[str]) -> None:
+    """OSError where a program's output says that the disk is full: no trial can go on, whatever its parameters."""
+    full = os.strerror(errno.ENOSPC)
+    if any(full in line for line in lines):
+        raise OSError(errno.ENOSPC, full)
+
+
+def has_finished_training(folder: Path) -> bool:
+    """Whether a trial that nobody saw the end of was trained to its end, and well."""
+    with contextlib.suppress(OSError, TrialFailed):
+        if "model saved." in (folder / "training.log").read_text(encoding="utf-8", errors="replace"):
+            check_checkpoints(folder)
+            return True
+    return False
 
 
 def meaningful_line(lines: Sequence[str]) -> str:
@@ -1296,7 +1371,7 @@ class TrainerFacts:
     """What was found out about sd-scripts and the Python that runs it."""
 
     version: str
-    options: frozenset[str]
+    options: dict[str, str]  # name: "" for a flag, "{a,b}" for a choice, else what argparse calls the value
     torch: str
     device_name: str  # "" without the device that was asked for
     has_bitsandbytes: bool
@@ -1311,7 +1386,13 @@ if not missing:
     import torch
     facts["torch"] = torch.__version__
     facts["card"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    facts["bitsandbytes"] = importlib.util.find_spec("bitsandbytes") is not None
+    facts["bitsandbytes"] = False
+    if facts["card"]:
+        try:
+            import bitsandbytes
+            facts["bitsandbytes"] = True
+        except Exception:
+            pass
 print("facts:" + json.dumps(facts))
 """
 
@@ -1331,13 +1412,30 @@ def capture(command: Sequence[str], device: str) -> tuple[int, str]:
 def inspect_trainer(sd_scripts: Path, python: str, device: str, cache: Path) -> TrainerFacts:
     """Version, options and abilities of the trainer; RefusedInput lists what is missing.
 
-    The option list comes from `train_network.py --help`, which takes seconds; `cache` keeps it by version.
+    The options come from `train_network.py --help`, which takes seconds; `cache` (see remember_options) has them.
     """
-    script = sd_scripts / "train_network.py"
-    if not script.is_file():
-        raise RefusedInput(
-            f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts"
-        )
+    problems, facts = [], {}
+    try:
+        facts = _inspect_python(python, device)
+    except RefusedInput as error:
+        problems += error.problems
+    if not (sd_scripts / "train_network.py").is_file():
+        problems.append(f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts")
+    if problems:
+        raise RefusedInput(*problems)
+    version = _sd_scripts_version(sd_scripts)
+    known = read_json(cache) or {}
+    options = known["options"] if known.get("version") == version else _read_options(sd_scripts, python)
+    card = facts["card"] if device != "cpu" else "cpu"
+    return TrainerFacts(version, options, facts["torch"], card, facts["bitsandbytes"])
+
+
+def remember_options(trainer: TrainerFacts, cache: Path) -> None:
+    write_json(cache, {"version": trainer.version, "options": trainer.options})
+
+
+def _inspect_python(python: str, device: str) -> dict[str, Any]:
+    """What _PROBE found out about the trainer's Python."""
     _, output = capture([python, "-c", _PROBE], device)
     found = re.search(r"^facts:(\{.*\})$", output, re.MULTILINE)
     if not found:
@@ -1352,14 +1450,7 @@ def inspect_trainer(sd_scripts: Path, python: str, device: str, cache: Path) -> 
             f"--device: PyTorch {facts['torch']} of {python} sees no {device}; kohya would train on "
             "the CPU without a word; mend the installation or give --device cpu"
         )
-    version = _sd_scripts_version(sd_scripts)
-    return TrainerFacts(
-        version,
-        _trainer_options(script, python, cache, version),
-        facts["torch"],
-        facts["card"] if device != "cpu" else "cpu",
-        facts["bitsandbytes"],
-    )
+    return facts
 
 
 def _sd_scripts_version(sd_scripts: Path) -> str:
@@ -1372,20 +1463,16 @@ def _sd_scripts_version(sd_scripts: Path) -> str:
     return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
 
 
-def _trainer_options(script: Path, python: str, cache: Path, version: str) -> frozenset[str]:
-    known = read_json(cache)
-    if known and known.get("version") == version:
-        return frozenset(known["options"])
+def _read_options(sd_scripts: Path, python: str) -> dict[str, str]:
+    script = sd_scripts / "train_network.py"
     status, output = capture([python, str(script), "--help"], "cpu")
-    options = frozenset(re.findall(r"^\s+(?:-\w, )?--(\w+)", output, re.MULTILINE))
-    if status != 0 or not {"network_module", "dataset_config", "config_file"} <= options:
+    options = dict(re.findall(r"^ +(?:-\w, )?--(\w+) ?((?:\S+(?: \S+)*)?)(?:  |$)", output, re.MULTILINE))
+    if status != 0 or not {"network_module", "dataset_config", "config_file"} <= options.keys():
         said = meaningful_line(output.splitlines())
         raise RefusedInput(
             f"--sd-scripts: `{python} {script} --help` does not answer as kohya's trainer does ({said}); "
             "check --sd-scripts and --trainer-python"
         )
-    if cache.parent.is_dir():
-        write_json(cache, {"version": version, "options": sorted(options)})
     return options
 
 
@@ -1405,11 +1492,15 @@ _OPTION_NAMES = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l":
 
 
 def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
-    """The subject's name: as given, else class_tokens, else the first tag that all captions share."""
-    if given and given.strip():
-        return given.strip()
-    if class_tokens:
-        return class_tokens.strip()
+    """The subject's name: as given, else class_tokens, else the first tag that all captions share.
+
+    A name that no caption holds was never trained: RefusedInput.
+    """
+    name = (given or class_tokens or "").strip()
+    if name and any(_name(name).search(caption) for caption in captions):
+        return name
+    if given:
+        raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
     tags = [[tag.strip() for tag in caption.split(",")] for caption in captions] or [[]]
     shared = [tag for tag in tags[0] if tag and all(tag in others for others in tags)]
     if not shared:
@@ -1479,8 +1570,10 @@ def _prompts_from_captions(captions: Sequence[str], subject: str, settings: Scor
         stage: _evenly(named[number::2], counts.prompts // 4)
         for number, (stage, counts) in enumerate(_stages(settings))
     }
-    elsewhere = _fill_in(settings.elsewhere, subject, "elsewhere")
-    style = _fill_in(settings.style, subject, "style")
+    elsewhere, style = (
+        [text.replace("{subject}", subject) for text in dict.fromkeys(templates)]
+        for templates in (settings.elsewhere, settings.style)
+    )
     needed = sum(counts.prompts - len(own[stage]) for stage, counts in _stages(settings))
     if len(elsewhere) + len(style) < needed:
         raise RefusedInput(
@@ -1497,19 +1590,13 @@ def _prompts_from_captions(captions: Sequence[str], subject: str, settings: Scor
     return chosen
 
 
-def _fill_in(templates: Sequence[str], subject: str, key: str) -> list[str]:
-    for template in templates:
-        if "{subject}" not in template:
-            raise RefusedInput(f"--scoring-config: '{template}' in '{key}' of [prompts] has no {{subject}}; put it in")
-    return [template.replace("{subject}", subject) for template in templates]
-
-
 def _plain_prompts(subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
     """For each stage what has nothing to do with the subject, at least two, since an anchor compares different ones.
 
     A template that happens to name the subject ("a dog running", of a dog) is left out.
     """
-    pool = [text for text in settings.plain if "{subject}" not in text and not _name(subject).search(text)]
+    texts = dict.fromkeys(settings.plain)
+    pool = [text for text in texts if "{subject}" not in text and not _name(subject).search(text)]
     chosen = {stage: _take(pool, counts.plain_prompts) for stage, counts in _stages(settings)}
     if any(len(texts) < 2 for texts in chosen.values()):
         raise RefusedInput(
@@ -1543,8 +1630,15 @@ def _prompts_from_file(path: Path, subject: str, settings: ScoringSettings) -> d
     lines = [{**line, "subject": bool(_name(subject).search(line["prompt"]))} for line in read_eval_prompts(path)]
     about = [line for line in lines if line["subject"]]
     plain = [line for line in lines if not line["subject"]]
-    if len(about) < 2:
-        raise RefusedInput(f"--eval-prompts: {path} has {len(about)} prompts with {subject!r}; write at least two")
+    problems = [
+        f"--eval-prompts: '{line['prompt']}' in {path} is nothing but the subject's name; say what else is to be seen"
+        for line in about
+        if not without_subject(line["prompt"], subject)
+    ]
+    if len(about) < 4:  # two a stage, whose pictures are compared with each other's prompts
+        problems.append(f"--eval-prompts: {path} has {len(about)} prompts with {subject!r}; write at least four")
+    if problems:
+        raise RefusedInput(*problems)
     own = {"screen": plain[0::2], "confirm": plain[1::2]}
     others = own if len(plain) >= 4 else _plain_prompts(subject, settings)
     return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
@@ -1558,17 +1652,21 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
         raise RefusedInput(
             f"--eval-prompts: can't read {path} ({one_line(error)}); give a text file in UTF-8"
         ) from error
-    prompts, problems = [], []
+    prompts: dict[str, Prompt] = {}
+    problems = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.strip().startswith("#"):
             continue
         try:
-            prompts.append(_parse_prompt(line))
+            prompt = _parse_prompt(line)
+            if prompt["prompt"] in prompts:  # screening and confirmation would share it
+                raise ValueError("this prompt stands there twice; delete one, several seeds are used anyway")
+            prompts[prompt["prompt"]] = prompt
         except ValueError as error:
             problems.append(f"--eval-prompts: line {number} of {path}: {error}")
     if problems:
         raise RefusedInput(*problems)
-    return prompts
+    return list(prompts.values())
 
 
 def _parse_prompt(line: str) -> Prompt:
@@ -1589,6 +1687,8 @@ def _parse_prompt(line: str) -> Prompt:
         prompt[_OPTION_NAMES[letter.lower()]] = kind(value)
     if prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8:
         raise ValueError("--w and --h must be multiples of 8")
+    if prompt.get("steps", 1) > MAX_STEPS:
+        raise ValueError(f"--s must be at most {MAX_STEPS}")
     return prompt
 
 
@@ -1600,10 +1700,14 @@ def _image_jobs(
     subject: str,
     training_seed: int,
 ) -> list[dict[str, Any]]:
-    """One job an image: every subject prompt with `counts.seeds` seeds, every plain prompt with one."""
+    """One job an image: every subject prompt with `counts.seeds` seeds, every plain prompt with one.
+
+    A prompt's own seed is where screening begins; confirmation begins as far behind it as its first seed is.
+    """
     jobs = []
     for number, prompt in enumerate(prompts):
-        start = prompt.get("seed", first_seed)
+        own = prompt.get("seed")
+        start = first_seed if own is None else own + first_seed - FIRST_SEEDS["screen"]
         candidates = (seed for seed in range(start, start + counts.seeds + 1) if seed != training_seed)
         for count, seed in zip(range(counts.seeds if prompt["subject"] else 1), candidates, strict=False):
             jobs.append(
@@ -1632,8 +1736,8 @@ MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # below it the base model alrea
 
 def self_similarity(x: np.ndarray) -> float:
     """s(X): mean cosine between different images of X, in [-1, 1]; 1 for a single image."""
-    n = len(x)
-    return float(((x @ x.T).sum() - np.trace(x @ x.T)) / (n * (n - 1))) if n > 1 else 1.0
+    n, cosines = len(x), x @ x.T
+    return float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))) if n > 1 else 1.0
 
 
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
@@ -1649,14 +1753,15 @@ def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
 
 def crossed_similarity(x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> float:
     """Mean cosine of rows of x with rows of y of another label; 0 where all labels are alike."""
-    different = np.array([[a != b for b in labels] for a in labels])
+    names = np.array(labels)
+    different = names[:, None] != names
     return float((x @ y.T)[different].mean()) if different.any() else 0.0
 
 
 def spread_within(x: np.ndarray, labels: Sequence[str]) -> float:
     """Mean distance (1 - cosine) between different images of the same label; 0 where no label has two."""
-    alike = np.array([[a == b for b in labels] for a in labels], dtype=bool).reshape(len(x), len(x))
-    np.fill_diagonal(alike, False)
+    names = np.array(labels)
+    alike = (names[:, None] == names) & ~np.eye(len(x), dtype=bool)
     return float((1 - x @ x.T)[alike].mean()) if alike.any() else 0.0
 
 
@@ -1691,23 +1796,29 @@ def luminance(image: Any) -> np.ndarray:
     return np.asarray(image.convert("L"), dtype=np.float64).ravel()
 
 
+def grey_statistics(image: Any) -> dict[str, float]:
+    """What tells a flat, a black and a white image, under the names of their limits; 0..255."""
+    grey = luminance(image)
+    p1, p99 = np.percentile(grey, (1, 99))
+    return {"flat_std": float(grey.std()), "black_p99": float(p99), "white_p1": float(p1)}
+
+
 def is_usable(image: Any | None, limits: Mapping[str, float]) -> bool:
     """Whether an image is none of: made from non-finite latents (None), flat, black, white."""
     if image is None:
         return False
-    grey = luminance(image)
-    black, white = np.percentile(grey, 99) < limits["black_p99"], np.percentile(grey, 1) > limits["white_p1"]
-    return not (grey.std() < limits["flat_std"] or black or white)
+    found = grey_statistics(image)
+    return (
+        found["flat_std"] >= limits["flat_std"]
+        and found["black_p99"] >= limits["black_p99"]
+        and found["white_p1"] <= limits["white_p1"]
+    )
 
 
 def widen_limits(limits: Mapping[str, float], images: Sequence[Any]) -> dict[str, float]:
     """The limits of a usable image, moved so far that every image of the data set is one."""
-    greys = [luminance(image) for image in images]
-    return {
-        "flat_std": min([limits["flat_std"], *(float(grey.std()) for grey in greys)]),
-        "black_p99": min([limits["black_p99"], *(float(np.percentile(grey, 99)) for grey in greys)]),
-        "white_p1": max([limits["white_p1"], *(float(np.percentile(grey, 1)) for grey in greys)]),
-    }
+    found = [limits, *map(grey_statistics, images)]
+    return {name: (max if name == "white_p1" else min)(one[name] for one in found) for name in limits}
 
 
 def nearest_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
@@ -1718,11 +1829,11 @@ def nearest_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
     return cosines.max(axis=1)
 
 
-def brightness_and_contrast(images: Sequence[Any]) -> dict[str, float]:
+def brightness_and_contrast(images: Sequence[Any]) -> dict[str, float | None]:
     """Mean and standard deviation of the grey values, 0..255, averaged over the images (V1's users look for them)."""
     greys = [luminance(image) for image in images]
     if not greys:
-        return {"brightness": 0.0, "contrast": 0.0}
+        return {"brightness": None, "contrast": None}
     return {
         "brightness": float(np.mean([grey.mean() for grey in greys])),
         "contrast": float(np.mean([grey.std() for grey in greys])),
@@ -1747,7 +1858,7 @@ class ImageScorer:
             )
         self.device = device
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        _silence_libraries()
+        silence_libraries()
         encoders = plan["encoders"]
         self.pipeline = self._load(plan["base_model"], self._load_pipeline, plan["pipeline_config"])
         self.dinov2, self.dinov2_processor = self._load(encoders["dinov2"], self._load_encoder, encoders["dinov2"])
@@ -1926,7 +2037,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """No progress bars and no advice that a user of this program can't follow."""
     import diffusers
     import transformers
@@ -1961,8 +2072,8 @@ UNSCORED: dict[str, Any] = {
     "terms": {},
     "raw": {},
     "screen": [],
-    "confirm": None,
     "copies": {},
+    "device": None,
 }
 
 
@@ -1990,11 +2101,13 @@ def _score_folder(folder: Path, device: str) -> None:
             f"--score: {folder} is no trial's folder of a search (no {reference / 'plan.json'}); give one"
         )
     checkpoints = [] if is_reference else find_checkpoints_to_score(folder)
-    problem = next(filter(None, (_problem_of(checkpoint) for _, checkpoint in checkpoints)), None)
     metrics = dict(UNSCORED)
-    if problem:
-        print(f"  diverged: {problem}", flush=True)
-        metrics |= {"outcome": "diverged", "reason": problem}
+    try:
+        if checkpoints:
+            check_checkpoints(folder)
+    except Diverged as error:
+        print(f"  diverged: {error}", flush=True)
+        metrics |= {"outcome": "diverged", "reason": str(error)}
     else:
         scorer = ImageScorer(plan, device)
         anchors, embeddings = load_reference(scorer, reference)
@@ -2002,26 +2115,18 @@ def _score_folder(folder: Path, device: str) -> None:
             metrics |= score_checkpoints(scorer, folder, checkpoints, anchors, embeddings)
     seconds = time.monotonic() - started
     if checkpoints:
-        for name in ("plan", "anchors"):
-            file = reference / f"{name}.json"
-            metrics[name] = digest(file.read_bytes()) if file.is_file() else None
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
     print(f"  scoring took {seconds:.0f} s", flush=True)
-
-
-def _problem_of(checkpoint: Path) -> str:
-    try:
-        return lora_problem(checkpoint)
-    except (ValueError, OSError) as error:
-        raise ScoringFailed(f"{checkpoint} can't be read: {one_line(error)}") from error
 
 
 def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
     if not (folder / "config.toml").is_file():
         raise RefusedInput(f"--score: {folder} has no config.toml; give a trial's folder")
-    checkpoints = [(epoch, path) for epoch, path in find_checkpoints(folder) if path.is_file()]
-    if not checkpoints:
-        raise RefusedInput(f"--score: {folder} has no checkpoints; give a trial's folder whose training has finished")
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints[-1][1].is_file():
+        raise RefusedInput(
+            f"--score: {folder} has no {LORA_NAME}.safetensors; give a trial's folder whose training has finished"
+        )
     return checkpoints
 
 
@@ -2059,7 +2164,6 @@ def make_reference_files(scorer: ImageScorer, reference: Path) -> dict[str, Any]
     data = scorer.embed_images(shown)
     anchors: dict[str, Any] = {
         "usable": limits,
-        "data_self_similarity": self_similarity(data),
         "data_spread": 1 - self_similarity(data),
         "copy": float(np.percentile(nearest_similarity(data, data), 95)) if len(data) > 1 else 1.0,
         "data": brightness_and_contrast(shown),
@@ -2154,7 +2258,6 @@ def score_checkpoints(
         "checkpoint": best["checkpoint"],
         "terms": confirmed["terms"],
         "raw": confirmed["raw"],
-        "confirm": confirmed,
         "screen": screened,
         "copies": copies_among(confirmed["raw"], anchors["copy"]),
         "device": scorer.device,
@@ -2200,7 +2303,7 @@ def measure(
     about = [number for number in usable if jobs[number]["subject"]]
     plain = [number for number in usable if not jobs[number]["subject"] and base_usable[number]]
     raw: dict[str, Any] = dict.fromkeys(("q", "m", "plain", "spread"))
-    raw |= {"usable": len(usable) / len(images), "copies": 0}
+    raw["usable"] = len(usable) / len(images)
     per_image = [{"name": job["name"], "usable": number in usable} for number, job in enumerate(jobs)]
     if about:
         pictures = scorer.embed_images_for_text([images[number] for number in about])
@@ -2209,7 +2312,6 @@ def measure(
         raw["q"] = subject_similarity(vectors[about], data)
         raw["m"] = paired_similarity(pictures, texts)
         raw["spread"] = spread_within(vectors[about], [jobs[number]["prompt"] for number in about])
-        raw["copies"] = int((nearest_data > anchors["copy"]).sum())
         for number, text, near in zip(about, (pictures * texts).sum(axis=1), nearest_data, strict=True):
             to_data = float((vectors[number] @ data.T).mean())
             per_image[number].update(data=to_data, nearest=float(near), text=float(text))
@@ -2248,6 +2350,7 @@ class ScoringProcess:
 
         status = run_process(command, child_environment(self.device), show, folder / "scoring.log")
         if status != 0:
+            refuse_full_disk(lines)
             raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(lines)}")
 
 
@@ -2288,14 +2391,12 @@ class LoraObjective:
         folder = trial_folder(self.settings.output_dir, trial.number)
         say(f"\nTrial {trial.number}: {folder}\n{describe_params(params)}")
         config = self._make_folder(folder, params)
-        trained_in = trial.user_attrs.get("trained_in")
+        trained_in = find_training(trial.user_attrs.get("trained_in"), self.settings.output_dir)
         if trained_in:
-            say(f"  already trained in {trained_in}; only the scoring is done again")
-            link_training(self.settings.output_dir / trained_in, folder)
-            seconds = trial.user_attrs["trained_seconds"]
+            say(f"  already trained in {trained_in.name}; only the scoring is done again")
+            link_training(trained_in, folder)
         else:
-            seconds = self.trainer(config)
-        trial.set_user_attr("training_seconds", round(seconds, 1))
+            trial.set_user_attr("training_seconds", round(self.trainer(config), 1))
         return folder / f"{LORA_NAME}.safetensors"
 
     def _make_folder(self, folder: Path, params: Params) -> Path:
@@ -2321,6 +2422,14 @@ def trial_folder(output_dir: Path, number: int) -> Path:
     return output_dir / f"trial_{number:04d}"
 
 
+def find_training(trained_in: str | None, output_dir: Path) -> Path | None:
+    """The folder of an earlier attempt's finished training: here, to where a study may have moved, or where it was."""
+    for folder in (output_dir / Path(trained_in).name, Path(trained_in)) if trained_in else ():
+        if (folder / f"{LORA_NAME}.safetensors").is_file():
+            return folder
+    return None
+
+
 def link_training(source: Path, folder: Path) -> None:
     """Give a trial the checkpoints of another one without a second copy on the disk, where that is possible."""
     for file in sorted(source.glob(f"{LORA_NAME}*.safetensors")):
@@ -2335,6 +2444,8 @@ def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
     trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"])
     if metrics["outcome"] == "diverged":
         raise Diverged(metrics["reason"])
+    if not math.isfinite(metrics["score"]):  # Optuna would make a failure of it, without a reason
+        raise ScoringFailed(f"the score is {metrics['score']}; check [encoders] in the scoring config")
     for name in ("best_epoch", "checkpoint", "terms"):
         trial.set_user_attr(name, metrics[name])
     trial.set_user_attr("ended", "scored")
@@ -2347,7 +2458,8 @@ def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
 SQLITE_LOCK_SECONDS = 60
 EQUAL_FAILURES = 3
 POLL_SECONDS = 10
-ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor by less
+ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by less
+GREY_TOLERANCE = 1.0  # and one in 0..255
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -2377,25 +2489,38 @@ def hide_password(url: str) -> str:
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
-def load_study(settings_storage: str, study_name: str) -> optuna.Study | None:
+def load_study(storage: str, study_name: str) -> optuna.Study | None:
     """A study that exists, or None; makes nothing. RefusedInput if the storage can't be read."""
-    file = sqlite_file(settings_storage)
-    if file and not file.exists():
-        return None
+    file = sqlite_file(storage)
     try:
-        return optuna.load_study(study_name=study_name, storage=open_storage(settings_storage))
+        if file and not _has_studies(file):
+            return None
+        return optuna.load_study(study_name=study_name, storage=open_storage(storage))
     except KeyError:
         return None
     except Exception as error:
-        where = hide_password(settings_storage)
+        where = hide_password(storage)
         said = one_line(hide_password(str(error)), 160)
         raise RefusedInput(
             f"--storage: can't open {where} ({said}); check the address or move the file away"
         ) from error
 
 
+def _has_studies(file: Path) -> bool:
+    """Whether Optuna has been in an SQLite file, which opening it as a storage would bring about."""
+    if not file.exists():
+        return False
+    with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if tables and "studies" not in tables:
+        raise ValueError("it is the database of another program")
+    return bool(tables)
+
+
 def sqlite_file(url: str) -> Path | None:
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+    """The database's file, of a URL such as sqlite:///study.db or sqlite+pysqlite:////runs/study.db."""
+    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", url)
+    return Path(found[1]) if found else None
 
 
 @contextlib.contextmanager
@@ -2406,7 +2531,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another program"
             raise RefusedInput(
@@ -2416,6 +2541,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a program holds an output folder."""
+    try:
+        with locked_folder(folder):
+            return False
+    except RefusedInput:
+        return True
+    except OSError:  # no such folder
+        return False
 
 
 def make_fingerprint(
@@ -2449,16 +2585,20 @@ def _encoder_fingerprint(name: str) -> str:
     return "files " + digest("".join(digest_of_weights(file) for file in files))[:16] if files else name
 
 
-def fingerprint_differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """`name: was X, is now Y` for everything that differs, down to single settings."""
+def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
+    """`name: was X, is now Y` for everything that differs (numbers: by more than `tolerance`), down to settings."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
         return [
             line
             for key in keys
-            for line in fingerprint_differences(old.get(key), new.get(key), f"{name}, {key}" if name else key)
+            for line in fingerprint_differences(
+                old.get(key), new.get(key), f"{name}, {key}" if name else key, tolerance=tolerance
+            )
         ]
-    return [] if old == new else [f"{name}: was {one_line(old, 80)}, is now {one_line(new, 80)}"]
+    are_numbers = isinstance(old, float) and isinstance(new, float)
+    is_same = math.isclose(old, new, rel_tol=0, abs_tol=tolerance) if are_numbers else old == new
+    return [] if is_same else [f"{name}: was {one_line(old, 80)}, is now {one_line(new, 80)}"]
 
 
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
@@ -2497,9 +2637,18 @@ def is_trained(trial: FrozenTrial) -> bool:
 
 
 def is_ours(trial: FrozenTrial, settings: Settings) -> bool:
-    """Whether a trial was started in this output folder, by whatever program held its lock."""
-    own_database = sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
-    return own_database or trial.user_attrs.get("output_dir") == str(settings.output_dir)
+    """Whether a trial was started in this output folder, by whatever program held its lock.
+
+    The folder's own database may have been moved with it; another program at work in it is known by its lock.
+    """
+    made_in = trial.user_attrs.get("output_dir", str(settings.output_dir))
+    if made_in == str(settings.output_dir):
+        return "output_dir" in trial.user_attrs or is_own_database(settings)
+    return is_own_database(settings) and not is_locked(Path(made_in))
+
+
+def is_own_database(settings: Settings) -> bool:
+    return sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
@@ -2509,25 +2658,30 @@ def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: s
 
 
 def close_interrupted_trials(study: optuna.Study, settings: Settings) -> None:
-    """Close what an earlier program left RUNNING; call it under the folder's lock only.
-
-    Where the metrics were already whole on disk the value is told from there.
-    """
+    """Close what an earlier program left RUNNING; call it under the folder's lock only."""
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not is_ours(frozen, settings):
-            continue
-        trial = optuna.Trial(study, frozen._trial_id)
-        metrics = read_json(trial_folder(settings.output_dir, frozen.number) / "metrics.json")
-        try:
-            if metrics is None:
-                say(f"Trial {frozen.number} was interrupted; its parameters are tried again.")
-                finish_trial(study, trial, "interrupted", "the program died while it ran", TrialState.FAIL)
-                continue
-            record_metrics(trial, metrics)
-            study.tell(trial, metrics["score"])
-            say(f"Trial {frozen.number} had been scored when the program died: {metrics['score']:.4f}.")
-        except Diverged as error:
-            finish_trial(study, trial, error.ended, str(error), TrialState.PRUNED)
+        if is_ours(frozen, settings):
+            trial = optuna.Trial(study, frozen._trial_id)
+            close_interrupted_trial(study, trial, "the program died while it ran", settings)
+
+
+def close_interrupted_trial(study: optuna.Study, trial: optuna.Trial, reason: str, settings: Settings) -> None:
+    """Close a trial that was interrupted; where its metrics were already whole on disk, tell them from there."""
+    folder = trial_folder(settings.output_dir, trial.number)
+    if "training_seconds" not in trial.user_attrs and has_finished_training(folder):
+        lora, config = (folder / name for name in (f"{LORA_NAME}.safetensors", "config.toml"))
+        trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - config.stat().st_mtime, 1))
+    metrics = read_json(folder / "metrics.json") if "training_seconds" in trial.user_attrs else None
+    if metrics is None:
+        again = "only its scoring is done again" if "training_seconds" in trial.user_attrs else "it is tried again"
+        say(f"Trial {trial.number} was interrupted; {again}.")
+        return finish_trial(study, trial, "interrupted", reason, TrialState.FAIL)
+    try:
+        record_metrics(trial, metrics)
+    except TrialFailed as error:
+        return finish_trial(study, trial, error.ended, str(error), state_after(study, trial, error))
+    study.tell(trial, metrics["score"])
+    say(f"Trial {trial.number} had been scored when it was interrupted: {metrics['score']:.4f}.")
 
 
 def queue_retries(study: optuna.Study, settings: Settings) -> None:
@@ -2538,13 +2692,15 @@ def queue_retries(study: optuna.Study, settings: Settings) -> None:
     for trial in trials:
         if trial.state != TrialState.FAIL or trial.number in repeated or not is_ours(trial, settings):
             continue
-        if not deserves_retry(trial, by_number):
+        params = {**fixed_params(trial), **trial.params}  # it may have died before all of them were suggested
+        if not params or not deserves_retry(trial, by_number):
             continue
         attrs: dict[str, Any] = {"retry_of": trial.number}
         if "training_seconds" in trial.user_attrs:
-            attrs["trained_in"] = trial_folder(settings.output_dir, trial.number).name
-            attrs["trained_seconds"] = trial.user_attrs["training_seconds"]
-        study.enqueue_trial(params=trial.params, user_attrs=attrs)
+            own_folder = trial_folder(settings.output_dir, trial.number)
+            attrs["trained_in"] = trial.user_attrs.get("trained_in", str(own_folder))
+            attrs["training_seconds"] = trial.user_attrs["training_seconds"]
+        study.enqueue_trial(params=params, user_attrs=attrs)
 
 
 def failure_kind(trial: FrozenTrial) -> tuple[str, bool]:
@@ -2552,17 +2708,19 @@ def failure_kind(trial: FrozenTrial) -> tuple[str, bool]:
     return trial.user_attrs.get("ended", "interrupted"), "training_seconds" in trial.user_attrs
 
 
+def earlier_attempts(attrs: Mapping[str, Any], by_number: Mapping[int, FrozenTrial]) -> Iterator[FrozenTrial]:
+    """The trials of which one with these user_attrs is the retry, latest first."""
+    while earlier := by_number.get(attrs.get("retry_of", -1)):
+        yield earlier
+        attrs = earlier.user_attrs
+
+
 def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> bool:
     """Always after an interruption; once after a crash, a full card or a failed scoring."""
     kind = failure_kind(trial)
-    if kind[0] == "interrupted":
-        return True
-    earlier = by_number.get(trial.user_attrs.get("retry_of", -1))
-    while earlier is not None:
-        if failure_kind(earlier) == kind:
-            return False
-        earlier = by_number.get(earlier.user_attrs.get("retry_of", -1))
-    return kind[0] in ("crashed", "out of memory")
+    if kind[0] not in ("crashed", "out of memory"):
+        return kind[0] == "interrupted"
+    return all(failure_kind(earlier) != kind for earlier in earlier_attempts(trial.user_attrs, by_number))
 
 
 def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
@@ -2624,6 +2782,7 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
     for table in tables:
         mark = digest(json.dumps(table, sort_keys=True))[:16]
         if mark not in known:
+            known.add(mark)
             study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
 
 
@@ -2639,6 +2798,12 @@ def run_study(study: optuna.Study, objective: Callable[[optuna.Trial], float], s
         running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
         if trained >= settings.n_trials:
             return
+        hours = (time.monotonic() - started) / 3600
+        if settings.timeout_hours is not None and hours >= settings.timeout_hours:
+            raise SearchStopped(
+                f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
+                "trials trained; the same command goes on"
+            )
         if trained + len(running) >= settings.n_trials:  # other programs train the rest
             if not waiting:
                 say(f"Waiting for trials {running}, which other programs run in this study.")
@@ -2646,42 +2811,49 @@ def run_study(study: optuna.Study, objective: Callable[[optuna.Trial], float], s
             time.sleep(POLL_SECONDS)
             continue
         waiting = False
-        hours = (time.monotonic() - started) / 3600
-        if settings.timeout_hours is not None and hours >= settings.timeout_hours:
-            raise SearchStopped(
-                f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
-                "trials trained; the same command goes on"
-            )
         trial = study.ask()
-        if surplus(study, trial.number, settings.n_trials):
-            finish_trial(study, trial, "surplus", "other programs train the last ones", TrialState.FAIL)
+        if is_surplus(study, trial.number, settings.n_trials):
+            finish_trial(study, trial, "interrupted", "other programs train the last ones", TrialState.FAIL)
             continue
-        failure = run_trial(study, trial, objective, settings)
-        failures = [*failures, failure][-EQUAL_FAILURES:] if failure else []
+        failures = run_trial(study, trial, objective, settings, failures)
         stop_after_equal_failures(failures)
 
 
-def surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
-    """Whether enough earlier trials are trained or running, so that this one would be one too many."""
-    earlier = (t for t in study.get_trials(deepcopy=False) if t.number < number)
-    return sum(is_trained(t) or t.state == TrialState.RUNNING for t in earlier) >= n_trials
+def is_surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
+    """Whether enough trials are trained or began to run earlier, so that this one would be one too many."""
+    trials = study.get_trials(deepcopy=False)
+    ours = _turn(trials[number])
+    return sum(is_trained(t) or (t.state == TrialState.RUNNING and _turn(t) < ours) for t in trials) >= n_trials
+
+
+def _turn(trial: FrozenTrial) -> tuple[Any, int]:
+    """What orders running trials: an enqueued one may begin after one of a higher number."""
+    return trial.datetime_start, trial.number
 
 
 def stop_after_equal_failures(failures: Sequence[tuple[str, Params]]) -> None:
-    """Three equal failures in a row from different parameters are the set-up's fault."""
-    reasons = {reason for reason, _ in failures}
-    different = {json.dumps(params, sort_keys=True) for _, params in failures}
-    if len(failures) == EQUAL_FAILURES and len(reasons) == 1 and len(different) > 1:
+    """Three equal failures in a row from different parameters are the set-up's fault.
+
+    Equal but for numbers, which name folders, steps and bytes.
+    """
+    last = failures[-EQUAL_FAILURES:]
+    reasons = {re.sub(r"\d+", "#", reason) for reason, _ in last}
+    different = {json.dumps(params, sort_keys=True) for _, params in last}
+    if len(last) == EQUAL_FAILURES and len(reasons) == 1 and len(different) > 1:
         raise SearchStopped(
             f"three trials in a row ended alike, so it is the set-up and not the parameters: "
-            f"{reasons.pop()}; mend that and give the same command again"
+            f"{last[-1][0]}; mend that and give the same command again"
         )
 
 
 def run_trial(
-    study: optuna.Study, trial: optuna.Trial, objective: Callable[[optuna.Trial], float], settings: Settings
-) -> tuple[str, Params] | None:
-    """Run one trial and tell the study how it ended; what failed and with which parameters, or None."""
+    study: optuna.Study,
+    trial: optuna.Trial,
+    objective: Callable[[optuna.Trial], float],
+    settings: Settings,
+    failures: list[tuple[str, Params]],
+) -> list[tuple[str, Params]]:
+    """Run one trial and tell the study how it ended; the failures in a row, with their parameters, up to now."""
     about = {"host": socket.gethostname(), "pid": os.getpid(), "output_dir": str(settings.output_dir)}
     about["folder"] = trial_folder(settings.output_dir, trial.number).name
     try:
@@ -2690,41 +2862,38 @@ def run_trial(
         value = objective(trial)
     except optuna.TrialPruned as pruned:
         finish_trial(study, trial, "rejected", str(pruned), TrialState.PRUNED)
-        return None
+        return failures
     except TrialFailed as error:
         state = state_after(study, trial, error)
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
         finish_trial(study, trial, error.ended, str(error), state)
-        return None if isinstance(error, Diverged) else (f"{error.ended}: {one_line(error)}", trial.params)
+        failure = (f"{error.ended}: {one_line(error)}", trial.params)
+        return [] if isinstance(error, Diverged) else [*failures, failure]
     except KeyboardInterrupt:
-        finish_trial(study, trial, "interrupted", "stopped by the user or a signal", TrialState.FAIL)
+        close_interrupted_trial(study, trial, "stopped by the user or a signal", settings)
         raise
     except OSError as error:  # a full or vanished disk: not the parameters' fault
         finish_trial(study, trial, "interrupted", str(error), TrialState.FAIL)
         raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
     study.tell(trial, value)
     report_trial(study, trial.number, settings.n_trials)
-    return None
+    return []
 
 
 def state_after(study: optuna.Study, trial: optuna.Trial, error: TrialFailed) -> TrialState:
     """Diverged, or out of memory for the second time, is the parameters' fault and learnt from; else FAIL."""
-    if isinstance(error, Diverged):
-        return TrialState.PRUNED
-    trials = {t.number: t for t in study.get_trials(deepcopy=False)}
-    earlier = trials.get(trial.user_attrs.get("retry_of", -1))
-    while isinstance(error, OutOfMemory) and earlier is not None:
-        if earlier.user_attrs.get("ended") == error.ended:
-            return TrialState.PRUNED
-        earlier = trials.get(earlier.user_attrs.get("retry_of", -1))
-    return TrialState.FAIL
+    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
+    attempts = earlier_attempts(trial.user_attrs, by_number)
+    again = isinstance(error, OutOfMemory) and any(t.user_attrs.get("ended") == error.ended for t in attempts)
+    return TrialState.PRUNED if again or isinstance(error, Diverged) else TrialState.FAIL
 
 
 def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
     trials = study.get_trials(deepcopy=False)
     done = [trial for trial in trials if is_trained(trial)]
-    seconds = [t.user_attrs.get("training_seconds", 0) + t.user_attrs.get("scoring_seconds", 0) for t in done]
-    left = max(0, n_trials - len(done)) * float(np.median(seconds))
+    scored = [t.user_attrs for t in done if t.state == TrialState.COMPLETE]
+    seconds = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
+    left = max(0, n_trials - len(done)) * seconds
     ahead = f"; about {format_seconds(left)} to go" if len(done) < n_trials else ""
     best = study.best_trial
     say(
@@ -2754,16 +2923,25 @@ def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
+def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
+    """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
+    here = output_dir / trial.user_attrs["folder"]
+    return here if here.is_dir() else Path(trial.user_attrs["output_dir"]) / trial.user_attrs["folder"]
+
+
 def write_results(study: optuna.Study, output_dir: Path) -> None:
-    """Everything in results/, made anew from the study and the trial folders."""
+    """Everything in results/, made anew from the study and the trial folders. SearchStopped if these are gone."""
     results = output_dir / "results"
     write_trials_csv(study, results / "trials.csv")
     ranked = scored_trials(study)
     if not ranked:
         return
     best = ranked[0]
-    folder = output_dir / best.user_attrs["folder"]
-    _copy_atomically(folder / best.user_attrs["checkpoint"], results / "best_lora.safetensors")
+    folder = folder_of(best, output_dir)
+    checkpoint = folder / best.user_attrs["checkpoint"]
+    if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
+        raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
+    write_atomically(results / "best_lora.safetensors", checkpoint.read_bytes())
     write_json(
         results / "best_parameters.json",
         {
@@ -2771,7 +2949,7 @@ def write_results(study: optuna.Study, output_dir: Path) -> None:
             "trial": best.number,
             "score": best.value,
             "best_epoch": best.user_attrs["best_epoch"],
-            "checkpoint": str(folder / best.user_attrs["checkpoint"]),
+            "checkpoint": str(checkpoint),
             "terms": best.user_attrs["terms"],
             "parameters": best.user_attrs["training_params"],
         },
@@ -2779,27 +2957,21 @@ def write_results(study: optuna.Study, output_dir: Path) -> None:
     _write_best_config(best, folder, results)
 
 
-def _copy_atomically(source: Path, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, unfinished)
-    unfinished.replace(target)
-
-
 def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
     """The best trial's config, to be run anew in a folder of its own with a data set config of its own."""
     config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    retrained = results / "retrained"
+    retrained = results / f"retrained_{folder.name}"
     retrained.mkdir(exist_ok=True)
-    dataset_config = Path(config["dataset_config"])
+    dataset_config = folder.parent / "reference" / "dataset.toml"
     if dataset_config.is_file():
-        _copy_atomically(dataset_config, results / "dataset.toml")
+        write_atomically(results / "dataset.toml", dataset_config.read_bytes())
         config["dataset_config"] = str(results / "dataset.toml")
     config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
     epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
     comment = (
         f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
-        f"#     python train_network.py --config_file best_config.toml\n"
-        f"# and take epoch {epoch} of {config['max_train_epochs']}: {checkpoint} in {retrained}\n\n"
+        f"#     python train_network.py --config_file {results / 'best_config.toml'}\n"
+        f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
     )
     write_atomically(results / "best_config.toml", comment + toml.dumps(config))
 
@@ -2807,21 +2979,19 @@ def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
 def write_trials_csv(study: optuna.Study, path: Path) -> None:
     parameters = [*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
     attributes = "ended best_epoch training_seconds scoring_seconds rejection_reason reason retry_of folder".split()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "state", "score", *attributes, *TERMS, *parameters])
-        for trial in study.get_trials(deepcopy=False):
-            attrs = trial.user_attrs
-            params = attrs.get("training_params", trial.params)
-            writer.writerow(
-                [trial.number, trial.state.name, trial.value]
-                + [attrs.get(name) for name in attributes]
-                + [attrs.get("terms", {}).get(name) for name in TERMS]
-                + [params.get(name) for name in parameters]
-            )
-    unfinished.replace(path)
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["trial", "state", "score", *attributes, *TERMS, *parameters])
+    for trial in study.get_trials(deepcopy=False):
+        attrs = trial.user_attrs
+        params = attrs.get("training_params", trial.params)
+        writer.writerow(
+            [trial.number, trial.state.name, trial.value]
+            + [attrs.get(name) for name in attributes]
+            + [attrs.get("terms", {}).get(name) for name in TERMS]
+            + [params.get(name) for name in parameters]
+        )
+    write_atomically(path, file.getvalue())
 
 
 def describe_study(study: optuna.Study, output_dir: Path) -> str:
@@ -2845,7 +3015,7 @@ def describe_study(study: optuna.Study, output_dir: Path) -> str:
         f"Best: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
         f"  the LoRA        {results / 'best_lora.safetensors'}",
         f"  its settings    {results / 'best_config.toml'}",
-        f"  its pictures    {output_dir / best.user_attrs['folder'] / 'scores' / 'confirm'}",
+        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}",
         f"  base model's    {output_dir / 'reference' / 'confirm'}",
         f"  all trials      {results / 'trials.csv'}",
     ]
@@ -2873,12 +3043,11 @@ def _table_row(trial: FrozenTrial) -> str:
 
 def _why_nothing_was_scored(study: optuna.Study, ended: str) -> str:
     trials = study.get_trials(deepcopy=False)
-    reasons = [
-        t.user_attrs.get("rejection_reason") or t.user_attrs.get("reason") for t in trials if t.user_attrs.get("ended")
-    ]
     if not trials:
         return "it has no trials."
-    return f"{ended}." + (f" The last one: {reasons[-1]}" if reasons else "")
+    reasons = [t.user_attrs.get("rejection_reason") or t.user_attrs.get("reason") for t in trials]
+    said = [reason for reason in reasons if reason]
+    return f"{ended}." + (f" The last one: {said[-1]}" if said else "")
 
 
 def describe_improvements(study: optuna.Study) -> list[str]:
@@ -2926,6 +3095,10 @@ def describe_improvements(study: optuna.Study) -> list[str]:
 # ======================================================================================================
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="optuna_hyperparameter_search.py",
@@ -2934,82 +3107,75 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to train on")
-    what.add_argument("--dataset-config", type=Path, metavar="TOML", help="kohya's data set file")
+    what.add_argument("--dataset-config", type=_path, metavar="TOML", help="kohya's data set file")
     what.add_argument(
-        "--base-model", type=Path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder"
+        "--base-model", type=_path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder"
     )
     what.add_argument("--subject", metavar="NAME", help="the character's name in the captions (default: found there)")
     what.add_argument(
-        "--eval-prompts", type=Path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format"
+        "--eval-prompts", type=_path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format"
     )
 
     how = parser.add_argument_group("how much to search")
     how.add_argument("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
-    how.add_argument("--enqueue", type=Path, metavar="TOML", help="parameters to try first: your best so far")
+    how.add_argument("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
     how.add_argument("--timeout", type=float, metavar="HOURS", help="start no new trial after that")
-    how.add_argument("--seed", type=int, default=42, help="of the search (42)")
+    how.add_argument("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
 
     where = parser.add_argument_group("where things are")
-    where.add_argument("--output-dir", type=Path, metavar="DIR", help="the study, its trials and results/")
-    where.add_argument("--study-name", metavar="NAME", help="(lora_v2.1)")
+    where.add_argument("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
+    where.add_argument("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     where.add_argument("--storage", metavar="URL", help="any storage of Optuna (SQLite in the output folder)")
     where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
-    where.add_argument("--sd-scripts", type=Path, metavar="DIR", help="kohya-ss/sd-scripts (default: $SD_SCRIPTS_DIR)")
+    where.add_argument("--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts (default: $SD_SCRIPTS_DIR)")
     where.add_argument("--trainer-python", metavar="EXE", help="the Python that kohya is installed in (this one)")
 
     files = parser.add_argument_group("settings files")
     files.add_argument(
-        "--training-config", type=Path, metavar="TOML", help="fixed kohya options (configs/training.toml)"
+        "--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)"
     )
     files.add_argument(
-        "--scoring-config", type=Path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)"
+        "--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)"
     )
 
     instead = parser.add_argument_group("instead of searching").add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="check all inputs, say what was found, and stop")
     instead.add_argument("--report", action="store_true", help="write results/ and show the trials of --output-dir")
-    instead.add_argument("--score", type=Path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
+    instead.add_argument("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     instead.add_argument("--demo", action="store_true", help="the whole program on tiny inputs of its own, on the CPU")
     return parser
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
-    """The command line as Settings; RefusedInput lists what is missing or senseless."""
-    problems = [
+def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """The command line as Settings, and what is senseless in it; RefusedInput if there is too little to go on."""
+    sd_scripts = args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR")
+    missing = [
         f"{flag} is missing; {remedy}"
         for flag, value, remedy in (
             ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
             ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
             ("--output-dir", args.output_dir, "give a folder for the study"),
-            ("--sd-scripts", args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR"), "give kohya-ss/sd-scripts' folder"),
+            ("--sd-scripts", sd_scripts, "give kohya-ss/sd-scripts' folder"),
         )
         if not value
     ]
-    n_trials = 20 if args.n_trials is None else args.n_trials
-    if n_trials < 1:
-        problems.append(f"--n-trials: {n_trials} is too few; give 1 or more")
-    if args.timeout is not None and not 0 < args.timeout < math.inf:
-        problems.append(f"--timeout: {args.timeout} is no number of hours; give one above 0")
-    if not 0 <= args.seed < 2**32:
-        problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        problems.append(f"--device: {args.device!r} is none; give cuda, cuda:N or cpu")
-    if args.study_name is not None and not args.study_name.strip():
-        problems.append("--study-name: is empty; give a name or leave it out")
     if sys.platform == "win32":
-        problems.append("native Windows is not supported; run it in WSL2")
-    if problems:
-        raise RefusedInput(*problems)
-    output_dir = args.output_dir.expanduser().resolve()
-    return Settings(
-        dataset_config=args.dataset_config.expanduser().resolve(),
-        base_model=args.base_model.expanduser().resolve(),
+        missing.append("native Windows is not supported; run it in WSL2")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        missing.append(f"--device: {args.device!r} is none; give cuda, cuda:N or cpu")
+    problems = _senseless_values(args)
+    if missing:
+        raise RefusedInput(*missing, *problems)
+    output_dir = args.output_dir.resolve()
+    settings = Settings(
+        dataset_config=args.dataset_config.resolve(),
+        base_model=args.base_model.resolve(),
         output_dir=output_dir,
-        study_name=args.study_name or "lora_v2.1",
-        n_trials=n_trials,
+        study_name=args.study_name or DEFAULT_STUDY_NAME,
+        n_trials=20 if args.n_trials is None else args.n_trials,
         device=args.device,
-        sd_scripts=Path(args.sd_scripts or os.environ["SD_SCRIPTS_DIR"]).expanduser().resolve(),
-        trainer_python=args.trainer_python or sys.executable,
+        sd_scripts=_path(str(sd_scripts)).resolve(),
+        trainer_python=str(_path(args.trainer_python or sys.executable)),
         training_config=args.training_config or HERE / "configs" / "training.toml",
         scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
         eval_prompts=args.eval_prompts,
@@ -3019,6 +3185,20 @@ def read_settings(args: argparse.Namespace) -> Settings:
         enqueue=args.enqueue,
         timeout_hours=args.timeout,
     )
+    return settings, problems
+
+
+def _senseless_values(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if args.n_trials is not None and args.n_trials < 1:
+        problems.append(f"--n-trials: {args.n_trials} is too few; give 1 or more")
+    if args.timeout is not None and not 0 < args.timeout < math.inf:
+        problems.append(f"--timeout: {args.timeout} is no number of hours; give one above 0")
+    if not 0 <= args.seed < 2**32:
+        problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
+    if args.study_name is not None and not args.study_name.strip():
+        problems.append("--study-name: is empty; give a name or leave it out")
+    return problems
 
 
 def default_storage(output_dir: Path) -> str:
@@ -3054,8 +3234,8 @@ def can_train_with(trainer: TrainerFacts, params: Mapping[str, Any]) -> bool:
 class Problems:
     """Collects what several checks refuse, so that all of it is reported at once."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
 
     def of(self, check: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -3069,15 +3249,17 @@ class Problems:
             raise RefusedInput(*self.lines)
 
 
-def check_inputs(settings: Settings) -> Inputs:
+def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
     """Read and check everything before a GPU second or a database row is spent. Makes nothing."""
-    problems = Problems()
+    problems = Problems(senseless)
     options = problems.of(read_training_options, settings.training_config)
     scoring = problems.of(read_scoring_settings, settings.scoring_config)
     data_set = problems.of(read_data_set, settings.dataset_config, options or {})
     base_model = problems.of(inspect_base_model, settings.base_model)
-    cache = settings.reference / "trainer_options.json"
-    trainer = problems.of(inspect_trainer, settings.sd_scripts, settings.trainer_python, settings.device, cache)
+    trainer_python, cache = settings.trainer_python, trainer_options_cache(settings)
+    trainer = problems.of(inspect_trainer, settings.sd_scripts, trainer_python, settings.device, cache)
+    if settings.eval_prompts:
+        problems.of(read_eval_prompts, settings.eval_prompts)
     plan = None
     if data_set and scoring and options:
         plan = problems.of(make_plan, settings, data_set, scoring, options)
@@ -3092,8 +3274,9 @@ def check_inputs(settings: Settings) -> Inputs:
             read_enqueue_file, settings.enqueue, lambda p: trainer is None or can_train_with(trainer, p)
         )
     study = problems.of(load_study, settings.storage, settings.study_name)
-    if settings.output_dir.exists() and not settings.output_dir.is_dir():
-        problems.lines.append(f"--output-dir: {settings.output_dir} is a file; give a folder")
+    above = nearest_folder(settings.output_dir)
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
     problems.of(check_output_folder, settings, study)
     problems.refuse()
     fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
@@ -3105,13 +3288,18 @@ def check_inputs(settings: Settings) -> Inputs:
     return inputs
 
 
+def trainer_options_cache(settings: Settings) -> Path:
+    return settings.reference / "trainer_options.json"
+
+
 def make_plan(
     settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    images = [(image.path, image.caption) for image in data_set.subject_images]
+    # A file that two [[datasets]] train at two resolutions is one picture.
+    images = list({image.path: (image.path, image.caption) for image in data_set.subject_images}.values())
     captions = [caption for _, caption in images]
     subject = find_subject(captions, data_set.class_tokens, settings.subject)
-    clip_skip, seed = options.get("clip_skip", 1), options["seed"]
+    clip_skip, seed = options["clip_skip"], options["seed"]
     return build_scoring_plan(
         images, subject, scoring, str(settings.base_model), clip_skip, seed, settings.eval_prompts
     )
@@ -3129,48 +3317,45 @@ def check_scoring_tools() -> None:
 
 def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
     """RefusedInput for an encoder or pipeline config that is neither a folder, nor cached, nor on a hub in reach."""
-    wanted = {"dinov2": (scoring.dinov2, "config.json"), "clip": (scoring.clip, "config.json")}
+    encoder = ("config.json", "model.safetensors")
+    wanted = {"dinov2": (scoring.dinov2, encoder), "clip": (scoring.clip, encoder)}
     if base_model.is_file():
-        wanted["pipeline_config"] = (scoring.pipeline_config, "model_index.json")
+        wanted["pipeline_config"] = (scoring.pipeline_config, ("model_index.json", "tokenizer/vocab.json"))
     problems = Problems()
-    for key, (name, file) in wanted.items():
-        problems.of(_check_hub_or_folder, key, name, file)
+    for key, (name, files) in wanted.items():
+        problems.of(_check_hub_or_folder, key, name, files)
     problems.refuse()
 
 
-def _check_hub_or_folder(key: str, name: str, file: str) -> None:
-    folder = Path(name).expanduser()
+def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
+    where, folder = f"--scoring-config: {key} = {name!r}", Path(name)
     if folder.is_dir():
-        if not (folder / file).is_file():
-            raise RefusedInput(
-                f"--scoring-config: {key} = {name!r} is a folder without {file}; give the model's folder"
-            )
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
         return
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     fetch = f"fetch it once with `hf download {name}`, or give a folder"
     try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+        if all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
             return
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise RefusedInput(f"--scoring-config: {key} = {name!r} is not on this machine and the hub is off; {fetch}")
+            raise RefusedInput(f"{where} is not whole on this machine and the hub is off; {fetch}")
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except HFValidationError:
-        raise RefusedInput(
-            f"--scoring-config: {key} = {name!r} is no folder and no name on the hub; correct it"
-        ) from None
+        raise RefusedInput(f"{where} is no folder and no name on the hub; correct it") from None
     except RefusedInput:
         raise
     except Exception as error:  # the client's errors come from several libraries
         raise RefusedInput(
-            f"--scoring-config: {key} = {name!r} is not on this machine and the hub does not give it "
-            f"({type(error).__name__}); {fetch}"
+            f"{where} is not whole on this machine and the hub does not give it ({type(error).__name__}); {fetch}"
         ) from error
 
 
 def check_options(settings: Settings, options: Mapping[str, Any], trainer: TrainerFacts) -> None:
-    """Every key that would be written must be an option of this sd-scripts: kohya swallows others in silence."""
+    """Every key that would be written must be an option of this sd-scripts, of its kind: kohya checks neither."""
     params = dict.fromkeys([*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"])
     written = trial_config(params, options, settings.base_model, settings.dataset_config, settings.output_dir)
     problems = [
@@ -3178,6 +3363,11 @@ def check_options(settings: Settings, options: Mapping[str, Any], trainer: Train
         f"{nearest(key, trainer.options)}"
         for key in written
         if key not in trainer.options
+    ]
+    problems += [
+        f"--training-config: {key} = {value!r} in {settings.training_config} {wrong}"
+        for key, value in options.items()
+        if (wrong := _wrong_option(value, trainer.options.get(key)))
     ]
     if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
         problems.append(
@@ -3188,76 +3378,87 @@ def check_options(settings: Settings, options: Mapping[str, Any], trainer: Train
         raise RefusedInput(*problems)
 
 
+def _wrong_option(value: Any, kind: str | None) -> str:
+    """What is wrong with a kohya option's value, by what --help says of it, or nothing."""
+    if kind == "" and type(value) is not bool:
+        return "is a switch; give true or false"
+    if kind and type(value) is bool:
+        return f"takes a value ({kind}); give one"
+    if kind and kind.startswith("{") and str(value) not in kind.strip("{}").split(","):
+        return f"must be one of {kind}"
+    return ""
+
+
+PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
+SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
+LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
+
+
+def mean_checkpoints(options: Mapping[str, Any]) -> int:
+    return math.ceil(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)) / options["save_every_n_epochs"])
+
+
+def images_of_a_trial(inputs: Inputs) -> list[Mapping[str, Any]]:
+    """The jobs of a trial with a middling number of checkpoints."""
+    return mean_checkpoints(inputs.options) * inputs.plan["screen"] + inputs.plan["confirm"]
+
+
 def needed_bytes(settings: Settings, inputs: Inputs) -> float:
-    """Disk for the checkpoints of the trials still to train, from the means of the search space; fp16 or fp32."""
-    per_number = 2 if options_say_float(inputs.options) else 1
-    epochs = float(np.mean(SEARCH_SPACE["max_train_epochs"].choices))
+    """Disk for checkpoints and images of the trials still to train, from the means of the search space."""
+    bytes_per_number = 2 if inputs.options.get("save_precision") in ("fp16", "bf16") else 4
     dim = float(np.mean(SEARCH_SPACE["network_dim"].choices))
-    checkpoints = math.ceil(epochs / inputs.options["save_every_n_epochs"])
+    checkpoint = dim * inputs.base_model.lora_bytes_per_dim * bytes_per_number / 2
+    images = sum(job["width"] * job["height"] for job in images_of_a_trial(inputs)) * PNG_BYTES_PER_PIXEL
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
-    left = max(0, settings.n_trials - trained)
-    return left * checkpoints * dim * inputs.base_model.lora_bytes_per_dim * per_number
-
-
-def options_say_float(options: Mapping[str, Any]) -> bool:
-    return options.get("save_precision") not in ("fp16", "bf16")
+    return max(0, settings.n_trials - trained) * (mean_checkpoints(inputs.options) * checkpoint + images)
 
 
 def check_disk(settings: Settings, inputs: Inputs) -> None:
     needed, free = needed_bytes(settings, inputs), free_bytes(settings.output_dir)
     if needed > free:
         raise RefusedInput(
-            f"--output-dir: {needed / 1e9:.1f} GB are needed for the checkpoints, {free / 1e9:.1f} GB are free in "
+            f"--output-dir: {needed / 1e9:.1f} GB are needed for checkpoints and images, {free / 1e9:.1f} GB free in "
             f"{settings.output_dir}; make room, choose another folder or raise save_every_n_epochs"
         )
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or what exists of the folders above it."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def describe_inputs(settings: Settings, inputs: Inputs) -> str:
     """What the checks found, one line a thing, and warnings."""
-    data, trainer, options = inputs.data_set, inputs.trainer, inputs.options
-    subject_images = data.subject_images
-    regs = len(data.images) - len(subject_images)
+    data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
+    regs = len(data.images) - len(data.subject_images)
     optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
-    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
-    rows = [
-        ("base model", f"{settings.base_model.name} ({inputs.base_model.family})"),
-        (
-            "data set",
-            f"{len(subject_images)} images, {sum(bool(i.caption) for i in subject_images)} captions"
-            + (f", {regs} regularisation images" if regs else ""),
-        ),
-        ("subject", f"{inputs.plan['subject']!r} (--subject overrules it)"),
-        (
-            "steps",
-            f"{data.batches_per_epoch} batches an epoch, checkpoint every {options['save_every_n_epochs']} epochs",
-        ),
-        ("sd-scripts", f"{trainer.version} with PyTorch {trainer.torch}"),
-        ("device", trainer.device_name),
-        (
-            "optimizers",
-            ", ".join(optimizers) + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
-        ),
-        (
-            "scoring",
-            f"{len(inputs.plan['screen'])} images a checkpoint, {len(inputs.plan['confirm'])} for the best one",
-        ),
-        (
-            "disk",
-            f"{needed_bytes(settings, inputs) / 1e9:.1f} GB needed, "
-            f"{free_bytes(settings.output_dir) / 1e9:.1f} GB free",
-        ),
-        (
-            "study",
-            f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, in {hide_password(settings.storage)}",
-        ),
+    epochs, accumulations = (SEARCH_SPACE[name].choices for name in ("max_train_epochs", "gradient_accumulation_steps"))
+    updates = [
+        data.updates({"max_train_epochs": epoch, "gradient_accumulation_steps": accumulation})
+        for epoch, accumulation in itertools.product(epochs, accumulations)
     ]
-    return "\n".join([f"  {name:11s} {value}" for name, value in rows] + describe_warnings(settings, inputs))
+    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
+    free = free_bytes(settings.output_dir)
+    rows = {
+        "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
+        "data set": f"{len(data.subject_images)} images" + (f", {regs} regularisation images" if regs else ""),
+        "subject": f"{plan['subject']!r} (--subject overrules it)",
+        "steps": f"{data.batches_per_epoch} batches an epoch, {min(updates)} to {max(updates)} updates a training, "
+        f"a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
+        "sd-scripts": f"{trainer.version} with PyTorch {trainer.torch}",
+        "device": trainer.device_name,
+        "optimizers": ", ".join(optimizers)
+        + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
+        "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
+        "disk": f"{needed_bytes(settings, inputs) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+        "study": f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, "
+        f"in {hide_password(settings.storage)}",
+    }
+    return "\n".join([f"  {name:11s} {value}" for name, value in rows.items()] + describe_warnings(settings, inputs))
 
 
 def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
@@ -3270,6 +3471,13 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
             + (f", {never_ends:.0%} would for all of it and are avoided" if 0 < never_ends < 1 else "")
             + (", all for longer than the run" if never_ends == 1 else "")
             + "; a larger num_repeats or a smaller batch_size gives more steps"
+        )
+    sizes = (job["width"] * job["height"] * job["steps"] for job in images_of_a_trial(inputs))
+    seconds = sum(sizes) / (512 * 512 * 25) * SECONDS_PER_IMAGE
+    if seconds > LONG_SCORING_SECONDS and settings.device != "cpu":
+        lines.append(
+            f"  warning: scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; "
+            "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
         )
     stored = inputs.study.user_attrs.get("environment", {}) if inputs.study else {}
     lines += [
@@ -3301,10 +3509,10 @@ def environment_of(inputs: Inputs) -> dict[str, str]:
     }
 
 
-def run_search(settings: Settings, *, only_check: bool = False) -> None:
+def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool = False) -> None:
     """The whole search, or only its checks."""
     print("Checking the inputs ...", flush=True)
-    inputs = check_inputs(settings)
+    inputs = check_inputs(settings, senseless)
     if only_check:
         say(describe_inputs(settings, inputs))
         return
@@ -3321,8 +3529,7 @@ def run_search(settings: Settings, *, only_check: bool = False) -> None:
         try:
             run_study(study, objective, settings)
         finally:
-            write_results(study, settings.output_dir)
-            say(describe_study(study, settings.output_dir))
+            show_results(study, settings.output_dir)
 
 
 def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
@@ -3346,6 +3553,7 @@ def make_reference(settings: Settings, study: optuna.Study, inputs: Inputs, scor
     settings.reference.mkdir(exist_ok=True)
     write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
     write_atomically(settings.reference / "dataset.toml", toml.dumps(inputs.data_set.config))
+    remember_options(inputs.trainer, trainer_options_cache(settings))
     if read_json(settings.reference / "anchors.json") is None:
         say("Making the reference: the base model's own images, once a study ...")
         try:
@@ -3362,26 +3570,18 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
     if stored is None:
         study.set_user_attr("anchors", anchors)
         return
-    moved = [
-        name
-        for name, value in flat_numbers(stored)
-        if not math.isclose(dict(flat_numbers(anchors)).get(name, math.inf), value, abs_tol=ANCHOR_TOLERANCE)
-    ]
+    moved = fingerprint_differences(_rounded(stored), _rounded(anchors), tolerance=ANCHOR_TOLERANCE)
     if moved:
         raise RefusedInput(
-            f"the score's anchors differ from the study's ({', '.join(moved[:3])}): its scores would not "
+            f"the score's anchors differ from the study's ({'; '.join(moved[:3])}): its scores would not "
             "be comparable; restore reference/, or give another --output-dir"
         )
 
 
-def flat_numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found += flat_numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((prefix + key, float(value)))
-    return found
+def _rounded(anchors: Mapping[str, Any]) -> dict[str, Any]:
+    """The anchors that scores depend on, grey values made comparable with the others."""
+    usable = {name: value * ANCHOR_TOLERANCE / GREY_TOLERANCE for name, value in anchors.get("usable", {}).items()}
+    return {name: usable if name == "usable" else value for name, value in anchors.items() if name != "data"}
 
 
 @contextlib.contextmanager
@@ -3402,16 +3602,24 @@ def logging_to(path: Path) -> Iterator[None]:
 def run_report(args: argparse.Namespace) -> None:
     if args.output_dir is None:
         raise RefusedInput("--output-dir is missing; give the folder of the study")
-    output_dir = args.output_dir.expanduser().resolve()
+    output_dir = args.output_dir.resolve()
     plan = read_json(output_dir / "reference" / "plan.json") or {}
-    name = args.study_name or plan.get("study", "lora_v2.1")
+    name = args.study_name or plan.get("study", DEFAULT_STUDY_NAME)
     study = load_study(args.storage or default_storage(output_dir), name)
     if study is None:
         raise RefusedInput(
             f"--report: no study {name!r} in {output_dir}; check --output-dir, --study-name and --storage"
         )
-    write_results(study, output_dir)
+    show_results(study, output_dir)
+
+
+def show_results(study: optuna.Study, output_dir: Path) -> None:
+    """The table first: a disk that is full must not hide it, nor why the search ended."""
     say(describe_study(study, output_dir))
+    try:
+        write_results(study, output_dir)
+    except (OSError, SearchStopped) as error:
+        say(f"warning: {output_dir / 'results'} could not be written: {one_line(error)}")
 
 
 def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
@@ -3426,11 +3634,12 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     ]
     if given:
         raise RefusedInput(f"--demo: makes its own inputs; leave out --{given[0].replace('_', '-')}")
-    args.output_dir = (args.output_dir or Path("runs/demo")).expanduser().resolve()
+    args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
     world = args.output_dir / "inputs"
     sys.path.insert(0, str(maker.parent))
     import demo_world
 
+    silence_libraries()
     print(f"The demo's data set and tiny Stable Diffusion (random weights): {world}", flush=True)
     demo_world.make_demo_world(world)
     args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
@@ -3443,11 +3652,11 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.score:
-        score_folder(args.score.expanduser().resolve(), args.device)
+        score_folder(args.score.resolve(), args.device)
     elif args.report:
         run_report(args)
     else:
-        run_search(read_settings(demo_settings(args) if args.demo else args), only_check=args.check)
+        run_search(*read_settings(demo_settings(args) if args.demo else args), only_check=args.check)
 
 
 def _interrupt(signum: int, _frame: Any) -> None:
@@ -3461,9 +3670,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     args = make_parser().parse_args(argv)
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(name, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _interrupt)
     try:
         run(args)
     except RefusedInput as error:
@@ -3473,6 +3683,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SearchError as error:
         log.error("stopped: %s", error)
         print(f"stopped: {one_line(error, 1000)}", file=sys.stderr)
+        return 1
+    except optuna.exceptions.StorageInternalError as error:
+        said = one_line(hide_password(str(error.__cause__ or error)))
+        log.error("stopped: %s", said)
+        print(f"stopped: the study's database failed ({said}); the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes", file=sys.stderr)

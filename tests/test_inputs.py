@@ -116,8 +116,8 @@ def test_reads_the_training_options_that_come_with_the_program(repository: Path)
 
 
 def test_flattens_one_level_of_tables(training: Callable[[str], Path]) -> None:
-    options = search.read_training_options(training('[model]\nv2 = false\n[save]\nsave_precision = "bf16"\n'))
-    assert options["v2"] is False
+    options = search.read_training_options(training('[model]\nsdpa = true\n[save]\nsave_precision = "bf16"\n'))
+    assert options["sdpa"] is True
     assert options["save_precision"] == "bf16"
     assert not {"model", "save"} & options.keys()
 
@@ -156,6 +156,32 @@ def test_reports_all_forbidden_options_at_once(training: Callable[[str], Path]) 
         assert word in problems
 
 
+@pytest.mark.parametrize("line", ["v2 = false", 'vae = ""', "network_train_unet_only = false", 'wandb_api_key = ""'])
+def test_a_forbidden_option_at_kohyas_default_is_dropped(line: str, training: Callable[[str], Path]) -> None:
+    options = search.read_training_options(training(f"{line}\nsdpa = true\n"))
+    assert line.split()[0] not in options and options["sdpa"] is True
+
+
+@pytest.mark.parametrize("line", ["learning_rate = 0", "v2 = true", 'vae = "vae.safetensors"', 'base_weights = ["a"]'])
+def test_a_forbidden_option_with_any_other_value_is_refused(line: str, training: Callable[[str], Path]) -> None:
+    assert line.split()[0] in the_refusal(search.read_training_options, training(line))
+
+
+def test_trains_networks_lora_and_nothing_else(training: Callable[[str], Path]) -> None:
+    assert search.read_training_options(training(""))["network_module"] == "networks.lora"
+    assert "networks.oft" in the_refusal(search.read_training_options, training('network_module = "networks.oft"'))
+
+
+def test_paths_become_absolute(
+    training: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache" / "tokenizers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = search.read_training_options(training('tokenizer_cache_dir = "cache/tokenizers"\nmetadata_title = "a/b"'))
+    assert options["tokenizer_cache_dir"] == str(tmp_path / "cache" / "tokenizers")
+    assert options["metadata_title"] == "a/b"
+
+
 def test_never_shows_a_secret(training: Callable[[str], Path]) -> None:
     problem = the_refusal(search.read_training_options, training('wandb_api_key = "very-secret"\n'))
     assert "very-secret" not in problem
@@ -168,13 +194,22 @@ def test_refuses_another_file_format_than_safetensors(kind: str, training: Calla
 
 @pytest.mark.parametrize("value", ['"vae.pt"', '"a/b.CKPT"', '["one.safetensors", "two.bin"]', '["x.pth"]'])
 def test_refuses_pickles_anywhere(value: str, training: Callable[[str], Path]) -> None:
-    problem = the_refusal(search.read_training_options, training(f"base_weights = {value}\n"))
+    problem = the_refusal(search.read_training_options, training(f"sample_prompts = {value}\n"))
     assert "pickle" in problem
-    assert "base_weights" in problem
+    assert "sample_prompts" in problem
 
 
 @pytest.mark.parametrize(
-    "line", ["save_every_n_epochs = 0", "save_every_n_epochs = 1.5", 'clip_skip = "2"', "clip_skip = -1", "seed = 1.5"]
+    "line",
+    [
+        "save_every_n_epochs = 0",
+        "save_every_n_epochs = 1.5",
+        'clip_skip = "2"',
+        "clip_skip = -1",
+        "seed = 1.5",
+        "seed = -1",
+        "resolution = 512",
+    ],
 )
 def test_refuses_numbers_that_the_program_cannot_work_with(line: str, training: Callable[[str], Path]) -> None:
     assert line.split()[0] in the_refusal(search.read_training_options, training(line))
@@ -521,11 +556,17 @@ def test_refuses_repeats_that_make_kohya_skip_the_folder(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_bucket_reso": 32}, {"min_bucket_reso": 128}, {"min_bucket_reso": 32, "bucket_reso_steps": 0}],
-    ids=["above the largest bucket", "below the smallest bucket", "no steps"],
+    [
+        {"max_bucket_reso": 63},
+        {"min_bucket_reso": 192},
+        {"bucket_reso_steps": 0},
+        {"bucket_reso_steps": 32},
+        {"min_bucket_reso": 0},
+    ],
+    ids=["above the largest bucket", "below the smallest bucket", "no steps", "half steps", "no bucket"],
 )
 def test_refuses_bucket_settings_that_stop_kohya(settings: Mapping[str, int], data_set_file: DataSetFile) -> None:
-    small = {"min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 32, **settings}
+    small = {"resolution": 128, "min_bucket_reso": 64, "max_bucket_reso": 192, "bucket_reso_steps": 64, **settings}
     assert "bucket_reso" in the_refusal(read, data_set_file(dataset={"enable_bucket": True, **small}))
 
 
@@ -536,6 +577,18 @@ def test_refuses_a_picture_smaller_than_a_bucket_step_without_upscaling(
     dataset = {"resolution": 512, "enable_bucket": True, "bucket_no_upscale": True}
     problem = the_refusal(read, data_set_file(dataset=dataset, subsets=[{"image_dir": str(folder)}]))
     assert "01.png" in problem
+
+
+def test_refuses_bucket_settings_of_the_training_options_that_are_no_numbers(data_set_file: DataSetFile) -> None:
+    problem = the_refusal(read, data_set_file(), {"enable_bucket": True, "bucket_reso_steps": "64"})
+    assert "bucket_reso_steps = '64'" in problem
+
+
+@pytest.mark.parametrize("key", ["color_aug", "random_crop"])
+def test_refuses_what_can_not_go_with_cached_latents(key: str, data_set_file: DataSetFile, pictures: Pictures) -> None:
+    path = data_set_file(subsets=[{"image_dir": str(pictures()), key: True}])
+    assert "cached latents" in the_refusal(read, path, {"cache_latents_to_disk": True})
+    assert read(path, {}).batches_per_epoch == 4
 
 
 def test_refuses_a_validation_split(data_set_file: DataSetFile) -> None:
@@ -636,6 +689,13 @@ def test_captions_are_looked_for_by_their_extension(data_set_file: DataSetFile, 
 
 def test_an_extension_may_be_given_without_its_dot(data_set_file: DataSetFile) -> None:
     assert read(data_set_file(general={"caption_extension": "txt"})).images[0].caption == "luca, a boy, smiling"
+
+
+def test_captions_are_read_with_prefix_suffix_and_separators(data_set_file: DataSetFile, pictures: Pictures) -> None:
+    folder = pictures(caption="a boy;smiling ||| beach", sizes=[(64, 64)])
+    general = {"caption_prefix": "luca,", "caption_separator": ";", "keep_tokens_separator": "|||"}
+    path = data_set_file(general=general, subsets=[{"image_dir": str(folder), "caption_suffix": "; film still"}])
+    assert [image.caption for image in read(path).images] == ["luca, a boy, smiling, beach, film still"]
 
 
 def test_kohyas_own_extension_is_caption(data_set_file: DataSetFile, pictures: Pictures) -> None:
@@ -753,7 +813,7 @@ def test_counts_the_batches_that_kohya_counts(case: int, pictures: Pictures, tmp
     assert read(path, known["options"]).batches_per_epoch == known["batches"]
 
 
-@pytest.mark.parametrize(("given", "batches"), [("512", 3), ("512,768", 3)])
+@pytest.mark.parametrize(("given", "batches"), [("512", 3), ("512,768", 3), ("512, 512", 3)])
 def test_the_training_options_may_name_resolution_and_batch(
     given: str, batches: int, data_set_file: DataSetFile, pictures: Pictures
 ) -> None:
@@ -926,6 +986,7 @@ def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width:
     write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)
     text = {"text_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4)}
     write_safetensors(folder / "text_encoder" / "model.safetensors", text)
+    write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"decoder.conv_in.weight": (4, 4)})
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     (folder / "unet" / "config.json").write_text(json.dumps({"cross_attention_dim": width, "in_channels": 4}))
     return folder
@@ -969,6 +1030,14 @@ def test_refuses_a_folder_with_pickled_weights_only(tmp_path: Path) -> None:
     for weights in folder.glob("*/*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     assert "safetensors" in the_refusal(search.inspect_base_model, folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_refuses_a_folder_with_a_part_in_another_format(part: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    assert f"no safetensors in {part}" in the_refusal(search.inspect_base_model, folder)
 
 
 def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:

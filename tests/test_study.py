@@ -248,7 +248,8 @@ def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
     study = run(settings, trained, [failing(search.ScoringFailed("no encoder"))])
     assert endings(study) == [(FAIL, "crashed"), (COMPLETE, "scored")]
     second = study.get_trials()[1]
-    assert second.user_attrs["trained_in"] == "trial_0000" and second.user_attrs["training_seconds"] == 7.0
+    assert second.user_attrs["trained_in"] == str(settings.output_dir / "trial_0000")
+    assert second.user_attrs["training_seconds"] == 7.0
     for folder in ("trial_0000", "trial_0001"):
         assert (settings.output_dir / folder / "lora.safetensors").read_bytes() == b"weights of trial_0000"
 
@@ -270,8 +271,53 @@ def test_three_equal_failures_of_different_parameters_stop_the_study(tmp_path: P
     assert len(open_study(settings).get_trials(states=(FAIL,))) == 3
 
 
+def test_failures_that_differ_in_numbers_alone_are_equal(tmp_path: Path) -> None:
+    failures = [failing(search.OutOfMemory(f"tried to allocate {n}.00 MiB in trial_{n:04d}")) for n in range(9)]
+    with pytest.raises(search.SearchStopped, match="tried to allocate"):
+        run(settings_for(tmp_path, 2), failures)
+
+
+def test_a_rejected_trial_between_equal_failures_does_not_hide_them(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+    study = open_study(settings)
+    for params in (SAFE, UNSAFE, {**SAFE, "network_dim": 128}, {**SAFE, "network_dim": 256}):
+        study.enqueue_trial(params)
+    with pytest.raises(search.SearchStopped, match="ended alike"):
+        run(settings, [failing(search.TrialFailed("boom"))] * 3)
+
+
+def test_a_success_between_failures_begins_the_count_anew(tmp_path: Path) -> None:
+    failure = failing(search.TrialFailed("boom"))
+    study = run(settings_for(tmp_path, 3), [failure, failure, good_training, failure, failure])
+    assert [state for state, _ in endings(study)] == [FAIL, FAIL, COMPLETE, FAIL, FAIL, COMPLETE, COMPLETE]
+
+
+def test_a_crash_an_interruption_and_a_crash_are_enough(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(search.TrialFailed("boom")), failing(KeyboardInterrupt())])
+    study = run(settings, [failing(search.TrialFailed("boom"))])
+    assert [ended for _, ended in endings(study)] == ["crashed", "interrupted", "crashed", "scored"]
+    assert suggested(study.get_trials()[2]) != suggested(study.get_trials()[3])
+
+
+def test_out_of_memory_before_and_after_an_interruption_is_learnt_from(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(search.OutOfMemory("no room")), failing(KeyboardInterrupt())])
+    assert endings(run(settings, [failing(search.OutOfMemory("no room"))]))[2] == (PRUNED, "out of memory")
+
+
+def test_a_full_disk_interrupts_the_trial_and_stops_the_study(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    for _ in range(2):
+        with pytest.raises(search.SearchStopped, match="No space left"):
+            run(settings, [failing(OSError(28, "No space left on device"))])
+    assert endings(run(settings)) == [(FAIL, "interrupted")] * 2 + [(COMPLETE, "scored")]
+
+
 def test_different_failures_do_not_stop_it(tmp_path: Path) -> None:
-    failures = [failing(search.TrialFailed(f"boom {n}")) for n in range(4)]
+    failures = [failing(search.TrialFailed(f"boom {word}")) for word in ("a", "b", "c", "d")]
     assert endings(run(settings_for(tmp_path, 1), failures))[-1] == (COMPLETE, "scored")
 
 
@@ -309,6 +355,105 @@ def test_metrics_that_were_whole_on_disk_are_told_from_there(tmp_path: Path) -> 
     assert endings(study) == [(COMPLETE, "scored")] and study.best_value == pytest.approx(0.1)
 
 
+def test_metrics_that_were_whole_at_an_interruption_are_told(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+
+    def score_and_interrupt(folder: Path) -> None:
+        good_scoring(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [], [score_and_interrupt])
+    assert endings(open_study(settings)) == [(COMPLETE, "scored")]
+
+
+def test_metrics_that_say_diverged_are_told_so(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+
+    def find_nan_and_die(folder: Path) -> None:
+        found = {"outcome": "diverged", "reason": "not finite", "score": None, "scoring_seconds": 1.0}
+        search.write_json(folder / "metrics.json", found)
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, [], [find_nan_and_die])
+    assert endings(run(settings)) == [(PRUNED, "diverged"), (COMPLETE, "scored")]
+
+
+def test_metrics_of_a_training_that_had_not_finished_are_not_told(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(Killed):
+        run(settings, [failing(Killed())])
+    good_scoring(settings.output_dir / "trial_0000")
+    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+
+
+def test_a_score_that_is_no_number_is_a_scoring_that_failed(tmp_path: Path) -> None:
+    def score_nan(folder: Path) -> None:
+        good_scoring(folder)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "score": float("nan")}))
+
+    assert endings(run(settings_for(tmp_path, 1), [], [score_nan])) == [(FAIL, "crashed"), (COMPLETE, "scored")]
+
+
+def test_a_training_that_ended_as_the_program_died_is_only_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, 1)
+
+    def train_and_die(folder: Path) -> None:
+        good_training(folder)
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(settings, [train_and_die])
+    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
+    study = run(settings, [failing(AssertionError("trained again"))])
+    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+    assert study.get_trials()[0].user_attrs["training_seconds"] >= 0
+
+
+def test_a_retry_that_dies_before_it_has_the_checkpoints_loses_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, 1)
+    never = [failing(AssertionError("trained again"))]
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "link_training", failing_link)
+        with pytest.raises(search.SearchStopped):
+            run(settings, [good_training], [failing(search.ScoringFailed("no encoder"))])
+    study = run(settings, never)
+    assert [ended for _, ended in endings(study)] == ["crashed", "interrupted", "scored"]
+    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+
+
+def failing_link(source: Path, folder: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_checkpoints_are_copied_where_they_can_not_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_args: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    run(settings_for(tmp_path, 1), [], [failing(search.ScoringFailed("no encoder"))])
+    assert (tmp_path / "out" / "trial_0001" / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+
+
+def test_enqueued_values_survive_a_death_before_they_were_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, 1)
+    open_study(settings).enqueue_trial({"network_dim": 128, "network_alpha_ratio": 0.3})
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "suggest_hyperparameters", failing(Killed()))
+        with pytest.raises(Killed):
+            run(settings)
+    trial = run(settings).get_trials()[-1]
+    assert trial.params["network_dim"] == 128 and trial.params["network_alpha_ratio"] == 0.3
+
+
 def test_torn_metrics_are_not_told(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
 
@@ -342,6 +487,60 @@ def test_running_trials_of_another_folder_are_left_alone(tmp_path: Path) -> None
     assert study.get_trials()[0].state == TrialState.RUNNING
 
 
+def test_a_failed_trial_of_another_folder_is_tried_again_there_alone(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    here, there = (settings_for(tmp_path / name, 1, storage=storage) for name in ("here", "there"))
+    with pytest.raises(KeyboardInterrupt):
+        run(there, [failing(KeyboardInterrupt())])
+    study = open_study(here)
+    search.queue_retries(study, here)
+    assert study.get_trials(states=(TrialState.WAITING,)) == []
+    search.queue_retries(study, there)
+    assert len(study.get_trials(states=(TrialState.WAITING,))) == 1
+
+
+def test_another_programs_trial_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    here, there = (settings_for(tmp_path / name, 1, storage=storage) for name in ("here", "there"))
+    other = open_study(there)
+    trial = other.ask()
+    trial.set_user_attr("output_dir", str(there.output_dir))
+    waited = []
+
+    def finish_meanwhile(_seconds: float) -> None:
+        waited.append(trial.number)
+        trial.set_user_attr("ended", "scored")
+        other.tell(trial, 0.5)
+
+    monkeypatch.setattr(search.time, "sleep", finish_meanwhile)
+    assert endings(run(here)) == [(COMPLETE, "scored")] and waited == [0]
+
+
+def test_of_two_that_begin_at_once_the_later_one_is_surplus(tmp_path: Path) -> None:
+    study = open_study(settings_for(tmp_path))
+    study.enqueue_trial({"network_dim": 64})
+    waiting = study.ask()  # the enqueued one ...
+    study.enqueue_trial({"network_dim": 128})
+    enqueued = study.get_trials()[1]
+    fresh = optuna.Trial(study, study._storage.create_new_trial(study._study_id))
+    late = study.ask()  # ... and one with a lower number than a trial that began before it
+    assert late.number == enqueued.number < fresh.number
+    assert [search.is_surplus(study, t.number, 2) for t in (waiting, fresh, late)] == [False, False, True]
+
+
+def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_database(tmp_path: Path) -> None:
+    owner = settings_for(tmp_path / "owner", 3)
+    guest = settings_for(tmp_path / "guest", 3, storage=owner.storage)
+    with pytest.raises(Killed):
+        run(guest, [failing(Killed())])
+    study = open_study(owner)
+    with search.locked_folder(guest.output_dir):
+        search.close_interrupted_trials(study, owner)
+        assert study.get_trials()[0].state == TrialState.RUNNING
+    search.close_interrupted_trials(study, owner)
+    assert study.get_trials()[0].state == FAIL
+
+
 def test_the_timeout_starts_no_new_trial(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 3, timeout_hours=1e-9)
     with pytest.raises(search.SearchStopped, match=r"--timeout 1e-09 is over with 0 of 3 trials trained"):
@@ -367,6 +566,22 @@ def test_a_file_that_is_no_database_is_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(search.RefusedInput) as caught:
         search.load_study(f"sqlite:///{tmp_path / 's.db'}", "x")
     assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
+
+
+def test_another_programs_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "s.db") as database:
+        database.execute("CREATE TABLE bookmarks (url TEXT)")
+    before = (tmp_path / "s.db").read_bytes()
+    with pytest.raises(search.RefusedInput, match="database of another program"):
+        search.load_study(f"sqlite:///{tmp_path / 's.db'}", "x")
+    assert (tmp_path / "s.db").read_bytes() == before
+
+
+def test_an_empty_file_is_no_study_yet(tmp_path: Path) -> None:
+    (tmp_path / "s.db").touch()
+    for dialect in ("sqlite", "sqlite+pysqlite"):
+        assert search.load_study(f"{dialect}:///{tmp_path / 's.db'}", "x") is None
+    assert (tmp_path / "s.db").stat().st_size == 0
 
 
 def test_looking_for_a_study_makes_no_database(tmp_path: Path) -> None:
@@ -424,7 +639,7 @@ def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
     anchors = {"screen": {"q_base": 0.5}, "version": "x"}
     search.check_anchors(study, anchors)
     search.check_anchors(study, {"screen": {"q_base": 0.505}, "version": "x"})
-    with pytest.raises(search.RefusedInput, match=r"screen\.q_base"):
+    with pytest.raises(search.RefusedInput, match=r"screen, q_base: was 0\.5, is now 0\.52"):
         search.check_anchors(study, {"screen": {"q_base": 0.52}, "version": "x"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,19 +142,45 @@ def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
 
     for value, finite in ((0.01, True), (3e38, True), (float("nan"), False), (float("inf"), False)):
         save_torch({"a.lora_up.weight": torch.full((2, 2), value, dtype=torch.bfloat16)}, tmp_path / "l.safetensors")
-        assert (search.lora_problem(tmp_path / "l.safetensors") == "") is finite
+        with contextlib.nullcontext() if finite else pytest.raises(search.Diverged):
+            search.check_lora(tmp_path / "l.safetensors", is_last=True)
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_a_lora_that_learnt_nothing_is_diverged(folder: Path, zero: float) -> None:
+def test_a_lora_that_learnt_nothing_is_the_set_ups_fault(folder: Path, zero: float) -> None:
     save_lora(folder / "lora.safetensors", zero)
-    with pytest.raises(search.Diverged, match="moved from zero"):
+    with pytest.raises(search.TrialFailed, match="moved from zero") as caught:
         search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+    assert caught.value.ended == "crashed"
+
+
+def test_an_early_checkpoint_may_be_zero_as_a_warm_up_begins(folder: Path) -> None:
+    save_lora(folder / "lora-000002.safetensors", 0.0)
+    search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
 
 
 def test_the_largest_finite_half_is_finite(folder: Path) -> None:
     save_lora(folder / "lora.safetensors", 65504.0)
-    assert search.lora_problem(folder / "lora.safetensors") == ""
+    search.check_lora(folder / "lora.safetensors", is_last=True)
+
+
+def test_a_file_without_the_trainers_word_is_not_enough(folder: Path) -> None:
+    with pytest.raises(search.TrialFailed, match="saved no LoRA"):
+        search.judge_training(folder, 0, progress_of(OUTPUT.replace("model saved.", "")), "cpu")
+
+
+def test_a_full_disk_is_no_trials_fault(folder: Path) -> None:
+    output = OUTPUT + "OSError: [Errno 28] No space left on device\n"
+    with pytest.raises(OSError, match="No space left on device"):
+        search.judge_training(folder, 1, progress_of(output), "cpu")
+
+
+def test_a_training_that_nobody_saw_the_end_of_is_known_by_its_log_and_files(folder: Path) -> None:
+    assert not search.has_finished_training(folder)
+    (folder / "training.log").write_text(OUTPUT)
+    assert search.has_finished_training(folder)
+    save_lora(folder / "lora.safetensors", float("nan"))
+    assert not search.has_finished_training(folder)
 
 
 def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
@@ -316,10 +343,25 @@ def test_the_option_list_is_read_once_and_again_when_the_trainer_changes(tmp_pat
     folder = fake_sd_scripts(tmp_path / "sd", trainer("first"))
     cache = tmp_path / "trainer_options.json"
     for _ in range(2):
-        assert "first" in search.inspect_trainer(folder, sys.executable, "cpu", cache).options
+        facts = search.inspect_trainer(folder, sys.executable, "cpu", cache)
+        assert facts.options["first"] == "" and facts.options["config_file"] == "X"
+        search.remember_options(facts, cache)
     assert (tmp_path / "calls").read_text() == "x"
     (folder / "train_network.py").write_text(trainer("second"))
     assert "second" in search.inspect_trainer(folder, sys.executable, "cpu", cache).options
+
+
+def test_the_kinds_of_options_are_read_as_argparse_prints_them(tmp_path: Path) -> None:
+    code = (
+        "import argparse\np = argparse.ArgumentParser()\n"
+        "for n in ('network_module', 'dataset_config', 'config_file'): p.add_argument('--' + n, type=str, help='a b')\n"
+        "p.add_argument('--mixed_precision', choices=['no', 'fp16'], help='x')\n"
+        "p.add_argument('--a_switch_with_a_long_name_indeed', action='store_true', help='y')\n"
+        "p.add_argument('--network_args', nargs='*')\np.parse_args()"
+    )
+    options = search.inspect_trainer(fake_sd_scripts(tmp_path / "sd", code), sys.executable, "cpu", tmp_path).options
+    assert options["mixed_precision"] == "{no,fp16}" and options["network_module"] == "NETWORK_MODULE"
+    assert options["a_switch_with_a_long_name_indeed"] == "" and options["network_args"].startswith("[NETWORK_ARGS")
 
 
 def test_a_card_that_pytorch_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
