@@ -35,7 +35,7 @@ def test_a_search_killed_in_a_training_resumes_to_exactly_n_trained_trials(demo:
     assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
     assert trials[1].user_attrs["ended"] == "interrupted" and trials[1].params == trials[2].params
     assert trials[2].user_attrs["retry_of"] == 1
-    assert "Trial 1 was interrupted; its parameters are tried again." in demo.resumed
+    assert "Trial 1 was interrupted; it is tried again." in demo.resumed
 
 
 def test_no_folder_is_used_twice(demo: Demo) -> None:
@@ -98,14 +98,14 @@ def test_the_best_config_trains_the_same_lora_again(demo: Demo) -> None:
     text = (results / "best_config.toml").read_text()
     config = toml.loads(text)
     retrained = Path(config["output_dir"])
-    assert retrained == results / "retrained" and list(retrained.iterdir()) == []
+    best = study_of(demo).best_trial
+    assert retrained == results / f"retrained_{best.user_attrs['folder']}" and list(retrained.iterdir()) == []
     assert config["dataset_config"] == str(results / "dataset.toml")
     trainer = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
     command = [sys.executable, str(trainer), "--config_file", str(results / "best_config.toml")]
     environment = search.child_environment("cpu")
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    best = study_of(demo).best_trial
     assert f"take epoch {best.user_attrs['best_epoch']} of" in text
     from safetensors.numpy import load_file
 
@@ -145,6 +145,38 @@ def test_the_table_is_best_first_and_says_how_the_others_ended(tmp_path: Path) -
     assert "Without a score: 1 diverged (results/trials.csv says why)" in lines
     head = next(line for line in lines if line.startswith("trial"))
     assert len(head) == len(rows[0]) == len(rows[1])
+
+
+def test_of_equal_scores_the_earlier_trial_stands_first(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 2), [], [lambda folder: score_with(folder, 1.0)] * 2)
+    assert [trial.number for trial in search.scored_trials(study)] == [0, 1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_best_lora_is_found_in_the_folder_of_the_program_that_made_it(tmp_path: Path, moved: bool) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    here, there = (settings_for(tmp_path / name, 1, storage=storage) for name in ("here", "there"))
+    run(here)
+    study = run(settings_for(tmp_path / "there", 2, storage=storage))  # trial 1 scores higher
+    output_dir = there.output_dir
+    if moved:
+        output_dir = there.output_dir.rename(tmp_path / "elsewhere")
+    search.write_results(study, output_dir if moved else here.output_dir)
+    results = (output_dir if moved else here.output_dir) / "results"
+    assert (results / "best_lora.safetensors").read_bytes() == b"weights of trial_0001"
+    assert search.read_json(results / "best_parameters.json")["trial"] == 1
+
+
+def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(tmp_path, 1)
+    study = run(settings)
+    (settings.output_dir / "trial_0000" / "lora.safetensors").unlink()
+    search.show_results(study, settings.output_dir)
+    shown = capsys.readouterr().out
+    assert "Study 'test', best first:" in shown and "bring them back and give --report again" in shown
+    assert (settings.output_dir / "results" / "trials.csv").is_file()
 
 
 def test_expected_improvements_are_measured(tmp_path: Path) -> None:
