@@ -454,6 +454,7 @@ _IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .B
 class TrainingImage:
     path: Path
     caption: str  # "" where there is neither a caption file nor class_tokens
+    has_caption_file: bool
     repeats: int
     size: tuple[int, int]  # width, height in pixels
     is_reg: bool
@@ -651,16 +652,15 @@ def _read_images(files: list[Path], settings: Mapping[str, Any], problems: list[
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             problems.append(f"--dataset-config: can't use {file} ({one_line(error)}); mend or remove it")
             continue
-        if caption is None:
-            caption = tokens
-            if not tokens:
-                without_caption.append(file)
+        if caption is None and not tokens:
+            without_caption.append(file)
         if settings["enable_bucket"] and settings["bucket_no_upscale"] and min(size) < settings["bucket_reso_steps"]:
             problems.append(
                 f"--dataset-config: {file} ({size[0]} x {size[1]}) is smaller than bucket_reso_steps, at which "
                 "kohya stops; remove it, or bucket_no_upscale"
             )
-        images.append(TrainingImage(file, _as_prompt(caption or "", settings), settings["num_repeats"], size, is_reg))
+        text = _as_prompt(caption or tokens or "", settings)
+        images.append(TrainingImage(file, text, caption is not None, settings["num_repeats"], size, is_reg))
     if without_caption and not is_reg:
         problems.append(
             f"--dataset-config: {len(without_caption)} of {len(files)} images in {files[0].parent} have no "
@@ -3441,14 +3441,17 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
         data.updates({"max_train_epochs": epoch, "gradient_accumulation_steps": accumulation})
         for epoch, accumulation in itertools.product(epochs, accumulations)
     ]
+    fewer = " or ".join(str(data.updates({"max_train_epochs": 1, "gradient_accumulation_steps": n})) for n in (2, 4))
+    captions = sum(image.has_caption_file for image in data.subject_images)
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
     free = free_bytes(settings.output_dir)
     rows = {
         "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
-        "data set": f"{len(data.subject_images)} images" + (f", {regs} regularisation images" if regs else ""),
+        "data set": f"{len(data.subject_images)} images, {captions} captions"
+        + (f", {regs} for regularisation" * (regs > 0)),
         "subject": f"{plan['subject']!r} (--subject overrules it)",
-        "steps": f"{data.batches_per_epoch} batches an epoch, {min(updates)} to {max(updates)} updates a training, "
-        f"a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
+        "steps": f"{data.batches_per_epoch} an epoch ({fewer} with accumulation), {min(updates)} to {max(updates)} "
+        f"a training, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
         "sd-scripts": f"{trainer.version} with PyTorch {trainer.torch}",
         "device": trainer.device_name,
         "optimizers": ", ".join(optimizers)

@@ -251,9 +251,10 @@ def test_check_says_what_it_found_and_makes_nothing(
     shown = capsys.readouterr().out
     found = dict(re.findall(r"^  (\w[\w -]*?)  +(.+)$", shown, re.MULTILINE))
     assert found["base model"] == "base_model (SD1.x)"
-    assert found["data set"] == "10 images"
+    assert found["data set"] == "10 images, 10 captions"
     assert found["subject"].startswith("'luca'")
-    assert found["steps"] == "10 batches an epoch, 36 to 200 updates a training, a checkpoint every 5 epochs"
+    steps = "10 an epoch (5 or 3 with accumulation), 36 to 200 a training, a checkpoint every 5 epochs"
+    assert found["steps"] == steps
     assert found["device"] == "cpu" and "no AdamW8bit" in found["optimizers"]
     assert found["sd-scripts"].startswith("files ")
     assert "GB needed" in found["disk"] and "0 of 2 trained" in found["study"]

@@ -382,8 +382,8 @@ def test_reads_pictures_captions_and_repeats(data_set_file: DataSetFile, picture
     folder = pictures(sizes=[(64, 48), (32, 32)], caption="luca, smiling\nnot this line")
     found = read(data_set_file(subsets=[{"image_dir": str(folder), "num_repeats": 3}]))
     assert found.images == (
-        search.TrainingImage(folder / "00.png", "luca, smiling", 3, (64, 48), False),
-        search.TrainingImage(folder / "01.png", "luca, smiling", 3, (32, 32), False),
+        search.TrainingImage(folder / "00.png", "luca, smiling", True, 3, (64, 48), False),
+        search.TrainingImage(folder / "01.png", "luca, smiling", True, 3, (32, 32), False),
     )
     assert found.batches_per_epoch == 6
 
