@@ -1298,10 +1298,10 @@ def check_checkpoints(folder: Path) -> None:
         check_lora(path, is_last=epoch == checkpoints[-1][0])
 
 
-def judge_training(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
-    """Raise what a training's end really was; its exit status alone says little.
+def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
+    """Raise why the trainer did not train to its end; its exit status alone says little.
 
-    kohya ends with status 0 when it diverged, when it found no image, and when it trained on the CPU instead.
+    kohya ends with status 0 when it found no image, and when it trained on the CPU instead.
     """
     said = meaningful_line(progress.tail)
     if status != 0:
@@ -1315,6 +1315,11 @@ def judge_training(folder: Path, status: int, progress: TrainingProgress, device
         raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
     if not (progress.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
         raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
+
+
+def judge_training(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
+    """Raise what a training's end really was: kohya ends with status 0 when it diverged, too."""
+    judge_end(folder, status, progress, device)
     try:
         check_checkpoints(folder)
     except Diverged as error:
@@ -1356,14 +1361,36 @@ class KohyaTrainer:
 
     def __call__(self, config: Path) -> float:
         """Train what `config` (a trial's config.toml) says; seconds that it took. Raises TrialFailed."""
-        started, progress = time.monotonic(), TrainingProgress()
+        started = time.monotonic()
+        judge_training(config.parent, *self._run(config), self.device)
+        return time.monotonic() - started
+
+    def try_out(self, config: Path) -> None:
+        """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
+        judge_end(config.parent, *self._run(config), self.device)
+
+    def _run(self, config: Path) -> tuple[int, TrainingProgress]:
+        progress = TrainingProgress()
         command = [self.python, str(self.script), "--config_file", str(config)]
         try:
             status = run_process(command, child_environment(self.device), progress.read, config.parent / "training.log")
         finally:
             progress.finish()
-        judge_training(config.parent, status, progress, self.device)
-        return time.monotonic() - started
+        return status, progress
+
+
+@contextlib.contextmanager
+def locked_pictures(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold a data set's folders, waiting for whoever does: two trainers may tear a latents cache that both write."""
+    import fcntl  # not on native Windows, which is refused before
+
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(set(folders)):  # in one order, so that no two programs wait for each other
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):  # a network share may know no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -3524,10 +3551,11 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         say(describe_inputs(settings, inputs))
         study = open_study(settings, inputs)
         scorer = ScoringProcess(settings.device)
+        trainer = KohyaTrainer(settings.trainer_python, settings.sd_scripts / "train_network.py", settings.device)
         make_reference(settings, study, inputs, scorer)
+        warm_latents_cache(settings, inputs, trainer)
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
-        trainer = KohyaTrainer(settings.trainer_python, settings.sd_scripts / "train_network.py", settings.device)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
         try:
             run_study(study, objective, settings)
@@ -3565,6 +3593,33 @@ def make_reference(settings: Settings, study: optuna.Study, inputs: Inputs, scor
             raise SearchStopped(f"the reference could not be made: {error}") from error
     anchors = read_json(settings.reference / "anchors.json")
     check_anchors(study, anchors)
+
+
+# One step of a small LoRA: the VAE runs over the whole data set before it.
+WARM_UP: Params = {
+    "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
+    "max_train_steps": 1,
+}  # fmt: skip
+
+
+def warm_latents_cache(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> None:
+    """Let kohya cache the latents once before trial 0, so that all trials of one seed begin alike.
+
+    A run that has to make the cache draws other random numbers than one that finds it. It also shows that
+    the trainer works at all before a trial is spent on it.
+    """
+    folder = settings.reference / "first_step"
+    if not inputs.options.get("cache_latents_to_disk") or (folder / f"{LORA_NAME}.safetensors").is_file():
+        return
+    say("Caching the latents, and trying the trainer out for one step, once a study ...")
+    folder.mkdir(exist_ok=True)
+    config = trial_config(WARM_UP, inputs.options, settings.base_model, settings.reference / "dataset.toml", folder)
+    write_atomically(folder / "config.toml", toml.dumps(config))
+    try:
+        with locked_pictures(image.path.parent for image in inputs.data_set.images):
+            trainer.try_out(folder / "config.toml")
+    except TrialFailed as error:
+        raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
 
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
@@ -3691,6 +3746,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = one_line(hide_password(str(error.__cause__ or error)))
         log.error("stopped: %s", said)
         print(f"stopped: the study's database failed ({said}); the same command goes on", file=sys.stderr)
+        return 1
+    except OSError as error:  # a disk that is full or gone, outside of any trial
+        log.error("stopped: %s", error)
+        print(f"stopped: {one_line(error)}; mend that and give the same command again", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes", file=sys.stderr)

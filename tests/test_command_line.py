@@ -301,7 +301,7 @@ def test_a_signal_ends_the_search_and_its_trainer_and_the_trial_is_tried_again(
 ) -> None:
     out = tmp_path / "out"
     process = start(command(study_name="signals"))
-    read_until(process, "  epoch 1/")
+    read_until(process, "  epoch 2/")  # 1/1 is the first step, before any trial
     assert trainers_below(out)
     process.send_signal(getattr(signal, name))
     output = process.communicate(timeout=15)[0]
@@ -317,7 +317,7 @@ def test_a_second_program_and_changed_inputs_are_refused(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     process = start(command())
-    read_until(process, "  epoch 1/")
+    read_until(process, "  epoch 2/")  # 1/1 is the first step, before any trial
     (line,) = errors_of(capsys, command())
     assert f"is in use by process {process.pid} on " in line
     process.send_signal(signal.SIGTERM)
@@ -329,6 +329,22 @@ def test_a_second_program_and_changed_inputs_are_refused(
     assert "holds study 'lora_v2.1'" in line
     assert search.main(["--report", f"--output-dir={tmp_path / 'out'}"]) == 0
     assert "Nothing was scored yet" in capsys.readouterr().out
+
+
+def test_a_trainer_that_does_not_work_costs_no_trial(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    real = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "sd" / "train_network.py").write_text(
+        f"import runpy, sys\nif '--help' not in sys.argv: raise ImportError('DLL load failed')\n"
+        f"sys.path.insert(0, {str(real.parent)!r})\nrunpy.run_path({str(real)!r}, run_name='__main__')\n"
+    )
+    assert search.main(command(sd_scripts=tmp_path / "sd")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: the trainer does not work: the trainer ended with status 1: ImportError: DLL load")
+    study = search.load_study(search.default_storage(tmp_path / "out"), "lora_v2.1")
+    assert study is not None and study.get_trials() == []
 
 
 def test_a_timeout_is_status_1_and_says_why(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,16 @@ def test_no_folder_is_used_twice(demo: Demo) -> None:
     assert not (demo.output_dir / "trial_0001" / "metrics.json").exists()
 
 
+def test_the_latents_are_cached_once_before_the_first_trial(demo: Demo) -> None:
+    assert "Caching the latents" in demo.killed.partition("Trial 0: ")[0]
+    assert "Caching the latents" not in demo.resumed
+    header = search.read_safetensors_header(demo.output_dir / "reference" / "first_step" / "lora.safetensors")
+    assert header["__metadata__"]["ss_steps"] == "1"
+    cache = list((demo.output_dir / "inputs" / "images").glob("*.npz"))
+    first_trial = (demo.output_dir / "trial_0000" / "config.toml").stat().st_mtime
+    assert len(cache) == 10 and all(file.stat().st_mtime < first_trial for file in cache)
+
+
 def test_every_checkpoint_is_scored_and_the_best_epoch_kept(demo: Demo) -> None:
     for number in (0, 2):
         folder, trial = demo.output_dir / f"trial_{number:04d}", study_of(demo).get_trials()[number]

@@ -160,6 +160,11 @@ def test_prints_every_epoch_on_stdout(trained: tuple[Result, Path]) -> None:
     assert found == [(number, EPOCHS) for number in range(1, EPOCHS + 1)]
 
 
+def test_ends_at_max_train_steps(train_here: Callable[..., Any]) -> None:
+    training = train_here(max_train_epochs=None, max_train_steps=1)
+    assert training.step == 1 and training.epoch == 1
+
+
 def test_prints_the_number_of_steps_on_stdout(trained: tuple[Result, Path]) -> None:
     assert [match.groups() for match in TOTAL.finditer(trained[0].stdout)] == [(str(EPOCHS), str(EPOCHS * BATCHES))]
 

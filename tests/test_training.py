@@ -317,6 +317,16 @@ def fake_sd_scripts(folder: Path, body: str) -> Path:
     return folder
 
 
+def test_pictures_are_held_by_one_program_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with search.locked_pictures([tmp_path, tmp_path]), pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
 def test_a_folder_without_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(search.RefusedInput, match=r"no train_network\.py; give the folder"):
         search.inspect_trainer(tmp_path, sys.executable, "cpu", tmp_path / "cache.json")

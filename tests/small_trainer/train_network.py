@@ -416,6 +416,8 @@ class Training:
                 self.schedule.step()
                 self.optimizer.zero_grad()
             yield loss.item()
+            if self.step >= args.max_train_steps:
+                return
 
     def _make_batch(self, samples: Sequence[Sample]) -> Batch:
         import torch
