@@ -3300,7 +3300,7 @@ def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
         enqueued = problems.of(
             read_enqueue_file, settings.enqueue, lambda p: trainer is None or can_train_with(trainer, p)
         )
-    study = problems.of(load_study, settings.storage, settings.study_name)
+    study = problems.of(find_study, settings)
     above = nearest_folder(settings.output_dir)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
@@ -3313,6 +3313,16 @@ def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
     problems.of(check_disk, settings, inputs)
     problems.refuse()
     return inputs
+
+
+def find_study(settings: Settings) -> optuna.Study | None:
+    """The study to resume, or None; RefusedInput for a storage in which none could be kept."""
+    file = sqlite_file(settings.storage)
+    if settings.storage.startswith("sqlite") and (file is None or file.name == ":memory:"):
+        raise RefusedInput(f"--storage: {settings.storage} keeps nothing; give sqlite:///FILE, or leave it out")
+    if file and not file.parent.is_dir() and not is_own_database(settings):
+        raise RefusedInput(f"--storage: there is no folder {file.parent}; make it, or leave --storage out")
+    return load_study(settings.storage, settings.study_name)
 
 
 def trainer_options_cache(settings: Settings) -> Path:

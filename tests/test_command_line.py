@@ -196,6 +196,66 @@ def test_an_output_folder_that_is_a_file_is_refused(
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("storage", "says"),
+    [
+        ("sqlite://", "keeps nothing"),
+        ("sqlite:///:memory:", "keeps nothing"),
+        ("sqlite:////no/such/place/study.db", "there is no folder /no/such/place"),
+        ("nonsense", "can't open nonsense"),
+    ],
+)
+def test_a_storage_that_can_not_be_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, storage: str, says: str
+) -> None:
+    (line,) = errors_of(capsys, command(storage=storage))
+    assert says in line and not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_below_a_file_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (line,) = errors_of(capsys, command(output_dir=tmp_path / "file" / "out"))
+    assert f"--output-dir: {tmp_path / 'file'} is a file" in line
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('mixed_precision = "fp61"', "must be one of {no,fp16,bf16}"),
+        ("sdpa = 1", "is a switch; give true or false"),
+        ("noise_offset = true", "takes a value"),
+    ],
+)
+def test_an_option_of_another_kind_than_the_trainers_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], world: Path, tmp_path: Path, line: str, says: str
+) -> None:
+    options = toml.loads((world / "training.toml").read_text()) | toml.loads(line)
+    (tmp_path / "training.toml").write_text(toml.dumps(options))
+    (found,) = errors_of(capsys, command(training_config=tmp_path / "training.toml"))
+    assert says in found and line.split()[0] in found
+
+
+def test_senseless_numbers_do_not_hide_bad_files(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = errors_of(capsys, command(n_trials=0, base_model="/no/model", eval_prompts="/no/prompts"))
+    for flag in ("--n-trials", "--base-model", "--eval-prompts"):
+        assert any(flag in line for line in lines), flag
+
+
+def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    settings, _ = search.read_settings(search.make_parser().parse_args(command()))
+    inputs = search.check_inputs(settings)
+    assert not any("scoring a trial takes" in line for line in search.describe_warnings(settings, inputs))
+    job = {"width": 512, "height": 512, "steps": 25}
+    many = dataclasses.replace(inputs, plan={"screen": [job] * 80, "confirm": [job] * 58})
+    on_a_card = dataclasses.replace(settings, device="cuda")
+    (warning,) = (line for line in search.describe_warnings(on_a_card, many) if "scoring a trial takes" in line)
+    assert "6 min" in warning and "raise save_every_n_epochs" in warning
+
+
 def test_an_encoder_out_of_reach_is_refused(
     command: Command, capsys: pytest.CaptureFixture[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

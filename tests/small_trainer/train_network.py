@@ -53,6 +53,7 @@ TYPES: dict[str, type] = {
     "unet_lr": float, "text_encoder_lr": float, "max_train_epochs": int, "save_every_n_epochs": int,
     "clip_skip": int, "seed": int, "dataset_config": Path,
 }  # fmt: skip
+CHOICES = {"mixed_precision": ["no", "fp16", "bf16"], "save_precision": [None, "float", "fp16", "bf16"]}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CACHE_NAME = "{stem}_{width:04d}x{height:04d}_sd.npz"  # by the picture's own size, whatever the resolution
 VAE_SCALE = 0.18215  # of Stable Diffusion 1.x: latents times this have about unit variance
@@ -79,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         elif name != "help":
             kind = TYPES.get(name, type(DEFAULTS.get(name, "")))
             nargs = "*" if name in LISTS else None
-            parser.add_argument(option, type=kind, default=DEFAULTS.get(name), nargs=nargs)
+            parser.add_argument(option, type=kind, default=DEFAULTS.get(name), nargs=nargs, choices=CHOICES.get(name))
     return parser
 
 
