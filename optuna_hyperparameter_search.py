@@ -2839,11 +2839,20 @@ def run_study(study: optuna.Study, objective: Callable[[optuna.Trial], float], s
             continue
         waiting = False
         trial = study.ask()
+        claim_trial(trial, settings)
         if is_surplus(study, trial.number, settings.n_trials):
             finish_trial(study, trial, "interrupted", "other programs train the last ones", TrialState.FAIL)
             continue
         failures = run_trial(study, trial, objective, settings, failures)
         stop_after_equal_failures(failures)
+
+
+def claim_trial(trial: optuna.Trial, settings: Settings) -> None:
+    """Write down whose trial it is; the output folder first, by which the next start knows it."""
+    folder = trial_folder(settings.output_dir, trial.number)
+    about = {"output_dir": str(settings.output_dir), "folder": folder.name}
+    for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
+        trial.set_user_attr(name, value)
 
 
 def is_surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
@@ -2881,11 +2890,7 @@ def run_trial(
     failures: list[tuple[str, Params]],
 ) -> list[tuple[str, Params]]:
     """Run one trial and tell the study how it ended; the failures in a row, with their parameters, up to now."""
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "output_dir": str(settings.output_dir)}
-    about["folder"] = trial_folder(settings.output_dir, trial.number).name
     try:
-        for name, value in about.items():
-            trial.set_user_attr(name, value)
         value = objective(trial)
     except optuna.TrialPruned as pruned:
         finish_trial(study, trial, "rejected", str(pruned), TrialState.PRUNED)
