@@ -78,6 +78,7 @@ from optuna.trial import FrozenTrial, TrialState
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
 DEFAULT_STUDY_NAME = "lora_v2.1"
+FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
 Params = dict[str, Any]
 log = logging.getLogger("search")
@@ -1936,7 +1937,13 @@ class ImageScorer:
     @contextlib.contextmanager
     def lora(self, path: Path) -> Iterator[None]:
         """With a kohya LoRA at weight 1; afterwards the pipeline is bit for bit as before."""
-        self.pipeline.load_lora_weights(read_lora(path), adapter_name="trial")
+        try:
+            self.pipeline.load_lora_weights(read_lora(path), adapter_name="trial")
+        except (ValueError, ImportError, AttributeError) as error:  # as a library says that another is too old for it
+            raise ScoringFailed(
+                f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)}); "
+                "do the libraries fit together? pip install -r requirements.txt"
+            ) from error
         try:
             yield
         finally:
@@ -2137,6 +2144,9 @@ def _score_folder(folder: Path, device: str) -> None:
         metrics |= {"outcome": "diverged", "reason": str(error)}
     else:
         scorer = ImageScorer(plan, device)
+        if is_reference and (folder / FIRST_STEP / f"{LORA_NAME}.safetensors").is_file():
+            with scorer.lora(folder / FIRST_STEP / f"{LORA_NAME}.safetensors"):
+                pass  # better now than after the first training
         anchors, embeddings = load_reference(scorer, reference)
         if checkpoints:
             metrics |= score_checkpoints(scorer, folder, checkpoints, anchors, embeddings)
@@ -3567,8 +3577,9 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         study = open_study(settings, inputs)
         scorer = ScoringProcess(settings.device)
         trainer = KohyaTrainer(settings.trainer_python, settings.sd_scripts / "train_network.py", settings.device)
-        make_reference(settings, study, inputs, scorer)
-        warm_latents_cache(settings, inputs, trainer)
+        write_reference_inputs(settings, inputs)
+        train_first_step(settings, inputs, trainer)
+        make_reference(settings, study, scorer)
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
@@ -3594,12 +3605,15 @@ def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
     return study
 
 
-def make_reference(settings: Settings, study: optuna.Study, inputs: Inputs, scorer: Callable[[Path], None]) -> None:
-    """The score's anchors, made once before trial 0 and the same for all trials of the study."""
-    settings.reference.mkdir(exist_ok=True)
+def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
+    """What trainer and scorer read, the same for all trials of the study."""
     write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
     write_atomically(settings.reference / "dataset.toml", toml.dumps(inputs.data_set.config))
     remember_options(inputs.trainer, trainer_options_cache(settings))
+
+
+def make_reference(settings: Settings, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
+    """The score's anchors, made once before trial 0 and the same for all trials of the study."""
     if read_json(settings.reference / "anchors.json") is None:
         say("Making the reference: the base model's own images, once a study ...")
         try:
@@ -3610,25 +3624,26 @@ def make_reference(settings: Settings, study: optuna.Study, inputs: Inputs, scor
     check_anchors(study, anchors)
 
 
-# One step of a small LoRA: the VAE runs over the whole data set before it.
-WARM_UP: Params = {
+# One step of a small LoRA.
+FIRST_STEP_PARAMS: Params = {
     "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
     "max_train_steps": 1,
 }  # fmt: skip
 
 
-def warm_latents_cache(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> None:
-    """Let kohya cache the latents once before trial 0, so that all trials of one seed begin alike.
+def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> None:
+    """Let kohya train one step once before trial 0: it shows that the trainer works, and caches the latents.
 
-    A run that has to make the cache draws other random numbers than one that finds it. It also shows that
-    the trainer works at all before a trial is spent on it.
+    A run that has to make the cache draws other random numbers than one that finds it; after this all trials
+    find it, and equal parameters give equal weights.
     """
-    folder = settings.reference / "first_step"
-    if not inputs.options.get("cache_latents_to_disk") or (folder / f"{LORA_NAME}.safetensors").is_file():
+    folder = settings.reference / FIRST_STEP
+    if (folder / f"{LORA_NAME}.safetensors").is_file():
         return
-    say("Caching the latents, and trying the trainer out for one step, once a study ...")
+    say("Trying the trainer out for one step, which also caches the latents, once a study ...")
     folder.mkdir(exist_ok=True)
-    config = trial_config(WARM_UP, inputs.options, settings.base_model, settings.reference / "dataset.toml", folder)
+    dataset_config = settings.reference / "dataset.toml"
+    config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
     write_atomically(folder / "config.toml", toml.dumps(config))
     try:
         with locked_pictures(image.path.parent for image in inputs.data_set.images):

@@ -46,8 +46,8 @@ def test_no_folder_is_used_twice(demo: Demo) -> None:
 
 
 def test_the_latents_are_cached_once_before_the_first_trial(demo: Demo) -> None:
-    assert "Caching the latents" in demo.killed.partition("Trial 0: ")[0]
-    assert "Caching the latents" not in demo.resumed
+    assert "Trying the trainer out" in demo.killed.partition("Trial 0: ")[0]
+    assert "Trying the trainer out" not in demo.resumed
     header = search.read_safetensors_header(demo.output_dir / "reference" / "first_step" / "lora.safetensors")
     assert header["__metadata__"]["ss_steps"] == "1"
     cache = list((demo.output_dir / "inputs" / "images").glob("*.npz"))

@@ -890,6 +890,22 @@ def missing(output_dir: Path, folder: Path, **changed: Any) -> str:
     return str(error.value)
 
 
+def test_libraries_that_can_not_load_a_lora_are_found_out_before_the_reference_is_made(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    def too_old(*_args: Any, **_options: Any) -> None:
+        raise ValueError("The version of PEFT you are using is not compatible")
+
+    (tmp_path / "reference" / "first_step").mkdir(parents=True)
+    write_lora(tmp_path / "reference" / "first_step" / "lora.safetensors")
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_lora_weights", too_old)
+    said = missing(output_dir, tmp_path)
+    assert "PEFT you are using is not compatible" in said and "pip install -r requirements.txt" in said
+    assert not (tmp_path / "reference" / "screen").exists()
+
+
 def test_an_encoder_that_is_missing_is_one_line_with_the_remedy(output_dir: Path, tmp_path: Path) -> None:
     encoders = {**search.read_json(output_dir / "reference" / "plan.json")["encoders"], "dinov2": "nobody/dinov2"}
     assert "`hf download nobody/dinov2`" in missing(output_dir, tmp_path, encoders=encoders)

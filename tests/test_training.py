@@ -85,7 +85,7 @@ def test_config_holds_searched_values_fixed_options_and_paths_under_kohyas_names
 def test_every_key_that_is_written_is_an_option_of_the_real_trainer() -> None:
     options = (REPOSITORY / "tests/kohya/train_network_options.txt").read_text().split()
     fixed = search.read_training_options(REPOSITORY / "configs/training.toml")
-    for params in (PARAMS, search.WARM_UP):
+    for params in (PARAMS, search.FIRST_STEP_PARAMS):
         written = search.trial_config(params, fixed, Path("/m"), Path("/d"), Path("/o"))
         assert {f"--{key}" for key in written} <= set(options)
     assert set(search.FORBIDDEN_TRAINING_KEYS) <= {option.removeprefix("--") for option in options}
