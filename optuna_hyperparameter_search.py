@@ -49,6 +49,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -62,7 +63,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import optuna
@@ -134,7 +135,10 @@ class Interrupted(KeyboardInterrupt):
 
 def say(text: str = "") -> None:
     """Print to the screen and, once there is an output folder, to its search.log."""
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read it is gone (`| head`); a search goes on, and search.log has it all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     log.info(text)
 
 
@@ -648,9 +652,10 @@ def _read_images(files: list[Path], settings: Mapping[str, Any], problems: list[
     for file in files:
         try:
             with Image.open(file) as image:
+                image.load()  # kohya stops at a truncated one, hours later perhaps
                 size = image.size
             caption = _read_caption(file, extension)
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             problems.append(f"--dataset-config: can't use {file} ({one_line(error)}); mend or remove it")
             continue
         if caption is None and not tokens:
@@ -1036,7 +1041,8 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         for _ in range(RANDOM_TRIES):
             drawn.append({name: _draw(distribution, rng) for name, distribution in free.items()})
             yield drawn[-1], self._is_wanted
-        yield from ((proposal, self._is_possible) for proposal in learnt + drawn)
+        for check in (self._is_possible, self._can_train):  # the last for what no completion makes safe
+            yield from ((proposal, check) for proposal in learnt + drawn)
 
     def _is_possible(self, params: Params) -> bool:
         return check_safety_constraints(params)[0] and self._can_train(params)
@@ -2382,8 +2388,9 @@ class ScoringProcess:
             nonlocal unfinished
             *whole, unfinished = (unfinished + text).split("\n")
             for line in whole:
-                lines.append(line)
-                say(line)
+                lines.append(line.removeprefix("stopped: "))
+                if lines[-1] == line:  # why it stopped is said below
+                    say(line)
 
         status = run_process(command, child_environment(self.device), show, folder / "scoring.log")
         if status != 0:
@@ -2595,25 +2602,39 @@ def make_fingerprint(
     settings: Settings, options: Mapping[str, Any], data_set: DataSet, base_model: BaseModel, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that a study's scores depend on, by name. A resumed study must have the same."""
-    files = [(str(image.path.name), image.caption, digest_of_weights(image.path)) for image in data_set.images]
+    captions = [(image.path.name, image.caption) for image in data_set.images]
+    pictures = [(image.path.name, digest_of_weights(image.path)) for image in data_set.images]
     folders = {str(image.path.parent) for image in data_set.images}
     without_folders = json.dumps(data_set.config)
     for folder in sorted(folders, key=len, reverse=True):
         without_folders = without_folders.replace(json.dumps(folder)[1:-1], Path(folder).name)
-    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)}
+    stages = {stage: _describe_jobs(plan[stage]) for stage in FIRST_SEEDS}
+    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)} | stages
     return {
         "search space": search_space_digest()[:16],
         "Optuna's major version": optuna.__version__.split(".")[0],
         "seed (--seed)": settings.seed,
         "base model (--base-model)": base_model.fingerprint[:16],
         "data set (--dataset-config)": {
-            "settings": digest(without_folders)[:16],
-            "files": digest(json.dumps(files))[:16],
+            "general": json.loads(without_folders)["general"],
+            "datasets": dict(enumerate(json.loads(without_folders)["datasets"], start=1)),
+            "captions": digest(json.dumps(captions))[:16],
+            "pictures": f"{len(pictures)} ({digest(json.dumps(pictures))[:16]})",
         },
         "training options (--training-config)": dict(options),
         "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
         "encoders": {name: _encoder_fingerprint(plan["encoders"][name]) for name in ("dinov2", "clip")},
     }
+
+
+def _describe_jobs(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a stage's jobs hold, by name, so that a difference can be named; and which goes with which."""
+    names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
+    values = {name: list(dict.fromkeys(job[name] for job in jobs)) for name in names}
+    return {**values, TOGETHER: digest(json.dumps(jobs))[:16]}
+
+
+TOGETHER = "which goes with which"
 
 
 def _encoder_fingerprint(name: str) -> str:
@@ -2624,6 +2645,8 @@ def _encoder_fingerprint(name: str) -> str:
 
 def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
     """`name: was X, is now Y` for everything that differs (numbers: by more than `tolerance`), down to settings."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = [x for x in old if x not in new] or old, [x for x in new if x not in old] or new
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
         return [
@@ -2643,6 +2666,7 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     as_stored = json.loads(json.dumps(fingerprint))
     differences = fingerprint_differences(study.user_attrs.get("fingerprint", as_stored), as_stored)
     if differences:
+        differences = [line for line in differences if TOGETHER not in line] or differences
         remedy = "its scores would not be comparable; restore it, or give another --output-dir"
         raise RefusedInput(
             *(f"study {study.study_name!r} was made with other inputs: {d}; {remedy}" for d in differences)
@@ -2764,15 +2788,20 @@ def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
     """Parameters to try first: one table, or several [[trial]]s; RefusedInput lists what the space doesn't hold."""
     content = read_toml(path, "--enqueue")
     tables = content.pop("trial", []) or [content]
+    tables = [tables] if isinstance(tables, dict) else tables
     problems, space = [], {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
     if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
         raise RefusedInput(
             f"--enqueue: {path} holds no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables"
         )
     for table in tables:
+        _alpha_to_ratio(table)
         for name, value in table.items():
             if name == "network_alpha":
-                problems.append(f"--enqueue: network_alpha in {path} follows from network_alpha_ratio; give that one")
+                problems.append(
+                    f"--enqueue: network_alpha = {value!r} in {path} needs a network_dim beside it of which it is 0.25 "
+                    "to 0.9 in steps of 0.05; give these two, or network_alpha_ratio"
+                )
             elif name not in space:
                 problems.append(f"--enqueue: unknown parameter '{name}' in {path}{nearest(name, space)}")
             elif not _holds(space[name], value):
@@ -2793,6 +2822,15 @@ def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
     if problems:
         raise RefusedInput(*problems)
     return tables
+
+
+def _alpha_to_ratio(table: Params) -> None:
+    """Take kohya's own network_alpha beside a network_dim for the ratio that makes it."""
+    dim, alpha = table.get("network_dim"), table.get("network_alpha")
+    for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
+        if dim in SEARCH_SPACE["network_dim"].choices and int(dim * ratio) == alpha:
+            del table["network_alpha"]
+            table.setdefault("network_alpha_ratio", ratio)
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:
@@ -2823,9 +2861,13 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
             study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
 
 
-def run_study(study: optuna.Study, objective: Callable[[optuna.Trial], float], settings: Settings) -> None:
-    """Run trials until exactly n_trials are trained. SearchStopped says why it ended before."""
-    started = time.monotonic()
+def run_study(
+    study: optuna.Study, objective: Callable[[optuna.Trial], float], settings: Settings, started: float
+) -> None:
+    """Run trials until exactly n_trials are trained. SearchStopped says why it ended before.
+
+    `started` is when the program was, in time.monotonic()'s seconds.
+    """
     failures: list[tuple[str, Params]] = []
     waiting = False
     while True:
@@ -2967,8 +3009,8 @@ def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
     """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
-    here = output_dir / trial.user_attrs["folder"]
-    return here if here.is_dir() else Path(trial.user_attrs["output_dir"]) / trial.user_attrs["folder"]
+    here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
+    return there if there.is_dir() and not here.is_dir() else here
 
 
 def write_results(study: optuna.Study, output_dir: Path) -> None:
@@ -3012,7 +3054,7 @@ def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
     epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
     comment = (
         f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
-        f"#     python train_network.py --config_file {results / 'best_config.toml'}\n"
+        f"#     python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}\n"
         f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
     )
     write_atomically(results / "best_config.toml", comment + toml.dumps(config))
@@ -3036,7 +3078,7 @@ def write_trials_csv(study: optuna.Study, path: Path) -> None:
     write_atomically(path, file.getvalue())
 
 
-def describe_study(study: optuna.Study, output_dir: Path) -> str:
+def describe_study(study: optuna.Study) -> str:
     """The table of the trials, best first, how the others ended, and the measured improvements."""
     ranked = scored_trials(study)
     others = Counter(
@@ -3051,8 +3093,13 @@ def describe_study(study: optuna.Study, output_dir: Path) -> str:
     if ended:
         lines.append(f"Without a score: {ended} (results/trials.csv says why)")
     lines += ["", "Expected improvements, measured:", *describe_improvements(study)]
-    best, results = ranked[0], output_dir / "results"
-    lines += [
+    return "\n".join(lines)
+
+
+def describe_best(study: optuna.Study, output_dir: Path) -> str:
+    """Where the best trial's files are, once they are written."""
+    best, results = scored_trials(study)[0], output_dir / "results"
+    lines = [
         "",
         f"Best: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
         f"  the LoRA        {results / 'best_lora.safetensors'}",
@@ -3095,7 +3142,7 @@ def _why_nothing_was_scored(study: optuna.Study, ended: str) -> str:
 def describe_improvements(study: optuna.Study) -> list[str]:
     """The guide's expected improvements beside what this study measured, a line each."""
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    proposals = [t for t in trials if "retry_of" not in t.user_attrs]
+    proposals = [t for t in trials if not t.user_attrs.keys() & {"retry_of", "enqueued"}]
     trained = [t for t in trials if is_trained(t)]
     scored = [t for t in trained if t.state == TrialState.COMPLETE]
     best = max(t.value or 0.0 for t in scored)
@@ -3141,8 +3188,15 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with its errors in this program's form: one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="optuna_hyperparameter_search.py",
         description="Search the hyperparameters of kohya-ss/sd-scripts for the best character LoRA. "
         "Running the same command again resumes the study, whatever happened to the first run.",
@@ -3204,7 +3258,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     if sys.platform == "win32":
         missing.append("native Windows is not supported; run it in WSL2")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        missing.append(f"--device: {args.device!r} is none; give cuda, cuda:N or cpu")
+        missing.append(f"--device: {args.device!r} is no device; give cuda, cuda:N or cpu")
     problems = _senseless_values(args)
     if missing:
         raise RefusedInput(*missing, *problems)
@@ -3319,6 +3373,8 @@ def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
     above = nearest_folder(settings.output_dir)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
+    if data_set and settings.output_dir in {image.path.parent for image in data_set.images}:
+        problems.lines.append(f"--output-dir: {settings.output_dir} holds the data set's pictures; give another folder")
     problems.of(check_output_folder, settings, study)
     problems.refuse()
     fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
@@ -3534,12 +3590,22 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
             f"  warning: scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; "
             "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
         )
+    for table in inputs.enqueued:
+        if reason := why_unsafe(table, inputs):
+            lines.append(f"  warning: --enqueue: {table} will be rejected whatever completes it: {reason}")
     stored = inputs.study.user_attrs.get("environment", {}) if inputs.study else {}
     lines += [
         f"  warning: the study was begun with other tools: {difference}"
         for difference in fingerprint_differences(stored, environment_of(inputs) if stored else {})
     ]
     return lines
+
+
+def why_unsafe(table: Params, inputs: Inputs) -> str:
+    """The reason for which enqueued parameters would be rejected as the sampler completes them, or nothing."""
+    study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.can_train))
+    study.enqueue_trial(table)
+    return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
 
 
 def warmup_shares(inputs: Inputs, draws: int = 2000) -> tuple[float, float]:
@@ -3566,7 +3632,8 @@ def environment_of(inputs: Inputs) -> dict[str, str]:
 
 def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool = False) -> None:
     """The whole search, or only its checks."""
-    print("Checking the inputs ...", flush=True)
+    started = time.monotonic()
+    say("Checking the inputs ...")
     inputs = check_inputs(settings, senseless)
     if only_check:
         say(describe_inputs(settings, inputs))
@@ -3584,7 +3651,7 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
         try:
-            run_study(study, objective, settings)
+            run_study(study, objective, settings, started)
         finally:
             show_results(study, settings.output_dir)
 
@@ -3703,11 +3770,13 @@ def run_report(args: argparse.Namespace) -> None:
 
 def show_results(study: optuna.Study, output_dir: Path) -> None:
     """The table first: a disk that is full must not hide it, nor why the search ended."""
-    say(describe_study(study, output_dir))
+    say(describe_study(study))
     try:
         write_results(study, output_dir)
+        if scored_trials(study):
+            say(describe_best(study, output_dir))
     except (OSError, SearchStopped) as error:
-        say(f"warning: {output_dir / 'results'} could not be written: {one_line(error)}")
+        say(f"\nwarning: not all of {output_dir / 'results'} is written: {one_line(error)}")
 
 
 def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
@@ -3728,7 +3797,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     import demo_world
 
     silence_libraries()
-    print(f"The demo's data set and tiny Stable Diffusion (random weights): {world}", flush=True)
+    say(f"The demo's data set and tiny Stable Diffusion (random weights): {world}")
     demo_world.make_demo_world(world)
     args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
     args.sd_scripts, args.trainer_python = HERE / "tests" / "small_trainer", sys.executable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,6 +244,54 @@ def test_senseless_numbers_do_not_hide_bad_files(command: Command, capsys: pytes
         assert any(flag in line for line in lines), flag
 
 
+def test_a_truncated_picture_is_named(command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for name in ("whole.jpg", "torn.jpg"):
+        Image.effect_noise((64, 64), 80).save(tmp_path / "images" / name)
+        (tmp_path / "images" / name).with_suffix(".txt").write_text("luca, a boy")
+    torn = tmp_path / "images" / "torn.jpg"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    data = {"datasets": [{"resolution": 64, "caption_extension": ".txt", "subsets": [{"image_dir": str(torn.parent)}]}]}
+    (tmp_path / "data.toml").write_text(toml.dumps(data))
+    (line,) = errors_of(capsys, command(dataset_config=tmp_path / "data.toml"))
+    assert f"can't use {torn}" in line and "truncated" in line
+
+
+def test_an_output_folder_among_the_pictures_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str], world: Path
+) -> None:
+    (line,) = errors_of(capsys, command(output_dir=world / "images"))
+    assert "holds the data set's pictures" in line
+
+
+def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        search.main(["--n-trails", "3"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --n-trails 3; see --help\n"
+
+
+def test_enqueued_parameters_that_will_be_rejected_are_warned_of(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "first.toml").write_text(
+        "[[trial]]\nnetwork_alpha_ratio = 0.9\nmax_train_epochs = 12\n[[trial]]\nnetwork_alpha_ratio = 0.9\n"
+    )
+    assert search.main([*command(enqueue=tmp_path / "first.toml"), "--check"]) == 0
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "--enqueue" in line)
+    assert "High alpha (≥0.75) requires: epochs >= 16" in warning
+
+
+def test_whoever_stops_reading_does_not_stop_the_search(command: Command) -> None:
+    line = " ".join(shlex.quote(part) for part in [sys.executable, str(SCRIPT), *command(), "--check"])
+    pipe = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} | head -n 1"], capture_output=True, text=True, timeout=100
+    )
+    assert pipe.returncode == 0 and pipe.stdout == "Checking the inputs ...\n" and pipe.stderr == ""
+
+
 def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Path, tmp_path: Path) -> None:
     import dataclasses
 
@@ -373,6 +422,10 @@ def test_a_signal_ends_the_search_and_its_trainer_and_the_trial_is_tried_again(
     assert trial.state.name == "FAIL" and trial.user_attrs["ended"] == "interrupted"
 
 
+def scoring_of(command: Command) -> str:
+    return next(part for part in command() if part.startswith("--scoring-config=")).partition("=")[2]
+
+
 def test_a_second_program_and_changed_inputs_are_refused(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -385,6 +438,13 @@ def test_a_second_program_and_changed_inputs_are_refused(
 
     (line,) = errors_of(capsys, command(seed=7))
     assert "seed (--seed): was 42, is now 7" in line
+    scoring = toml.loads(Path(scoring_of(command)).read_text())
+    scoring["images"]["steps"] += 1
+    (tmp_path / "scoring.toml").write_text(toml.dumps(scoring))
+    lines = errors_of(capsys, command(scoring_config=tmp_path / "scoring.toml"))
+    assert [line.partition("--subject), ")[2].partition(";")[0] for line in lines] == [
+        f"{stage}, steps: was [4], is now [5]" for stage in ("confirm", "screen")
+    ]
     (line,) = errors_of(capsys, command(study_name="another"))
     assert "holds study 'lora_v2.1'" in line
     assert search.main(["--report", f"--output-dir={tmp_path / 'out'}"]) == 0

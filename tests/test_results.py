@@ -139,6 +139,7 @@ def test_report_shows_the_same_again_and_needs_the_folder_alone(demo: Demo) -> N
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     table = demo.resumed.partition("Study 'demo', best first:")[2]
+    assert f"the LoRA        {demo.output_dir / 'results' / 'best_lora.safetensors'}" in table
     assert table and table.strip() in done.stdout
     assert (demo.output_dir / "results" / "trials.csv").is_file()
 
@@ -149,7 +150,7 @@ def test_report_shows_the_same_again_and_needs_the_folder_alone(demo: Demo) -> N
 def test_the_table_is_best_first_and_says_how_the_others_ended(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 3)
     study = run(settings, [good_training, failing(search.Diverged("nan"))])
-    lines = search.describe_study(study, settings.output_dir).splitlines()
+    lines = search.describe_study(study).splitlines()
     rows = [line for line in lines if line[:5].strip().isdigit()]
     assert [int(row.split()[0]) for row in rows] == [2, 0]
     assert "Without a score: 1 diverged (results/trials.csv says why)" in lines
@@ -186,6 +187,7 @@ def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
     search.show_results(study, settings.output_dir)
     shown = capsys.readouterr().out
     assert "Study 'test', best first:" in shown and "bring them back and give --report again" in shown
+    assert "best_lora.safetensors" not in shown
     assert (settings.output_dir / "results" / "trials.csv").is_file()
 
 
@@ -202,6 +204,14 @@ def test_expected_improvements_are_measured(tmp_path: Path) -> None:
     ]
     shares = [int(line.split("(")[2].split()[0]) for line in lines[4:]]
     assert sum(shares) == 4
+
+
+def test_what_the_user_enqueued_is_no_proposal(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    search.enqueue_once(open_study(settings), [{**SAFE, "learning_rate": 1.1e-4, "lr_warmup_steps": 50}])
+    study = run(settings)
+    assert [trial.user_attrs["ended"] for trial in study.get_trials()] == ["rejected", "scored"]
+    assert "0%  (0 of 1;" in search.describe_improvements(study)[0]
 
 
 def test_unusable_pictures_are_quality_failures(tmp_path: Path) -> None:
@@ -223,7 +233,7 @@ def test_a_study_without_a_score_says_so_and_why(tmp_path: Path) -> None:
         run(settings, [failing(search.TrialFailed("no such card"))] * 3)
     study = open_study(settings)
     search.write_results(study, settings.output_dir)
-    said = search.describe_study(study, settings.output_dir)
+    said = search.describe_study(study)
     assert said.startswith("Nothing was scored yet in study 'test': ")
     assert "3 crashed" in said and "The last one: no such card" in said
     assert not (settings.output_dir / "results" / "best_lora.safetensors").exists()

@@ -295,6 +295,13 @@ def test_what_the_machine_cannot_train_is_never_proposed() -> None:
         assert Counter(map(band, found[:TRIALS])) == BANDS
 
 
+def test_what_no_completion_can_save_is_at_least_completed_to_what_the_machine_has() -> None:
+    for seed in range(6):
+        study = new_study(seed, can_train=without_8bit)
+        study.enqueue_trial({"network_alpha_ratio": 0.9, "max_train_epochs": 12})
+        assert propose(study, 1)[0]["optimizer_type"] == "AdamW"
+
+
 def test_an_enqueued_value_that_the_machine_cannot_train_is_kept() -> None:
     study = new_study(0, can_train=without_8bit)
     study.enqueue_trial({"optimizer_type": "AdamW8bit"})

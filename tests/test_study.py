@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
     study = open_study(settings)
     search.close_interrupted_trials(study, settings)
     objective = search.LoraObjective(settings, {"seed": 42}, trainer, lambda folder: next(score)(folder))
-    search.run_study(study, objective, settings)
+    search.run_study(study, objective, settings, time.monotonic())
     return study
 
 
@@ -683,7 +684,9 @@ def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
         ("lr_warmup_steps = true", "50 to 200"),
         ("optimizer_type = 'Lion'", "AdamW, AdamW8bit"),
         ("learning_rat = 1e-4", "did you mean 'learning_rate'"),
-        ("network_alpha = 32", "follows from network_alpha_ratio"),
+        ("network_alpha = 32", "needs a network_dim beside it"),
+        ("network_alpha = 33\nnetwork_dim = 64", "needs a network_dim beside it"),
+        ("network_alpha = 64\nnetwork_dim = 64", "needs a network_dim beside it"),
         ("lr_scheduler_num_cycles = 2", "needs lr_scheduler = 'cosine_with_restarts'"),
         ("", "holds no parameters"),
         ("trial = 3", "holds no parameters"),
@@ -698,6 +701,16 @@ def test_what_the_space_does_not_hold_is_refused(tmp_path: Path, line: str, says
 def test_8bit_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(search.RefusedInput, match="needs bitsandbytes"):
         read_enqueue(tmp_path, "optimizer_type = 'AdamW8bit'", has_8bit=False)
+
+
+def test_kohyas_own_alpha_is_taken_for_its_ratio(tmp_path: Path) -> None:
+    assert read_enqueue(tmp_path, "network_dim = 128\nnetwork_alpha = 96") == [
+        {"network_dim": 128, "network_alpha_ratio": 0.75}
+    ]
+
+
+def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:
+    assert read_enqueue(tmp_path, "[trial]\nnetwork_dim = 64") == [{"network_dim": 64}]
 
 
 @pytest.mark.parametrize("ratio", ["0.6", "0.85", "0.25", "0.9"])
