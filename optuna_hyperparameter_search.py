@@ -137,7 +137,7 @@ def say(text: str = "") -> None:
     """Print to the screen and, once there is an output folder, to its search.log."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # whoever read it is gone (`| head`); a search goes on, and search.log has it all
+    except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     log.info(text)
 
