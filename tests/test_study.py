@@ -285,6 +285,7 @@ def test_a_rejected_trial_between_equal_failures_does_not_hide_them(tmp_path: Pa
         study.enqueue_trial(params)
     with pytest.raises(search.SearchStopped, match="ended alike"):
         run(settings, [failing(search.TrialFailed("boom"))] * 3)
+    assert [ended for _, ended in endings(study)][:4] == ["crashed", "rejected", "crashed", "crashed"]
 
 
 def test_a_success_between_failures_begins_the_count_anew(tmp_path: Path) -> None:
@@ -722,8 +723,8 @@ def test_enqueued_parameters_come_first_and_once(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2)
     study = open_study(settings)
     for _ in range(2):
-        search.enqueue_once(study, [dict(SAFE)])
+        search.enqueue_once(study, [dict(SAFE), dict(SAFE)])
     run(settings)
     search.enqueue_once(study, [dict(SAFE)])
     trials = study.get_trials()
-    assert len(trials) == 2 and suggested(trials[0]) == SAFE
+    assert len(trials) == 2 and suggested(trials[0]) == SAFE != suggested(trials[1])
