@@ -2627,14 +2627,14 @@ def make_fingerprint(
     }
 
 
+TOGETHER = "which goes with which"
+
+
 def _describe_jobs(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a stage's jobs hold, by name, so that a difference can be named; and which goes with which."""
     names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
     values = {name: list(dict.fromkeys(job[name] for job in jobs)) for name in names}
     return {**values, TOGETHER: digest(json.dumps(jobs))[:16]}
-
-
-TOGETHER = "which goes with which"
 
 
 def _encoder_fingerprint(name: str) -> str:
@@ -2800,7 +2800,7 @@ def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
             if name == "network_alpha":
                 problems.append(
                     f"--enqueue: network_alpha = {value!r} in {path} needs a network_dim beside it of which it is 0.25 "
-                    "to 0.9 in steps of 0.05; give these two, or network_alpha_ratio"
+                    "to 0.9 in steps of 0.05, and no ratio; give these two, or network_alpha_ratio alone"
                 )
             elif name not in space:
                 problems.append(f"--enqueue: unknown parameter '{name}' in {path}{nearest(name, space)}")
@@ -2825,12 +2825,14 @@ def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
 
 
 def _alpha_to_ratio(table: Params) -> None:
-    """Take kohya's own network_alpha beside a network_dim for the ratio that makes it."""
+    """Take kohya's own network_alpha beside a network_dim, and no ratio, for the ratio that makes it."""
     dim, alpha = table.get("network_dim"), table.get("network_alpha")
+    if "network_alpha_ratio" in table or dim not in SEARCH_SPACE["network_dim"].choices:
+        return
     for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
-        if dim in SEARCH_SPACE["network_dim"].choices and int(dim * ratio) == alpha:
+        if int(dim * ratio) == alpha:
             del table["network_alpha"]
-            table.setdefault("network_alpha_ratio", ratio)
+            table["network_alpha_ratio"] = ratio
 
 
 def _holds(distribution: BaseDistribution, value: Any) -> bool:

@@ -688,6 +688,7 @@ def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
         ("network_alpha = 32", "needs a network_dim beside it"),
         ("network_alpha = 33\nnetwork_dim = 64", "needs a network_dim beside it"),
         ("network_alpha = 64\nnetwork_dim = 64", "needs a network_dim beside it"),
+        ("network_alpha = 32\nnetwork_dim = 64\nnetwork_alpha_ratio = 0.75", "and no ratio"),
         ("lr_scheduler_num_cycles = 2", "needs lr_scheduler = 'cosine_with_restarts'"),
         ("", "holds no parameters"),
         ("trial = 3", "holds no parameters"),
