@@ -10,6 +10,7 @@ Each is made from a fixed seed in about a second, without network.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ WIDTH = 32  # of the text encoder's states, the UNet's cross-attention and the e
 START, END = 512, 513  # token ids behind the byte alphabet
 
 
-def write_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer without merges: every byte is a token, so 75 letters of a prompt are read."""
+def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = (), max_length: int = 77) -> None:
+    """CLIP's tokenizer. Without merges every byte is a token, and 75 letters of a prompt are read."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
-    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    special = {"bos_token": symbols[START], "eos_token": symbols[END], "unk_token": symbols[END]}
-    special["pad_token"] = symbols[END]
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": symbols[-2], "eos_token": symbols[-1], "unk_token": symbols[-1]}
+    special["pad_token"] = symbols[-1]
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", {symbol: number for number, symbol in enumerate(symbols)})
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", special)
 
@@ -96,7 +99,7 @@ def make_tiny_pipeline(folder: Path, seed: int = 1) -> None:
     ).save_pretrained(folder)
 
 
-def _write_image_processor(folder: Path, kind: str, side: int, mean: float, std: float) -> None:
+def write_image_processor(folder: Path, kind: str, side: int, mean: float, std: float) -> None:
     processor = {
         "image_processor_type": kind,
         "do_resize": True,
@@ -123,7 +126,7 @@ def make_tiny_dinov2(folder: Path, seed: int = 2) -> None:
         hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=7
     )
     Dinov2Model(config).save_pretrained(folder)
-    _write_image_processor(folder, "BitImageProcessor", 28, 0.5, 0.25)
+    write_image_processor(folder, "BitImageProcessor", 28, 0.5, 0.25)
 
 
 def make_tiny_clip(folder: Path, seed: int = 3) -> None:
@@ -137,4 +140,4 @@ def make_tiny_clip(folder: Path, seed: int = 3) -> None:
         folder
     )
     write_tokenizer(folder)
-    _write_image_processor(folder, "CLIPImageProcessor", 32, 0.48, 0.27)
+    write_image_processor(folder, "CLIPImageProcessor", 32, 0.48, 0.27)

@@ -1,0 +1,139 @@
+"""What a picture of the small world shows, told by someone who knows how its scenes are drawn, and not by embeddings.
+
+Pictures are arrays (32, 32, 3) of 0..255. The judge is no part of scoring: it says whether scoring is right.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from small_world import scenes
+from small_world.scenes import BACKGROUNDS, COLOURS, FIGURE_SIZES, LUCA, PLACES, SHAPES, SIZES, Scene
+
+CLOSE = 60.0  # RGB distance within which a pixel has a part's colour; the nearest two of COLOURS are 122 apart
+OFFSETS = tuple(itertools.product((-1 / 32, 0.0, 1 / 32), repeat=2))  # where jitter() may move a thing: 1 pixel
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture shows."""
+
+    background: str
+    place: str
+    shape: str = ""
+    colour: str = ""
+    character: float = 0.0  # share of Luca that is there, 0..1: the mean over ears, head, body and belt
+
+
+def to_array(picture: Any) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"), dtype=np.float32)
+
+
+def background_of(picture: np.ndarray) -> str:
+    """The background whose colours the half of the pixels that fits best comes nearest to."""
+
+    def distance(name: str) -> float:
+        far = np.linalg.norm(picture - empty_scene(name), axis=2)
+        return float(np.sort(far, axis=None)[: far.size // 2].mean() + np.median(far))
+
+    return min(BACKGROUNDS, key=distance)
+
+
+@functools.cache
+def empty_scene(background: str) -> np.ndarray:
+    return to_array(scenes.draw(Scene(background, None, "in the middle", "small")))
+
+
+@functools.cache
+def shape_scenes(background: str) -> tuple[list[Scene], np.ndarray]:
+    """Every plain shape on a background, and its pictures (n, 32, 32, 3)."""
+    every = [
+        Scene(background, (shape, colour), place, size, dx, dy)
+        for shape, colour, place, size, (dx, dy) in itertools.product(SHAPES, COLOURS, PLACES, SIZES, OFFSETS)
+    ]
+    return every, np.stack([to_array(scenes.draw(scene)) for scene in every])
+
+
+def see_shape(picture: np.ndarray) -> Seen:
+    """The plain shape whose drawing is nearest to the picture."""
+    every, drawn = shape_scenes(background_of(picture))
+    scene = every[int(((drawn - picture) ** 2).mean(axis=(1, 2, 3)).argmin())]
+    shape, colour = scene.what
+    return Seen(scene.background, scene.place, shape, colour)
+
+
+@functools.cache
+def luca_masks() -> list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
+    """For every place, size and offset: the place, and of each part its pixels (32, 32) and its colour.
+
+    Found by drawing: what changes when the part's colour does is the part, as far as nothing hides it.
+    """
+    masks = []
+    for place, size, (dx, dy) in itertools.product(PLACES, FIGURE_SIZES, OFFSETS):
+        found = []
+        for part in ("top", "head", "body", "belt"):
+            shown = [
+                to_array(scenes.draw(Scene("on grass", recoloured(part, colour), place, size, dx, dy)))
+                for colour in ("red", "blue")
+            ]
+            change = np.abs(shown[0] - shown[1]).sum(axis=2)
+            found.append((change > 0.9 * change.max(), np.array(COLOURS[getattr(LUCA, part)], dtype=np.float32)))
+        masks.append((place, found))
+    return masks
+
+
+def recoloured(part: str, colour: str) -> scenes.Identity:
+    return scenes.Identity(**{**vars(LUCA), part: colour})
+
+
+def see_luca(picture: np.ndarray) -> Seen:
+    """The background, and Luca where most of him is."""
+
+    def share(parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
+        return float(
+            np.mean([(np.linalg.norm(picture[mask] - colour, axis=1) < CLOSE).mean() for mask, colour in parts])
+        )
+
+    character, place = max((share(parts), place) for place, parts in luca_masks())
+    return Seen(background_of(picture), place, character=character)
+
+
+def said(prompt: str, names: dict[str, Any]) -> str | None:
+    """Which of the names a prompt has as one of its tags."""
+    return next((tag for tag in prompt.split(", ") if tag in names), None)
+
+
+def obedience(prompt: str, seen: Seen) -> float:
+    """Which share of what the prompt says of background and place is so."""
+    asked = [(said(prompt, BACKGROUNDS), seen.background), (said(prompt, PLACES), seen.place)]
+    right = [word == found for word, found in asked if word is not None]
+    return sum(right) / len(right) if right else 1.0
+
+
+def shape_is_right(prompt: str, seen: Seen) -> bool:
+    """Whether the picture shows the prompt's shape in its colour, where it shall be, and the right background."""
+    return f"{seen.colour} {seen.shape}" in prompt and obedience(prompt, seen) == 1.0
+
+
+def truth(prompts: list[str], pictures: list[np.ndarray]) -> dict[str, float]:
+    """The judge's terms, 0..1, over prompts of one trial; those that name Luca ask for him.
+
+    character and text are means over his pictures, plain is the share of the others that are right, and overall is
+    how much of Luca there is where the prompt wants him, the mean of character x obedience.
+    """
+    shown = [(prompt, see_luca(picture)) for prompt, picture in zip(prompts, pictures, strict=True) if "luca" in prompt]
+    plain = [
+        shape_is_right(prompt, see_shape(picture))
+        for prompt, picture in zip(prompts, pictures, strict=True)
+        if "luca" not in prompt
+    ]
+    return {
+        "character": float(np.mean([seen.character for _, seen in shown])),
+        "text": float(np.mean([obedience(prompt, seen) for prompt, seen in shown])),
+        "plain": float(np.mean(plain)),
+        "overall": float(np.mean([seen.character * obedience(prompt, seen) for prompt, seen in shown])),
+    }

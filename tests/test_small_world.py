@@ -1,0 +1,120 @@
+"""The small world: its scenes, the judge that knows how they are drawn, and what its trained models can do."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_world import judge, scenes
+
+import optuna_hyperparameter_search as search
+
+SMALL_WORLD = Path(__file__).resolve().parent / "small_world"
+
+
+def luca_scenes() -> list[scenes.Scene]:
+    rng = random.Random(4)
+    return [scenes.random_scene(rng, scenes.LUCA) for _ in range(30)]
+
+
+def many_scenes(count: int = 300) -> list[scenes.Scene]:
+    rng = random.Random(3)
+    return [scenes.random_scene(rng) for _ in range(count)]
+
+
+# --- scenes and data set ---
+
+
+def test_a_seed_draws_the_same_pictures_again() -> None:
+    first, second = ([np.asarray(scenes.draw(scene)) for scene in many_scenes(30)] for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len({picture.tobytes() for picture in first}) > 25
+
+
+def test_the_base_model_never_sees_the_character_or_most_of_him() -> None:
+    figures = [scene.what for scene in many_scenes(3000) if isinstance(scene.what, scenes.Identity)]
+    assert len(figures) > 1000
+    assert all(who.headgear != "ears" for who in figures)
+    shared = [sum(a == b for a, b in zip(who.colours, scenes.LUCA.colours, strict=True)) for who in figures]
+    assert max(shared) <= 1
+
+
+def test_one_shape_in_five_is_held_out() -> None:
+    shapes = [scene for scene in many_scenes(3000) if isinstance(scene.what, tuple)]
+    assert 0.15 < np.mean([scenes.is_held_out(scene) for scene in shapes]) < 0.25
+
+
+def test_a_caption_says_only_what_is_drawn_and_begins_with_the_name() -> None:
+    rng = random.Random(1)
+    for scene in many_scenes(100):
+        name, *rest = scenes.caption(scene, rng, "mibo").split(", ")
+        facts = {*scenes.tags(scene), *(tag.replace(f"{scene.size} ", "") for tag in scenes.tags(scene))}
+        assert name == "mibo" and rest and set(rest) <= facts
+
+
+def test_names_are_never_the_characters() -> None:
+    rng = random.Random(0)
+    assert "luca" not in {scenes.random_name(rng) for _ in range(20_000)}
+
+
+# --- the judge ---
+
+
+def test_the_judge_sees_every_plain_shape_as_it_was_drawn() -> None:
+    for scene in many_scenes():
+        if isinstance(scene.what, tuple):
+            seen = judge.see_shape(judge.to_array(scenes.draw(scene)))
+            assert (seen.shape, seen.colour, seen.place, seen.background) == (
+                *scene.what,
+                scene.place,
+                scene.background,
+            )
+
+
+def test_the_judge_knows_the_character_from_all_others() -> None:
+    lucas = [judge.see_luca(judge.to_array(scenes.draw(scene))) for scene in luca_scenes()]
+    figures = [scene for scene in many_scenes() if isinstance(scene.what, scenes.Identity)]
+    others = [judge.see_luca(judge.to_array(scenes.draw(scene))).character for scene in figures]
+    assert min(seen.character for seen in lucas) > max(others) + 0.15
+    assert [(seen.place, seen.background) for seen in lucas] == [
+        (scene.place, scene.background) for scene in luca_scenes()
+    ]
+
+
+def test_a_part_in_a_wrong_colour_costs_its_share() -> None:
+    right = scenes.Scene("at night", scenes.LUCA, "in the middle", "large")
+    wrong = scenes.Scene("at night", judge.recoloured("body", "yellow"), "in the middle", "large")
+    whole, less = (judge.see_luca(judge.to_array(scenes.draw(scene))).character for scene in (right, wrong))
+    assert whole - less == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_judge_counts_what_the_prompt_says_and_no_more() -> None:
+    seen = judge.Seen("in snow", "on the left")
+    assert judge.obedience("luca, a figure, on the left, in snow", seen) == 1.0
+    assert judge.obedience("luca, a figure, on the left, at night", seen) == 0.5
+    assert judge.obedience("luca, at night", seen) == 0.0
+    assert judge.obedience("luca", seen) == 1.0
+
+
+# --- the trained models ---
+
+
+def test_all_weights_are_small_and_safe() -> None:
+    files = list(SMALL_WORLD.rglob("*.safetensors"))
+    assert len(files) == 5  # UNet, VAE, text encoder, CLIP, DINOv2
+    assert sum(file.stat().st_size for file in files) <= 15e6
+    kinds = {
+        entry["dtype"] for file in files for entry in search.read_safetensors_header(file).values() if "dtype" in entry
+    }
+    assert kinds <= {"F16", "I64"}
+    assert not [file for file in SMALL_WORLD.rglob("*") if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_every_word_of_the_captions_is_one_token() -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(SMALL_WORLD / "base_model" / "tokenizer")
+    words = {word for scene in many_scenes() for tag in scenes.tags(scene) for word in tag.split()}
+    assert {word: tokenizer.tokenize(word) for word in words} == {word: [f"{word}</w>"] for word in words}
