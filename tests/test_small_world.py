@@ -118,3 +118,23 @@ def test_every_word_of_the_captions_is_one_token() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(SMALL_WORLD / "base_model" / "tokenizer")
     words = {word for scene in many_scenes() for tag in scenes.tags(scene) for word in tag.split()}
     assert {word: tokenizer.tokenize(word) for word in words} == {word: [f"{word}</w>"] for word in words}
+
+
+def test_the_text_encoders_weights_are_named_as_transformers_4_reads_them() -> None:
+    header = search.read_safetensors_header(SMALL_WORLD / "base_model" / "text_encoder" / "model.safetensors")
+    names = [name for name in header if name != "__metadata__"]
+    assert names and all(name.startswith("text_model.") for name in names)
+
+
+@pytest.mark.parametrize("who", [None, scenes.LUCA], ids=["held-out scenes", "the character"])
+def test_the_autoencoder_restores_pictures_at_27_db(who: scenes.Identity | None) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+    from small_world.make_weights import to_tensor
+
+    vae = AutoencoderKL.from_pretrained(SMALL_WORLD / "base_model" / "vae", torch_dtype=torch.float32)
+    rng = random.Random(99)
+    pictures = to_tensor([scenes.random_scene(rng, who) for _ in range(200)])
+    with torch.no_grad():
+        restored = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    assert -10 * ((restored - pictures) / 2).square().mean().log10() >= 27
