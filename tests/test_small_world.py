@@ -138,3 +138,8 @@ def test_the_autoencoder_restores_pictures_at_27_db(who: scenes.Identity | None)
     with torch.no_grad():
         restored = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
     assert -10 * ((restored - pictures) / 2).square().mean().log10() >= 27
+
+
+def test_no_config_names_a_folder_of_the_machine_that_made_it() -> None:
+    paths = [search.read_json(file).get("_name_or_path", "") for file in SMALL_WORLD.glob("**/config.json")]
+    assert len(paths) == 5 and not any(paths)

@@ -131,6 +131,7 @@ def train_decoder(folder: Path) -> None:
         with torch.no_grad():
             latents = vae.encode(pictures).latent_dist.sample()
         update(restoration_loss(vae.decode(latents).sample, pictures))
+    vae.register_to_config(_name_or_path="")  # not the folder of the machine that it was made on
     vae.half().save_pretrained(where)
 
 
@@ -283,6 +284,7 @@ def train_unet(folder: Path) -> None:
     rng = random.Random(SEED)
     model = folder / "base_model"
     vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(_name_or_path="")
     encoder = CLIPTextModel.from_pretrained(model / "text_encoder", torch_dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     scheduler = DDIMScheduler(
