@@ -1763,6 +1763,7 @@ def _image_jobs(
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
 
+SCORE_DEFINITION = 2  # one more whenever a term changes its meaning; part of a study's fingerprint
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
 MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # below it the base model already does all that can be measured
@@ -1775,9 +1776,14 @@ def self_similarity(x: np.ndarray) -> float:
 
 
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
-    """q(X) = mean cos(X, data) / sqrt(s(X) s(data)): what monotony would gain is divided away (as CyberHarem does)."""
-    s = max(self_similarity(x), SIMILARITY_FLOOR) * max(self_similarity(data), SIMILARITY_FLOOR)
-    return float((x @ data.T).mean() / math.sqrt(s))
+    """q(X) = mean cos(X, data) / sqrt(max(s(X), s(data)) s(data)); about 1 for the data set itself.
+
+    What monotony would gain is divided away, as CyberHarem does; but only that: images less alike than the data
+    set's are no merit here. Divided by their own s(X), a LoRA that gets the subject right now and then had 0.95 where
+    one image in two was right (`tests/small_world/benchmark.py` has the evidence).
+    """
+    s_data = max(self_similarity(data), SIMILARITY_FLOOR)
+    return float((x @ data.T).mean() / math.sqrt(max(self_similarity(x), s_data) * s_data))
 
 
 def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
@@ -2623,6 +2629,7 @@ def make_fingerprint(
         },
         "training options (--training-config)": dict(options),
         "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
+        "definition of the score": SCORE_DEFINITION,
         "encoders": {name: _encoder_fingerprint(plan["encoders"][name]) for name in ("dinov2", "clip")},
     }
 
@@ -3240,7 +3247,7 @@ def make_parser() -> argparse.ArgumentParser:
     instead.add_argument("--check", action="store_true", help="check all inputs, say what was found, and stop")
     instead.add_argument("--report", action="store_true", help="write results/ and show the trials of --output-dir")
     instead.add_argument("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
-    instead.add_argument("--demo", action="store_true", help="the whole program on tiny inputs of its own, on the CPU")
+    instead.add_argument("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
     return parser
 
 
@@ -3798,13 +3805,12 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     sys.path.insert(0, str(maker.parent))
     import demo_world
 
-    silence_libraries()
-    say(f"The demo's data set and tiny Stable Diffusion (random weights): {world}")
+    say(f"The demo's data set, small Stable Diffusion and settings: {world}")
     demo_world.make_demo_world(world)
     args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
     args.sd_scripts, args.trainer_python = HERE / "tests" / "small_trainer", sys.executable
     args.training_config, args.scoring_config = world / "training.toml", world / "scoring.toml"
-    args.device, args.n_trials = "cpu", args.n_trials or 3
+    args.device, args.n_trials = "cpu", args.n_trials or 5
     args.study_name = args.study_name or "demo"
     return args
 

@@ -38,7 +38,7 @@ LORA_TARGETS = {
 def make_trial(output_dir: Path, args: argparse.Namespace) -> Path:
     """A finished training of 6 checkpoints, and its study's plan."""
     world, trial = output_dir / "world", output_dir / "trial_0000"
-    demo_world.make_demo_world(world)
+    demo_world.make_tiny_world(world)
     data = search.read_data_set(world / "dataset.toml", {})
     settings = search.read_scoring_settings(world / "scoring.toml")
     images = [(image.path, image.caption) for image in data.images]

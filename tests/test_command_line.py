@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import demo_world
 
     folder = tmp_path_factory.mktemp("world")
-    demo_world.make_demo_world(folder)
+    demo_world.make_tiny_world(folder)
     return folder
 
 

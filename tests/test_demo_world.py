@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import demo_world
@@ -9,11 +10,18 @@ import pytest
 import toml
 from PIL import Image
 
+MAKERS = {"small": demo_world.make_demo_world, "tiny": demo_world.make_tiny_world}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def maker(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    return MAKERS[request.param]
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(maker: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    demo_world.make_demo_world(folder)
+    maker(folder)
     return folder
 
 
@@ -23,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_picture_has_a_caption_that_begins_with_the_subject(world: Path) -> None:
     pictures = sorted((world / "images").glob("*.png"))
-    assert 8 <= len(pictures) <= 12
+    assert 10 <= len(pictures) <= 20
     captions = [picture.with_suffix(".txt").read_text(encoding="utf-8") for picture in pictures]
     assert all(caption.startswith(f"{demo_world.SUBJECT}, ") for caption in captions)
     assert len(set(captions)) == len(captions)
@@ -38,8 +46,8 @@ def test_pictures_are_of_the_size_that_is_trained_and_rendered(world: Path) -> N
     assert sizes == {(side, side) for side in resolutions}
 
 
-def test_made_twice_is_made_alike(world: Path, tmp_path: Path) -> None:
-    demo_world.make_demo_world(tmp_path / "other")
+def test_made_twice_is_made_alike(world: Path, maker: Callable[[Path], None], tmp_path: Path) -> None:
+    maker(tmp_path / "other")
     ours, other = contents(world), contents(tmp_path / "other")
     assert ours.keys() == other.keys()
     differ = {
@@ -50,9 +58,9 @@ def test_made_twice_is_made_alike(world: Path, tmp_path: Path) -> None:
     assert not differ
 
 
-def test_a_whole_world_is_left_as_it_is(world: Path) -> None:
+def test_a_whole_world_is_left_as_it_is(world: Path, maker: Callable[[Path], None]) -> None:
     before = {file: file.stat().st_mtime_ns for file in world.rglob("*")}
-    demo_world.make_demo_world(world)
+    maker(world)
     assert {file: file.stat().st_mtime_ns for file in world.rglob("*")} == before
 
 

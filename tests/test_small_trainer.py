@@ -59,7 +59,7 @@ def run(*arguments: object, **environment: str) -> Result:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    demo_world.make_demo_world(folder)
+    demo_world.make_tiny_world(folder)
     return folder
 
 

@@ -439,14 +439,14 @@ class Training:
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
+    import torch
     from diffusers import StableDiffusionPipeline
 
     name = args.pretrained_model_name_or_path
     log.info("loading model for process 0/1")
     log.info("load Diffusers pretrained models: %s", name)
-    return StableDiffusionPipeline.from_pretrained(name, safety_checker=None, local_files_only=True).to(
-        accelerator.device
-    )
+    options = {"safety_checker": None, "local_files_only": True, "torch_dtype": torch.float32}
+    return StableDiffusionPipeline.from_pretrained(name, **options).to(accelerator.device)
 
 
 def cache_latents(

@@ -14,7 +14,6 @@ import numpy as np
 from small_world import scenes
 from small_world.scenes import BACKGROUNDS, COLOURS, FIGURE_SIZES, LUCA, PLACES, SHAPES, SIZES, Scene
 
-CLOSE = 60.0  # RGB distance within which a pixel has a part's colour; the nearest two of COLOURS are 122 apart
 OFFSETS = tuple(itertools.product((-1 / 32, 0.0, 1 / 32), repeat=2))  # where jitter() may move a thing: 1 pixel
 
 
@@ -67,8 +66,8 @@ def see_shape(picture: np.ndarray) -> Seen:
 
 
 @functools.cache
-def luca_masks() -> list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
-    """For every place, size and offset: the place, and of each part its pixels (32, 32) and its colour.
+def luca_masks() -> list[tuple[str, list[tuple[np.ndarray, str]]]]:
+    """For every place, size and offset: the place, and of each part its pixels (32, 32) and the name of its colour.
 
     Found by drawing: what changes when the part's colour does is the part, as far as nothing hides it.
     """
@@ -81,7 +80,7 @@ def luca_masks() -> list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
                 for colour in ("red", "blue")
             ]
             change = np.abs(shown[0] - shown[1]).sum(axis=2)
-            found.append((change > 0.9 * change.max(), np.array(COLOURS[getattr(LUCA, part)], dtype=np.float32)))
+            found.append((change > 0.9 * change.max(), getattr(LUCA, part)))
         masks.append((place, found))
     return masks
 
@@ -90,16 +89,23 @@ def recoloured(part: str, colour: str) -> scenes.Identity:
     return scenes.Identity(**{**vars(LUCA), part: colour})
 
 
+def colours_of(picture: np.ndarray, background: str) -> np.ndarray:
+    """Which of COLOURS each pixel comes nearest to (32, 32), by name; "" where the empty background is nearer."""
+    names = ["", *COLOURS]
+    wanted = [empty_scene(background), *(np.array(colour, dtype=np.float32) for colour in COLOURS.values())]
+    far = np.stack([np.linalg.norm(picture - colour, axis=2) for colour in wanted])
+    return np.array(names)[far.argmin(axis=0)]
+
+
 def see_luca(picture: np.ndarray) -> Seen:
-    """The background, and Luca where most of him is."""
-
-    def share(parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        return float(
-            np.mean([(np.linalg.norm(picture[mask] - colour, axis=1) < CLOSE).mean() for mask, colour in parts])
-        )
-
-    character, place = max((share(parts), place) for place, parts in luca_masks())
-    return Seen(background_of(picture), place, character=character)
+    """The background, and Luca where most of him is: of each part, the share of its pixels that have its colour."""
+    background = background_of(picture)
+    colours = colours_of(picture, background)
+    character, place = max(
+        (float(np.mean([(colours[mask] == colour).mean() for mask, colour in parts])), place)
+        for place, parts in luca_masks()
+    )
+    return Seen(background, place, character=character)
 
 
 def said(prompt: str, names: dict[str, Any]) -> str | None:

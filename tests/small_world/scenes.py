@@ -77,17 +77,22 @@ class Scene:
 
 
 def random_identity(rng: random.Random, headgears: tuple[str, ...] = ("hat", "box")) -> Identity:
-    """Any figure that shares at most one colour with Luca in the same part."""
+    """Any possible figure with one of the headgears."""
     while True:
         top, head, body, belt = (rng.choice(tuple(COLOURS)) for _ in range(4))
         found = Identity(rng.choice(headgears), top, head, body, belt)
-        alike = sum(ours == theirs for ours, theirs in zip(found.colours, LUCA.colours, strict=True))
-        if alike <= 1 and body != belt:
+        if is_possible(found):
             return found
 
 
-def random_scene(rng: random.Random, what: Identity | None = None) -> Scene:
-    """Any scene, or one of the given figure; shapes and figures in equal shares, and a few empty ones."""
+def is_possible(who: Identity) -> bool:
+    """Whether a figure shares at most one colour with Luca in the same part, and its belt can be seen."""
+    alike = sum(ours == theirs for ours, theirs in zip(who.colours, LUCA.colours, strict=True))
+    return alike <= 1 and who.body != who.belt
+
+
+def random_scene(rng: random.Random, what: Identity | tuple[str, str] | None = None) -> Scene:
+    """Any scene, or one of the given thing; shapes and figures in equal shares, and a few empty ones."""
     kind = rng.random()
     thing: tuple[str, str] | Identity | None = what
     if thing is None and kind < 0.48:

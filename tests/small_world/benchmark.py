@@ -1,0 +1,327 @@
+"""Whether the small world is true: what its models can do, and whether the score sees what a judge sees.
+
+    python tests/small_world/benchmark.py gates       the models by themselves, before any LoRA
+    python tests/small_world/benchmark.py ladder      learning rates from 0.01 to 100 times the V2.1 range
+    python tests/small_world/benchmark.py truth       30 settings: rank correlation of score and judge, spread and noise
+    python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
+
+Each trial is trained by the demo's trainer and scored by `optuna_hyperparameter_search.py --score` in a study's folder
+that `--demo` made (--output-dir, kept: what was trained there before is not trained again). Two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import toml
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from small_world import judge, scenes
+
+import optuna_hyperparameter_search as search
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parents[1] / "optuna_hyperparameter_search.py"
+TRAINER = HERE.parent / "small_trainer" / "train_network.py"
+MIDDLE: dict[str, Any] = {  # of the V2.1 space
+    "learning_rate": 8.5e-5, "text_encoder_lr": 5e-5, "network_dim": 128, "network_alpha": 64,
+    "optimizer_type": "AdamW", "max_train_epochs": 16, "lr_scheduler": "cosine", "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 50,
+}  # fmt: skip
+TERMS = ("fidelity", "text", "preservation", "variety", "usable")
+
+
+# Gates
+
+
+def psnr(scorer: search.ImageScorer, drawn: list[scenes.Scene]) -> float:
+    """Peak signal-to-noise ratio, dB, of scenes that went through the autoencoder, over all of them together."""
+    pictures = [scenes.draw(scene) for scene in drawn]
+    shown = scorer.through_vae(pictures)
+    errors = [np.square(judge.to_array(a) - judge.to_array(b)).mean() for a, b in zip(pictures, shown, strict=True)]
+    return float(10 * np.log10(255**2 / np.mean(errors)))
+
+
+def job(prompt: str, seed: int, like: dict[str, Any]) -> dict[str, Any]:
+    return {**like, "name": f"{seed}", "prompt": prompt, "text": prompt, "seed": seed, "subject": False}
+
+
+def measure_gates(output_dir: Path) -> dict[str, float]:
+    """All figures of the gates, on seeds that nothing else uses."""
+    plan = search.read_json(output_dir / "reference" / "plan.json")
+    anchors = search.read_json(output_dir / "reference" / "anchors.json")
+    scorer = search.ImageScorer(plan, "cpu")
+    rng = random.Random(5000)
+    fresh = [scenes.random_scene(rng) for _ in range(1200)]
+    figures = {
+        "autoencoder, held-out scenes, dB": psnr(scorer, fresh[:200]),
+        "autoencoder, the character, dB": psnr(scorer, [scenes.random_scene(rng, scenes.LUCA) for _ in range(100)]),
+    }
+    held_out = [scene for scene in fresh if scenes.is_held_out(scene)][:100]
+    prompts = [", ".join(scenes.tags(scene)) for scene in held_out]
+    pictures = scorer.render([job(prompt, 9000 + n, plan["screen"][0]) for n, prompt in enumerate(prompts)])
+    seen = [judge.see_shape(judge.to_array(picture)) for picture in pictures]
+    for fact, asked in (("shape", 0), ("colour", 1)):
+        right = [getattr(s, fact) == scene.what[asked] for s, scene in zip(seen, held_out, strict=True)]
+        figures[f"base model, {fact} right"] = float(np.mean(right))
+    for fact in ("place", "background"):
+        right = [getattr(s, fact) == getattr(scene, fact) for s, scene in zip(seen, held_out, strict=True)]
+        figures[f"base model, {fact} right"] = float(np.mean(right))
+    images, texts = scorer.embed_images_for_text(pictures), scorer.embed_texts(prompts)
+    cosines = images @ texts.T
+    matched = np.diag(cosines)
+    shuffled = np.array([np.delete(row, n).mean() for n, row in enumerate(cosines)])
+    gain = matched - shuffled
+    figures["prompts, matched cosine"] = float(matched.mean())
+    figures["prompts, shuffled cosine"] = float(shuffled.mean())
+    figures["prompts, matched above shuffled, standard errors"] = float(
+        gain.mean() / (gain.std() / math.sqrt(len(gain)))
+    )
+    for stage in ("screen", "confirm"):
+        figures[f"q(data) - q(base), {stage}"] = 1 - anchors[stage]["q"]
+    return figures
+
+
+GATES = {
+    "autoencoder, held-out scenes, dB": 27,
+    "autoencoder, the character, dB": 27,
+    "base model, shape right": 0.7,
+    "base model, colour right": 0.7,
+    "base model, place right": 0.7,
+    "prompts, matched above shuffled, standard errors": 3,
+    "q(data) - q(base), screen": 0.1,
+    "q(data) - q(base), confirm": 0.1,
+}
+
+
+def gates(output_dir: Path) -> bool:
+    figures = measure_gates(output_dir)
+    for name, value in figures.items():
+        least = GATES.get(name)
+        verdict = "" if least is None else f"   at least {least}: {'ok' if value >= least else 'NOT REACHED'}"
+        print(f"{name:52s} {value:8.3f}{verdict}")
+    return all(figures[name] >= least for name, least in GATES.items())
+
+
+# Trials
+
+
+def make_study(output_dir: Path) -> None:
+    """A study with its reference and one trial."""
+    if not (output_dir / "trial_0000" / "metrics.json").is_file():
+        command = [sys.executable, str(SCRIPT), "--demo", "--n-trials", "1", "--output-dir", str(output_dir)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train and score one setting in a folder of its own, or read what was found before."""
+    folder = output_dir / name
+    if not (folder / "metrics.json").is_file():
+        config = toml.loads((output_dir / "trial_0000" / "config.toml").read_text(encoding="utf-8"))
+        for path in ("output_dir", "logging_dir"):
+            config[path] = config[path].replace("trial_0000", name)
+        folder.mkdir(exist_ok=True)
+        (folder / "config.toml").write_text(toml.dumps({**config, **MIDDLE, **changes}), encoding="utf-8")
+        started = time.monotonic()
+        run(folder, sys.executable, TRAINER, "--config_file", folder / "config.toml")
+        trained = time.monotonic()
+        run(folder, sys.executable, SCRIPT, "--score", folder, "--device", "cpu")
+        seconds = {"training": trained - started, "scoring": time.monotonic() - trained}
+        (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    metrics = search.read_json(folder / "metrics.json")
+    found = {"name": name, **{key: metrics[key] for key in ("outcome", "score", "terms", "raw", "best_epoch")}}
+    return {**found, "judge": judge_trial(output_dir, folder) if metrics["outcome"] == "scored" else None}
+
+
+def run(folder: Path, *command: object) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment, check=True)
+
+
+def judge_trial(output_dir: Path, folder: Path) -> dict[str, float]:
+    return judge_pictures(output_dir, folder / "scores" / "confirm")
+
+
+def judge_pictures(output_dir: Path, folder: Path) -> dict[str, float]:
+    """What the judge says of a folder's confirmation pictures; those that were not made are left out."""
+    jobs = search.read_json(output_dir / "reference" / "plan.json")["confirm"]
+    files = [folder / f"{job['name']}.png" for job in jobs]
+    there = [
+        (job["prompt"], judge.to_array(Image.open(file)))
+        for job, file in zip(jobs, files, strict=True)
+        if file.is_file()
+    ]
+    return judge.truth([prompt for prompt, _ in there], [picture for _, picture in there])
+
+
+def try_all(output_dir: Path, settings: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """In the order of `settings`, two at a time; prints each."""
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda one: try_out(output_dir, *one), list(settings))
+        return [describe(result) for result in results]
+
+
+def describe(result: dict[str, Any]) -> dict[str, Any]:
+    if result["outcome"] != "scored":
+        print(f"{result['name']:28s} {result['outcome']}", flush=True)
+        return result
+    terms = "  ".join(f"{name[:6]} {result['terms'][name]:.3f}" for name in TERMS)
+    told = "  ".join(f"{name} {value:.3f}" for name, value in result["judge"].items())
+    print(f"{result['name']:28s} {result['score']:.4f}  {terms}   judge: {told}", flush=True)
+    return result
+
+
+# The ladder and the truth
+
+LADDER = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+MORE_SEEDS = (0.01, 1.0, 100.0)
+
+
+def ladder(output_dir: Path) -> bool:
+    """Print the score at multiples of the V2.1 range's middle; whether it is best at 1, or next to it, by the means."""
+    names = [(factor, seed) for factor in LADDER for seed in ((42, 43, 44) if factor in MORE_SEEDS else (42,))]
+    results = try_all(output_dir, [(f"ladder_{f:g}_seed{s}", scaled(f, s)) for f, s in names])
+    scores: dict[float, list[float]] = {}
+    for (factor, _), result in zip(names, results, strict=True):
+        scores.setdefault(factor, []).append(result["score"] or 0.0)
+    means = {factor: float(np.mean(found)) for factor, found in scores.items()}
+    print("\n".join(f"{factor:8g} x  score {mean:.4f}" for factor, mean in means.items()))
+    best = max(means, key=means.__getitem__)
+    print(f"best at {best:g} x")
+    return best in (0.3, 1.0, 3.0)
+
+
+def scaled(factor: float, seed: int) -> dict[str, Any]:
+    rates = {name: MIDDLE[name] * factor for name in ("learning_rate", "text_encoder_lr")}
+    return {**rates, "seed": seed}
+
+
+# The README's picture
+
+
+def strip(output_dir: Path) -> bool:
+    """strip.png beside this file: the data set, and on the same prompts and seeds the base model and the best LoRA."""
+    from PIL import ImageDraw
+
+    best = search.read_json(output_dir / "results" / "best_parameters.json")
+    names = [f"p{prompt:02d}-s{seed}.png" for prompt in range(8) for seed in range(1)]
+    data = sorted((output_dir / "inputs" / "images").glob("*.png"))[: 2 * len(names) : 2]
+    rows = {
+        "data set": data,
+        "base model": [output_dir / "reference" / "confirm" / name for name in names],
+        "best LoRA": [output_dir / f"trial_{best['trial']:04d}" / "scores" / "confirm" / name for name in names],
+    }
+    side, label = 3 * scenes.SIDE, 84
+    picture = Image.new("RGB", (label + len(names) * (side + 4), len(rows) * (side + 4)), "white")
+    for row, (name, files) in enumerate(rows.items()):
+        ImageDraw.Draw(picture).text((6, row * (side + 4) + side / 2 - 6), name, fill="black")
+        for column, file in enumerate(files):
+            shown = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(shown, (label + column * (side + 4), row * (side + 4) + 2))
+    picture.quantize(128).save(HERE / "strip.png", optimize=True)
+    return True
+
+
+SEEDS_OF_ONE = tuple(range(101, 107))
+
+
+def truth(output_dir: Path) -> bool:
+    """Print the rank correlation of score and judge over 30 settings, and the spread of V2.1's against the noise."""
+    rng = random.Random(11)
+    settings = feasible(output_dir, 30)
+    inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[:20])]
+    outside = [(f"truth_far_{n:02d}", {**setting, **far(rng)}) for n, setting in enumerate(settings[20:])]
+    again = [(f"truth_again_{seed}", {"seed": seed}) for seed in SEEDS_OF_ONE]
+    results = try_all(output_dir, inside + outside)
+    scored = [result for result in results if result["outcome"] == "scored"]
+    pairs = (("score", "overall"), ("fidelity", "character"), ("text", "text"), ("preservation", "plain"))
+    print(f"\nrank correlation (Spearman) over {len(scored)} scored settings, and over those inside V2.1")
+    for ours, theirs in pairs:
+        rho = [
+            rank_correlation([value_of(r, ours) for r in some], [r["judge"][theirs] for r in some])
+            for some in (scored, [r for r in scored if "v21" in r["name"]])
+        ]
+        print(f"  {ours:14s} and the judge's {theirs:10s} {rho[0]:6.3f} {rho[1]:6.3f}")
+    low, high = np.percentile([r["score"] for r in scored if "v21" in r["name"]], (5, 95))
+    seeds = [r["score"] for r in try_all(output_dir, again)]
+    noise = float(np.std(seeds, ddof=1))
+    print(f"scores inside V2.1, 5th to 95th percentile {low:.4f} to {high:.4f}; standard deviation over "
+          f"{len(seeds)} training seeds of one setting {noise:.4f}; ratio {(high - low) / noise:.2f}")  # fmt: skip
+    overall = rank_correlation([r["score"] for r in scored], [r["judge"]["overall"] for r in scored])
+    return bool(overall >= 0.7)
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's rho; ties get their mean rank. NaN where one of them does not vary."""
+
+    def ranks(values: list[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def value_of(result: dict[str, Any], name: str) -> float:
+    return result["score"] if name == "score" else result["terms"][name]
+
+
+def feasible(output_dir: Path, count: int) -> list[dict[str, Any]]:
+    """What the program itself would propose before it has learnt anything, each with a training seed of its own."""
+    data_set = search.read_data_set(output_dir / "inputs" / "dataset.toml", {})
+    sampler = search.FeasibleTPESampler(
+        11,
+        can_train=lambda params: params.get("optimizer_type") != "AdamW8bit",
+        prefers=lambda params: params["lr_warmup_steps"] < data_set.updates(params),
+    )
+    study = optuna.create_study(sampler=sampler)
+    proposals = [search.suggest_hyperparameters(study.ask()) for _ in range(count)]
+    return [
+        {**{name: value for name, value in params.items() if name != "network_alpha_ratio"}, "seed": 100 + number}
+        for number, params in enumerate(proposals)
+    ]
+
+
+def far(rng: random.Random) -> dict[str, float]:
+    """Learning rates from a hundredth to a hundred times the V2.1 range's."""
+    factor = log_uniform(rng, 0.01, 100)
+    return {"learning_rate": 8.5e-5 * factor, "text_encoder_lr": 5e-5 * factor}
+
+
+def log_uniform(rng: random.Random, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+COMMANDS = {"gates": gates, "ladder": ladder, "truth": truth, "strip": strip}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(COMMANDS))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/small_world"))
+    args = parser.parse_args()
+    output_dir = args.output_dir.resolve()
+    make_study(output_dir)
+    held = COMMANDS[args.what](output_dir)
+    print("holds" if held else "does NOT hold")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
