@@ -52,7 +52,7 @@ def test_the_latents_are_cached_once_before_the_first_trial(demo: Demo) -> None:
     assert header["__metadata__"]["ss_steps"] == "1"
     cache = list((demo.output_dir / "inputs" / "images").glob("*.npz"))
     first_trial = (demo.output_dir / "trial_0000" / "config.toml").stat().st_mtime
-    assert len(cache) == 10 and all(file.stat().st_mtime < first_trial for file in cache)
+    assert len(cache) == 16 and all(file.stat().st_mtime < first_trial for file in cache)
 
 
 def test_every_checkpoint_is_scored_and_the_best_epoch_kept(demo: Demo) -> None:

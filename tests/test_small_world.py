@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import demo_world
 import numpy as np
 import pytest
-from small_world import judge, scenes
+from conftest import Demo
+from demo_world import SMALL_WORLD
+from small_world import benchmark, judge, scenes
 
 import optuna_hyperparameter_search as search
-
-SMALL_WORLD = Path(__file__).resolve().parent / "small_world"
-
-
-def luca_scenes() -> list[scenes.Scene]:
-    rng = random.Random(4)
-    return [scenes.random_scene(rng, scenes.LUCA) for _ in range(30)]
 
 
 def many_scenes(count: int = 300) -> list[scenes.Scene]:
@@ -59,6 +56,14 @@ def test_names_are_never_the_characters() -> None:
     assert "luca" not in {scenes.random_name(rng) for _ in range(20_000)}
 
 
+def test_prompts_ask_for_what_neither_data_set_nor_base_model_have_seen() -> None:
+    prompts = demo_world.make_prompts()
+    captions = {", ".join(scenes.tags(scene)) for scene in demo_world.luca_scenes(16)}
+    assert len(captions) == 16
+    assert not {prompt.removeprefix("{subject}, ") for prompt in prompts["elsewhere"]} & captions
+    assert len(set(prompts["plain"])) == len(prompts["plain"]) >= 9
+
+
 # --- the judge ---
 
 
@@ -74,12 +79,12 @@ def test_the_judge_sees_every_plain_shape_as_it_was_drawn() -> None:
 
 
 def test_the_judge_knows_the_character_from_all_others() -> None:
-    lucas = [judge.see_luca(judge.to_array(scenes.draw(scene))) for scene in luca_scenes()]
+    lucas = [judge.see_luca(judge.to_array(scenes.draw(scene))) for scene in demo_world.luca_scenes(16)]
     figures = [scene for scene in many_scenes() if isinstance(scene.what, scenes.Identity)]
     others = [judge.see_luca(judge.to_array(scenes.draw(scene))).character for scene in figures]
     assert min(seen.character for seen in lucas) > max(others) + 0.15
     assert [(seen.place, seen.background) for seen in lucas] == [
-        (scene.place, scene.background) for scene in luca_scenes()
+        (scene.place, scene.background) for scene in demo_world.luca_scenes(16)
     ]
 
 
@@ -96,6 +101,12 @@ def test_the_judge_counts_what_the_prompt_says_and_no_more() -> None:
     assert judge.obedience("luca, a figure, on the left, at night", seen) == 0.5
     assert judge.obedience("luca, at night", seen) == 0.0
     assert judge.obedience("luca", seen) == 1.0
+
+
+def test_rank_correlation_of_known_rows() -> None:
+    assert benchmark.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert benchmark.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert benchmark.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # a tie
 
 
 # --- the trained models ---
@@ -143,3 +154,41 @@ def test_the_autoencoder_restores_pictures_at_27_db(who: scenes.Identity | None)
 def test_no_config_names_a_folder_of_the_machine_that_made_it() -> None:
     paths = [search.read_json(file).get("_name_or_path", "") for file in SMALL_WORLD.glob("**/config.json")]
     assert len(paths) == 5 and not any(paths)
+
+
+def test_a_sensitive_model_is_the_same_function_of_larger_inputs_to_its_layers(tmp_path: Path) -> None:
+    import tiny_models
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from small_world.make_weights import SENSITIVITY, make_sensitive
+
+    tiny_models.make_tiny_pipeline(tmp_path / "model")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    tokens = torch.arange(77)[None]
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    inputs = []
+    block = next(module for module in pipeline.unet.modules() if hasattr(module, "attn2"))
+    for layer in (block.attn1.to_q, block.attn2.to_v, block.ff.net[0].proj):
+        layer.register_forward_hook(lambda layer, given, output: inputs.append(given[0]))
+
+    def predict() -> Any:
+        with torch.no_grad():
+            return pipeline.unet(noisy, 500, pipeline.text_encoder(tokens).last_hidden_state).sample
+
+    plain = predict()
+    make_sensitive(pipeline.unet, pipeline.text_encoder)
+    assert torch.allclose(predict(), plain, atol=1e-5)
+    for before, after in zip(inputs[:3], inputs[3:], strict=True):
+        assert torch.allclose(after, SENSITIVITY["unet"] * before, rtol=1e-3, atol=1e-3)
+
+
+def test_the_gates_hold(demo: Demo) -> None:
+    figures = benchmark.measure_gates(demo.output_dir)
+    assert not {name: figures[name] for name, least in benchmark.GATES.items() if figures[name] < least}
+
+
+def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
+    best = search.read_json(demo.output_dir / "results" / "best_parameters.json")
+    trained = benchmark.judge_trial(demo.output_dir, demo.output_dir / f"trial_{best['trial']:04d}")
+    base = benchmark.judge_pictures(demo.output_dir, demo.output_dir / "reference" / "confirm")
+    assert trained["character"] > 2 * base["character"]

@@ -221,8 +221,8 @@ def strip(output_dir: Path) -> bool:
     from PIL import ImageDraw
 
     best = search.read_json(output_dir / "results" / "best_parameters.json")
-    names = [f"p{prompt:02d}-s{seed}.png" for prompt in range(8) for seed in range(1)]
-    data = sorted((output_dir / "inputs" / "images").glob("*.png"))[: 2 * len(names) : 2]
+    names = [f"p{prompt:02d}-s0.png" for prompt in range(8)]
+    data = sorted((output_dir / "inputs" / "images").glob("*.png"))[: len(names)]
     rows = {
         "data set": data,
         "base model": [output_dir / "reference" / "confirm" / name for name in names],
@@ -235,7 +235,7 @@ def strip(output_dir: Path) -> bool:
         for column, file in enumerate(files):
             shown = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
             picture.paste(shown, (label + column * (side + 4), row * (side + 4) + 2))
-    picture.quantize(128).save(HERE / "strip.png", optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(HERE / "strip.png", optimize=True)
     return True
 
 
@@ -317,6 +317,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/small_world"))
     args = parser.parse_args()
     output_dir = args.output_dir.resolve()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     make_study(output_dir)
     held = COMMANDS[args.what](output_dir)
     print("holds" if held else "does NOT hold")
