@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their programs, ignore it
 
 Pictures = Callable[..., Path]
 DataSetFile = Callable[..., Path]
