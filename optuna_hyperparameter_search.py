@@ -37,8 +37,10 @@ import codecs
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
 import errno
+import functools
 import hashlib
 import importlib.util
 import io
@@ -59,6 +61,8 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,6 +129,12 @@ class Diverged(TrialFailed):
     ended = "diverged"
 
 
+class Hung(TrialFailed):
+    """The trainer went on without getting on."""
+
+    ended = "hung"
+
+
 class ScoringFailed(TrialFailed):
     """The training is good, its scoring is not: only the scoring has to be done again."""
 
@@ -133,8 +143,14 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, SIGTERM or SIGHUP."""
 
 
+def printable(text: object) -> str:
+    """A text as one line that no name in it can break, colour or hide: what does not print is escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
 def say(text: str = "") -> None:
     """Print to the screen and, once there is an output folder, to its search.log."""
+    text = "\n".join(map(printable, text.split("\n")))
     try:
         print(text, flush=True)
     except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
@@ -160,12 +176,20 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_toml(path: Path, data: Mapping[str, Any], comment: str = "") -> None:
+    """TOML as kohya reads it; the `toml` package itself garbles no-break spaces, control characters and backslash x."""
+    encoder = toml.TomlEncoder()
+    encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False)
+    write_atomically(path, comment + toml.dumps(data, encoder))
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if there is none or it is torn."""
+    """The object in a JSON file, or None if there is none or it is torn."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def digest(data: str | bytes) -> str:
@@ -185,9 +209,9 @@ def digest_of_weights(path: Path) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of the valid names is near, else nothing."""
+    """`; did you mean 'x'?` where one of the valid names is near."""
     found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    return f"; did you mean '{found[0]}'?" if found else "; delete it"
 
 
 def one_line(text: object, limit: int = 300) -> str:
@@ -220,6 +244,8 @@ class Settings:
     seed: int
     enqueue: Path | None
     timeout_hours: float | None
+    stall_minutes: float = 30.0
+    keep_checkpoints: str = "best"  # or "all"
 
     @property
     def reference(self) -> Path:
@@ -298,13 +324,13 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 def _wrong_value(value: Any, kind: type, smallest: float | None) -> str:
     """What is wrong with a value of scoring.toml, or nothing."""
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**63 else math.inf
     if type(value) is not kind:
         return f"must be a {kind.__name__}"
     if kind is list and not all(isinstance(item, str) and item.strip() for item in value):
         return "must be a list of texts"
     size = len(value) if kind is list else value
-    if smallest is not None and not (math.isfinite(size) and size >= smallest):
+    if smallest is not None and not smallest <= size < 2**63:
         return f"must be {'a list of' if kind is list else ''} at least {smallest:g}".replace("  ", " ")
     return ""
 
@@ -390,6 +416,10 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
 }
 
 
+_CAPTION_TEXTS = (
+    "caption_extension caption_extention caption_prefix caption_suffix caption_separator keep_tokens_separator "
+    "secondary_separator"
+).split()
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 
 
@@ -401,7 +431,7 @@ def read_training_options(path: Path) -> dict[str, Any]:
     for key, value in list(options.items()):
         if key in FORBIDDEN_TRAINING_KEYS and (value is False or value == ""):
             del options[key]  # kohya's default, spelled out as tools do that write such files
-        elif isinstance(value, str) and "/" in value and Path(value).exists():
+        elif isinstance(value, str) and "/" in value and os.path.exists(value):  # noqa: PTH110 - Path raises
             options[key] = str(Path(value).resolve())  # the trial's config is used from other folders too
     problems = [
         f"--training-config: '{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}"
@@ -414,6 +444,15 @@ def read_training_options(path: Path) -> dict[str, Any]:
         for file in value if isinstance(value, list) else [value]:
             if isinstance(file, str) and Path(file).suffix.lower() in _PICKLE_SUFFIXES:
                 problems.append(f"--training-config: {key} = {file!r} in {path} is a pickle; use a safetensors file")
+    for key, value in options.items():
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, (bool, int, str)) and not (isinstance(item, float) and math.isfinite(item)):
+                problems.append(
+                    f"--training-config: {key} = {value} in {path} must be a finite number, a text or a switch"
+                )
+    for key in _CAPTION_TEXTS:
+        if not isinstance(options.get(key, ""), str):
+            problems.append(f"--training-config: {key} = {options[key]!r} in {path} must be a text in quotes")
     if not isinstance(options.get("resolution", ""), str):
         problems.append(
             f'--training-config: resolution in {path} must be in quotes, "512" or "512,768", as kohya reads it'
@@ -473,6 +512,7 @@ class DataSet:
     images: tuple[TrainingImage, ...]
     batches_per_epoch: int
     class_tokens: str | None
+    buckets: dict[Path, tuple[int, int]]  # width, height in pixels at which each image is trained
 
     @property
     def subject_images(self) -> list[TrainingImage]:
@@ -494,6 +534,7 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
     problems: list[str] = []
     images: list[TrainingImage] = []
     batches = 0
+    buckets: dict[Path, tuple[int, int]] = {}
     tables = _tables(config, "datasets", _GENERAL_KEYS, path, problems)
     for dataset in tables:
         found: list[TrainingImage] = []
@@ -502,7 +543,7 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
         problems += _dataset_problems(inherited, path)
         for subset in subsets:
             found += _read_subset(subset, inherited, path, problems)
-        folders = Counter(subset.get("image_dir") for subset in subsets)
+        folders = Counter(str(subset.get("image_dir")) for subset in subsets)
         problems += [
             f"--dataset-config: image_dir {folder!r} stands twice in one [[datasets]] of {path}, where kohya takes the "
             "first alone; delete one, or raise its num_repeats"
@@ -512,6 +553,7 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
         images += found
         if not problems:
             batches += _count_batches(found, inherited)
+            buckets |= {image.path: _bucket(image.size, inherited) for image in found}
     if problems:
         raise RefusedInput(*problems)
     if not any(not image.is_reg for image in images):
@@ -522,7 +564,7 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
         for subset in dataset["subsets"]
         if not subset.get("is_reg")
     } - {None}
-    return DataSet(config, tuple(images), batches, tokens.pop() if len(tokens) == 1 else None)
+    return DataSet(config, tuple(images), batches, tokens.pop() if len(tokens) == 1 else None, buckets)
 
 
 def _tables(
@@ -549,9 +591,10 @@ def _tables(
 def _check_keys(table: dict[str, Any], valid: Mapping[str, tuple[type, ...]], path: Path, problems: list[str]) -> None:
     """Report unknown keys and values of a wrong type; the latter are taken out, so that reading can go on."""
     for key in list(table):
+        kind = dict if isinstance(table[key], dict) else type(table[key])  # an inline table is of a kind of its own
         if key not in valid:
             problems.append(f"--dataset-config: unknown key '{key}' in {path}{nearest(key, valid)}")
-        elif type(table[key]) not in valid[key]:
+        elif kind not in valid[key]:
             kinds = " or ".join(kind.__name__ for kind in valid[key])
             problems.append(f"--dataset-config: {key} = {table.pop(key)!r} in {path} must be of type {kinds}")
 
@@ -623,17 +666,26 @@ def _read_subset(
     if type(repeats) is not int or repeats < 1:
         problems.append(f"{where}: num_repeats = {repeats!r} must be a whole number from 1 on (kohya skips the folder)")
         return []
+    if not re.fullmatch(r"\.?[^./\0][^/\0]*", settings["caption_extension"]):
+        problems.append(f"{where}: caption_extension = {settings['caption_extension']!r} is none; give e.g. '.txt'")
+        return []
     if not (isinstance(folder, str) and folder):
         problems.append(f"{where}: image_dir is missing; give the folder with its pictures")
         return []
-    given = Path(folder).expanduser()
-    candidates = [given, path.resolve().parent / given]
-    directory = next((c.resolve() for c in candidates if c.is_dir()), None)
+    directory = None
+    with contextlib.suppress(OSError, RuntimeError):  # too long a name, nobody's home
+        given = Path(folder).expanduser()
+        candidates = [given, path.resolve().parent / given]
+        directory = next((c.resolve() for c in candidates if c.is_dir()), None)
     if directory is None:
         problems.append(f"--dataset-config: image_dir {folder!r} in {path} is no folder; correct it there")
         return []
     subset["image_dir"] = str(directory)
-    files = sorted(file for file in directory.iterdir() if file.suffix in _IMAGE_SUFFIXES and file.name[0] != ".")
+    try:
+        files = sorted(file for file in directory.iterdir() if file.suffix in _IMAGE_SUFFIXES and file.name[0] != ".")
+    except OSError as error:
+        problems.append(f"--dataset-config: can't read image_dir {directory} ({error.strerror}); mend its rights")
+        return []
     if not files:
         problems.append(
             f"--dataset-config: image_dir {directory} has no images (png, jpg, webp, bmp); kohya would "
@@ -644,18 +696,23 @@ def _read_subset(
 
 def _read_images(files: list[Path], settings: Mapping[str, Any], problems: list[str]) -> list[TrainingImage]:
     """The pictures of a subset with their captions; `settings` are the subset's, inherited ones included."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     extension, tokens = settings["caption_extension"], settings.get("class_tokens")
     is_reg = settings.get("is_reg", False)
     images, without_caption = [], []
     for file in files:
         try:
-            with Image.open(file) as image:
-                image.load()  # kohya stops at a truncated one, hours later perhaps
-                size = image.size
+            str(file).encode()  # plan.json and the trainer want UTF-8
+            if not file.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of large pictures
+                with Image.open(file) as image:
+                    image.load()  # kohya stops at a truncated one, hours later perhaps
+                    size = image.size
             caption = _read_caption(file, extension)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises all sorts on damaged files
             problems.append(f"--dataset-config: can't use {file} ({one_line(error)}); mend or remove it")
             continue
         if caption is None and not tokens:
@@ -704,27 +761,27 @@ def _count_batches(images: Sequence[TrainingImage], dataset: Mapping[str, Any]) 
     Regularisation images come with their own repeats, in order, until they are as many as the subject's; if
     they are too few, one more of each in turn. So kohya does.
     """
-    reso = dataset["resolution"]
-    width, height = reso if isinstance(reso, list) else (reso, reso)
     counts: Counter[tuple[int, int]] = Counter()
     for image in images:
         if not image.is_reg:
-            counts[_bucket(image.size, (width, height), dataset)] += image.repeats
+            counts[_bucket(image.size, dataset)] += image.repeats
     missing, regs = sum(counts.values()), [image for image in images if image.is_reg]
     for position, image in enumerate(itertools.cycle(regs)):
         if missing <= 0:
             break
         times = image.repeats if position < len(regs) else 1
-        counts[_bucket(image.size, (width, height), dataset)] += times
+        counts[_bucket(image.size, dataset)] += times
         missing -= times
     return sum(math.ceil(count / dataset["batch_size"]) for count in counts.values())
 
 
-def _bucket(size: tuple[int, int], reso: tuple[int, int], dataset: Mapping[str, Any]) -> tuple[int, int]:
+def _bucket(size: tuple[int, int], dataset: Mapping[str, Any]) -> tuple[int, int]:
     """The bucket (width, height) in which kohya puts an image: nearest aspect ratio of about the same area."""
+    reso = dataset["resolution"]
+    width, height = reso if isinstance(reso, list) else (reso, reso)
     if not dataset["enable_bucket"]:
-        return reso
-    step, area = dataset["bucket_reso_steps"], reso[0] * reso[1]
+        return width, height
+    step, area = dataset["bucket_reso_steps"], width * height
     if dataset["bucket_no_upscale"]:
         return _bucket_without_upscale(size, area, step)
     low, high = _bucket_limits(dataset)
@@ -793,9 +850,9 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
             tensors = [entry for key, entry in header.items() if key != "__metadata__"]
             end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-            if not all(type(side) is int for entry in tensors for side in entry["shape"]):
+            if not all(type(e["shape"]) is list and all(type(n) is int for n in e["shape"]) for e in tensors):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
             raise ValueError("it is no safetensors file, or its header is torn") from None
     if path.stat().st_size != 8 + length + end:
         raise ValueError("it is torn: not as long as its header says")
@@ -1090,6 +1147,9 @@ def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
 # ======================================================================================================
 
 TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
+PROCESS_FILE = "process.json"  # in the folder of a trial that is trained or scored
+STARTING_ALLOWANCE = 4  # times as long in silence while the model is loaded and latents are cached
+SLOW_STEP = 3.0  # times the study's usual
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -1101,14 +1161,21 @@ def _die_with_parent() -> None:
 
 
 def run_process(
-    command: Sequence[str], environment: Mapping[str, str], on_text: Callable[[str], None], log_file: Path | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    on_text: Callable[[str], None],
+    folder: Path | None = None,
+    log_name: str = "",
+    watch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a program to its end and return its status; its output goes to on_text and, unchanged, to log_file.
+    """Run a program to its end and return its status; its output goes to on_text and, unchanged, to folder/log_name.
 
-    It runs in a session of its own; whatever ends this call (Ctrl-C too) ends every process of that session.
+    It runs in a session of its own; whatever ends this call (Ctrl-C too, or what `watch` raises, which is called
+    about every second) ends every process of that session. folder/process.json says which process it is, as long as
+    it lives.
     """
     with contextlib.ExitStack() as stack:
-        log_to = stack.enter_context(log_file.open("ab")) if log_file else None
+        log_to = stack.enter_context((folder / log_name).open("ab")) if folder else None
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -1118,10 +1185,13 @@ def run_process(
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
+        if folder:
+            stack.callback((folder / PROCESS_FILE).unlink, missing_ok=True)
         stack.callback(_end_process_group, process)
-        assert process.stdout is not None
+        if folder:
+            write_json(folder / PROCESS_FILE, {"pid": process.pid, "started": when_started(process.pid)})
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while data := _read_output(process):
+        while data := _read_output(process, watch):
             if log_to:
                 log_to.write(data)
                 log_to.flush()
@@ -1129,11 +1199,12 @@ def run_process(
         return process.wait()
 
 
-def _read_output(process: subprocess.Popen[bytes]) -> bytes:
+def _read_output(process: subprocess.Popen[bytes], watch: Callable[[], None]) -> bytes:
     """The next piece of output; nothing at its end, or when the process is gone and only a child of its is silent."""
     assert process.stdout is not None
     while True:
         ended = process.poll() is not None
+        watch()
         if select.select([process.stdout], [], [], 1.0)[0]:
             return os.read(process.stdout.fileno(), 1 << 16)
         if ended:
@@ -1154,6 +1225,33 @@ def _end_process_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def when_started(pid: int) -> str | None:
+    """The boot and the clock tick at which a process of this machine began; None where there is none, or no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
+
+
+def end_left_over_process(folder: Path) -> None:
+    """End the trainer or scorer that a program left in a folder when it died, if it is that process still.
+
+    The parent-death signal has usually done it. A number alone proves nothing, since they are given anew.
+    """
+    known = read_json(folder / PROCESS_FILE) or {}
+    started = known.get("started")
+    if started and when_started(known["pid"]) == started:
+        say(f"Process {known['pid']} in {folder} has outlived the program that started it; it is ended.")
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(known["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + TERMINATION_SECONDS
+        while when_started(known["pid"]) == started and time.monotonic() < deadline:
+            time.sleep(0.05)
+    (folder / PROCESS_FILE).unlink(missing_ok=True)
 
 
 def child_environment(device: str) -> dict[str, str]:
@@ -1189,6 +1287,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _EPOCH_LINE = re.compile(r"^epoch (\d+)/(\d+)\s*$")
 _STEP_BAR = re.compile(r"(?<!validation )steps:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+) \[[\d:]+<([\d:?]+)")
 _AVERAGE_LOSS = re.compile(r"avr_loss=\s*(nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)")
+_SAVE_LINE = re.compile(r"^saving checkpoint: (.+)$")
 _DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
@@ -1202,11 +1301,16 @@ class TrainingProgress:
         self.loss = self.eta = self.device = ""
         self.first_nan_step: int | None = None
         self.saved = False
+        self.checkpoints: list[Path] = []  # as far as their saving has begun
+        self.last_sign = time.monotonic()  # of getting on: a step, or any output before the first and after the last
+        self._step_times: list[tuple[float, int]] = []  # (time, step), the latest
         self.tail: list[str] = []  # the last lines, without the bars
         self._unfinished = ""
 
     def read(self, text: str) -> None:
         """Take the next piece of output, cut anywhere; bars end with CR, the rest with LF."""
+        if self.step in (0, self.steps):
+            self.last_sign = time.monotonic()
         *lines, self._unfinished = re.split(r"[\r\n]", _ANSI.sub("", self._unfinished + text))
         for line in lines:
             self._read_line(line)
@@ -1219,6 +1323,9 @@ class TrainingProgress:
 
     def _read_line(self, line: str) -> None:
         if bar := _STEP_BAR.search(line):
+            if int(bar[1]) > self.step:
+                self.last_sign = time.monotonic()
+                self._step_times = [*self._step_times[-50:], (self.last_sign, int(bar[1]))]
             self.step, self.steps, self.eta = int(bar[1]), int(bar[2]), bar[3]
             if loss := _AVERAGE_LOSS.search(line):
                 self.loss = loss[1]
@@ -1229,9 +1336,17 @@ class TrainingProgress:
             self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
         elif line.strip():
             self.saved = self.saved or "model saved." in line
+            if saving := _SAVE_LINE.match(line):
+                self.checkpoints.append(Path(saving[1]))
             device = _DEVICE_LINE.match(line)
             self.device = device[1] if device else self.device
             self.tail = [*self.tail[-199:], line]
+
+    def seconds_per_step(self) -> float | None:
+        """The median of the latest steps; None before there are five."""
+        pairs = list(itertools.pairwise(self._step_times))
+        times = [(later - earlier) / (step - before) for (earlier, before), (later, step) in pairs]
+        return float(np.median(times)) if len(times) >= 5 else None
 
     def __str__(self) -> str:
         share = f"{100 * self.step // self.steps:3d}%" if self.steps else "  0%"
@@ -1298,11 +1413,10 @@ def check_lora(path: Path, *, is_last: bool) -> None:
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
 
-def check_checkpoints(folder: Path) -> None:
+def check_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
     """What check_lora says of every checkpoint of a finished training."""
-    checkpoints = find_checkpoints(folder)
-    for epoch, path in checkpoints:
-        check_lora(path, is_last=epoch == checkpoints[-1][0])
+    for _, path in checkpoints:
+        check_lora(path, is_last=path.stem == LORA_NAME)
 
 
 def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
@@ -1328,24 +1442,24 @@ def judge_training(folder: Path, status: int, progress: TrainingProgress, device
     """Raise what a training's end really was: kohya ends with status 0 when it diverged, too."""
     judge_end(folder, status, progress, device)
     try:
-        check_checkpoints(folder)
+        check_checkpoints(find_checkpoints(folder))
     except Diverged as error:
         since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
         raise Diverged(f"{error}{since}") from error
 
 
 def refuse_full_disk(lines: Sequence[str]) -> None:
-    """OSError where a program's output says that the disk is full: no trial can go on, whatever its parameters."""
-    full = os.strerror(errno.ENOSPC)
-    if any(full in line for line in lines):
-        raise OSError(errno.ENOSPC, full)
+    """OSError where a program's output says that the disk takes no more: then no trial can go on."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if any(os.strerror(number) in line for line in lines):
+            raise OSError(number, os.strerror(number))
 
 
 def has_finished_training(folder: Path) -> bool:
     """Whether a trial that nobody saw the end of was trained to its end, and well."""
     with contextlib.suppress(OSError, TrialFailed):
         if "model saved." in (folder / "training.log").read_text(encoding="utf-8", errors="replace"):
-            check_checkpoints(folder)
+            check_checkpoints(find_checkpoints(folder))
             return True
     return False
 
@@ -1358,6 +1472,62 @@ def meaningful_line(lines: Sequence[str]) -> str:
     return one_line(lines[-1]) if lines else "it printed nothing"
 
 
+class TrainingWatch:
+    """Looks at a training while it runs, about every second; what it raises ends the trainer."""
+
+    def __init__(self, progress: TrainingProgress, stall_minutes: float, usual_step: float | None) -> None:
+        self.progress = progress
+        self.stall_seconds = 60 * stall_minutes
+        self.usual_step = usual_step  # seconds, in this study; None before there is one
+        self._proven: set[Path] = set()  # checkpoints whose weights are finite
+
+    def __call__(self) -> None:
+        self._check_stall()
+        if self.progress.first_nan_step is not None:
+            self._check_weights()
+        self._check_speed()
+
+    def _check_stall(self) -> None:
+        loading = self.progress.step == 0
+        limit = self.stall_seconds * (STARTING_ALLOWANCE if loading else 1)
+        if time.monotonic() - self.progress.last_sign > limit:
+            what = "printed nothing while it loaded" if loading else f"made no step after step {self.progress.step}"
+            raise Hung(f"the trainer {what} for {limit / 60:g} minutes and was stopped (--stall-minutes)")
+
+    def _check_weights(self) -> None:
+        """A loss of NaN is the alarm, a checkpoint that is not finite the proof: fp16 may skip a bad step."""
+        for path in self.progress.checkpoints:
+            if path in self._proven:
+                continue
+            try:
+                check_lora(path, is_last=False)
+            except Diverged as error:
+                p = self.progress
+                raise Diverged(
+                    f"{error}; loss was nan from step {p.first_nan_step}; stopped at step {p.step} of {p.steps}"
+                ) from error
+            except TrialFailed:  # not yet whole
+                continue
+            self._proven.add(path)
+
+    def _check_speed(self) -> None:
+        now = self.progress.seconds_per_step()
+        if self.usual_step and now and now > SLOW_STEP * self.usual_step:
+            say(
+                f"  warning: a step takes {now:.3g} s where {self.usual_step:.3g} s are usual in this study; is "
+                "another program on the card, or does its driver spill into system memory (Windows)?"
+            )
+            self.usual_step = None  # said once
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training took: seconds in all, and a step's (None for very few steps)."""
+
+    seconds: float
+    step_seconds: float | None
+
+
 @dataclass(frozen=True)
 class KohyaTrainer:
     """Starts sd-scripts' train_network.py as a process."""
@@ -1365,25 +1535,77 @@ class KohyaTrainer:
     python: str
     script: Path
     device: str
+    stall_minutes: float = 30.0
 
-    def __call__(self, config: Path) -> float:
-        """Train what `config` (a trial's config.toml) says; seconds that it took. Raises TrialFailed."""
+    def __call__(self, config: Path, usual_step: float | None = None) -> Trained:
+        """Train what `config` (a trial's config.toml) says. Raises TrialFailed.
+
+        `usual_step` is what a step takes in this study, in seconds; far more is warned of.
+        """
         started = time.monotonic()
-        judge_training(config.parent, *self._run(config), self.device)
-        return time.monotonic() - started
+        status, progress = self._run(config, usual_step)
+        judge_training(config.parent, status, progress, self.device)
+        return Trained(time.monotonic() - started, progress.seconds_per_step())
 
     def try_out(self, config: Path) -> None:
         """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
-        judge_end(config.parent, *self._run(config), self.device)
+        judge_end(config.parent, *self._run(config, None), self.device)
 
-    def _run(self, config: Path) -> tuple[int, TrainingProgress]:
+    def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
         progress = TrainingProgress()
         command = [self.python, str(self.script), "--config_file", str(config)]
+        watch = TrainingWatch(progress, self.stall_minutes, usual_step)
         try:
-            status = run_process(command, child_environment(self.device), progress.read, config.parent / "training.log")
+            status = run_process(
+                command, child_environment(self.device), progress.read, config.parent, "training.log", watch
+            )
         finally:
             progress.finish()
         return status, progress
+
+
+def cached_latents(image: TrainingImage) -> Path | None:
+    """The file beside an image in which kohya has cached its latents, by its old or its new name."""
+    width, height = image.size
+    names = (f"{image.path.stem}.npz", f"{image.path.stem}_{width:04d}x{height:04d}_sd.npz")
+    return next((file for file in map(image.path.with_name, names) if file.is_file()), None)
+
+
+def size_of_latents(file: Path) -> tuple[int, int] | None:
+    """Width and height of cached latents; None for a torn file, at which kohya stops."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            height, width = arrays["latents"].shape[-2:]
+            return width, height
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def check_latents(data_set: DataSet, base_model: Path) -> None:
+    """RefusedInput for latents that were cached at another resolution: kohya would train on them without a word."""
+    vae = read_json(base_model / "vae" / "config.json") or {}
+    scale = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)  # pixels of a latent; 8 in Stable Diffusion
+    wrong = []
+    for image in data_set.images:
+        file, bucket = cached_latents(image), data_set.buckets[image.path]
+        found = size_of_latents(file) if file else None
+        if found and found != (bucket[0] // scale, bucket[1] // scale):
+            wrong.append(f"{file} ({found[0] * scale} x {found[1] * scale} instead of {bucket[0]} x {bucket[1]})")
+    if wrong:
+        raise RefusedInput(
+            f"--dataset-config: the latents cached beside {len(wrong)} pictures are of another resolution, which kohya "
+            f"does not notice: {wrong[0]}; delete these .npz files, or use a copy of the pictures without them"
+        )
+
+
+def delete_torn_latents(images: Iterable[TrainingImage]) -> bool:
+    """Delete caches that a killed trainer left half written, under the pictures' lock; whether there were any."""
+    files = [file for image in images if (file := cached_latents(image)) and size_of_latents(file) is None]
+    for file in files:
+        file.unlink(missing_ok=True)
+    if files:
+        say(f"Deleted {len(files)} torn caches of latents ({files[0]}); they are made again.")
+    return bool(files)
 
 
 @contextlib.contextmanager
@@ -1472,10 +1694,13 @@ def _inspect_python(python: str, device: str) -> dict[str, Any]:
     """What _PROBE found out about the trainer's Python."""
     _, output = capture([python, "-c", _PROBE], device)
     found = re.search(r"^facts:(\{.*\})$", output, re.MULTILINE)
-    if not found:
+    try:
+        facts = json.loads(found[1]) if found else {}
+    except ValueError:
+        facts = {}
+    if "missing" not in facts:
         said = meaningful_line(output.splitlines())
         raise RefusedInput(f"--trainer-python: {python} is no working Python ({said}); give kohya's python")
-    facts = json.loads(found[1])
     if facts["missing"]:
         missing = ", ".join(facts["missing"])
         raise RefusedInput(f"--trainer-python: {python} has no {missing}; give the Python in which kohya is installed")
@@ -2142,15 +2367,14 @@ def _score_folder(folder: Path, device: str) -> None:
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
-    if plan is None:
+    if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(
-            f"--score: {folder} is no trial's folder of a search (no {reference / 'plan.json'}); give one"
+            f"--score: {folder} is no trial's folder of a search (no whole {reference / 'plan.json'}); give one"
         )
     checkpoints = [] if is_reference else find_checkpoints_to_score(folder)
     metrics = dict(UNSCORED)
     try:
-        if checkpoints:
-            check_checkpoints(folder)
+        check_checkpoints(checkpoints)
     except Diverged as error:
         print(f"  diverged: {error}", flush=True)
         metrics |= {"outcome": "diverged", "reason": str(error)}
@@ -2171,8 +2395,9 @@ def _score_folder(folder: Path, device: str) -> None:
 def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
     if not (folder / "config.toml").is_file():
         raise RefusedInput(f"--score: {folder} has no config.toml; give a trial's folder")
-    checkpoints = find_checkpoints(folder)
-    if not checkpoints[-1][1].is_file():
+    checkpoints = [(epoch, path) for epoch, path in find_checkpoints(folder) if path.is_file()]
+    scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
+    if not checkpoints or not (scored or checkpoints[-1][1].stem == LORA_NAME):
         raise RefusedInput(
             f"--score: {folder} has no {LORA_NAME}.safetensors; give a trial's folder whose training has finished"
         )
@@ -2379,8 +2604,9 @@ Metrics = dict[str, Any]
 class ScoringProcess:
     """Scores a folder in a child process, so that this program never touches CUDA."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, stall_minutes: float = 30.0) -> None:
         self.device = device
+        self.stall_minutes = stall_minutes
 
     def __call__(self, folder: Path) -> None:
         """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference."""
@@ -2389,16 +2615,23 @@ class ScoringProcess:
         command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
         lines: list[str] = []
         unfinished = ""
+        last_sign = time.monotonic()
+
+        def watch() -> None:
+            minutes = STARTING_ALLOWANCE * self.stall_minutes  # a batch on the CPU may take half an hour
+            if time.monotonic() - last_sign > 60 * minutes:
+                raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
         def show(text: str) -> None:
-            nonlocal unfinished
+            nonlocal unfinished, last_sign
+            last_sign = time.monotonic()
             *whole, unfinished = (unfinished + text).split("\n")
             for line in whole:
                 lines.append(line.removeprefix("stopped: "))
                 if lines[-1] == line:  # why it stopped is said below
                     say(line)
 
-        status = run_process(command, child_environment(self.device), show, folder / "scoring.log")
+        status = run_process(command, child_environment(self.device), show, folder, "scoring.log", watch)
         if status != 0:
             refuse_full_disk(lines)
             raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(lines)}")
@@ -2411,7 +2644,7 @@ class LoraObjective:
         self,
         settings: Settings,
         options: Mapping[str, Any],
-        trainer: Callable[[Path], float],
+        trainer: Callable[[Path, float | None], Trained],
         scorer: Callable[[Path], None],
     ) -> None:
         self.settings = settings
@@ -2446,7 +2679,9 @@ class LoraObjective:
             say(f"  already trained in {trained_in.name}; only the scoring is done again")
             link_training(trained_in, folder)
         else:
-            trial.set_user_attr("training_seconds", round(self.trainer(config), 1))
+            trained = self.trainer(config, usual_step_seconds(trial.study))
+            trial.set_user_attr("step_seconds", trained.step_seconds)
+            trial.set_user_attr("training_seconds", round(trained.seconds, 1))
         return folder / f"{LORA_NAME}.safetensors"
 
     def _make_folder(self, folder: Path, params: Params) -> Path:
@@ -2455,7 +2690,7 @@ class LoraObjective:
         dataset_config = self.settings.reference / "dataset.toml"
         config = trial_config(params, self.options, self.settings.base_model, dataset_config, folder)
         write_json(folder / "params.json", params)
-        write_atomically(folder / "config.toml", toml.dumps(config))
+        write_toml(folder / "config.toml", config)
         return folder / "config.toml"
 
     def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> Metrics:
@@ -2466,6 +2701,13 @@ class LoraObjective:
             raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
         record_metrics(trial, metrics)
         return metrics
+
+
+def usual_step_seconds(study: optuna.Study) -> float | None:
+    """The median over the study's trainings of what a step took; None before there are three."""
+    found = [trial.user_attrs.get("step_seconds") for trial in study.get_trials(deepcopy=False)]
+    known = [seconds for seconds in found if seconds]
+    return float(np.median(known)) if len(known) >= 3 else None
 
 
 def trial_folder(output_dir: Path, number: int) -> Path:
@@ -2508,6 +2750,8 @@ def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
 SQLITE_LOCK_SECONDS = 60
 EQUAL_FAILURES = 3
 POLL_SECONDS = 10
+UNCLAIMED_SECONDS = 600  # claiming takes milliseconds; clocks of machines that share a study may differ
+KEPT_TRIALS = 10  # whose best checkpoint is kept
 ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by less
 GREY_TOLERANCE = 1.0  # and one in 0..255
 
@@ -2521,7 +2765,13 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         return optuna.storages.get_storage(url)
     from sqlalchemy import event
 
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SQLITE_LOCK_SECONDS}})
+    kwargs: dict[str, Any] = {"connect_args": {"timeout": SQLITE_LOCK_SECONDS}}
+    file = sqlite_file(url)
+    if file and url == default_storage(file.parent):
+        # In a URL, SQLAlchemy and Optuna would take %, ? and {} of the folder's name for something else.
+        connect = functools.partial(sqlite3.connect, file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
+        url, kwargs = "sqlite:///study.db", {"creator": connect}
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
 
     @event.listens_for(storage.engine, "connect")
     def leave_transactions_to_us(connection: Any, _record: Any) -> None:
@@ -2535,8 +2785,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     return storage
 
 
-def hide_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+def hide_password(text: str) -> str:
+    """A text with the passwords of the URLs in it taken out, mistyped ones too; a password may hold an unescaped @."""
+    text = re.sub(r":(?!//)\S*@", ":***@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
 
 
 def load_study(storage: str, study_name: str) -> optuna.Study | None:
@@ -2562,13 +2814,15 @@ def _has_studies(file: Path) -> bool:
         return False
     with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and "studies" not in tables:
+    if tables and not tables >= {"studies", "trials", "version_info"}:
         raise ValueError("it is the database of another program")
     return bool(tables)
 
 
 def sqlite_file(url: str) -> Path | None:
     """The database's file, of a URL such as sqlite:///study.db or sqlite+pysqlite:////runs/study.db."""
+    if url.startswith("sqlite:///") and url.endswith(f"/{DATABASE_NAME}"):  # our own, whatever the folder's name
+        return Path(url.removeprefix("sqlite:///"))
     found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", url)
     return Path(found[1]) if found else None
 
@@ -2613,7 +2867,7 @@ def make_fingerprint(
     folders = {str(image.path.parent) for image in data_set.images}
     without_folders = json.dumps(data_set.config)
     for folder in sorted(folders, key=len, reverse=True):
-        without_folders = without_folders.replace(json.dumps(folder)[1:-1], Path(folder).name)
+        without_folders = without_folders.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
     stages = {stage: _describe_jobs(plan[stage]) for stage in FIRST_SEEDS}
     scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)} | stages
     return {
@@ -2682,6 +2936,17 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
 
 def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
     """An output folder holds one study, and its trial folders are known to that study."""
+    for name, kind in (
+        ("reference", Path.is_dir),
+        ("results", Path.is_dir),
+        ("search.log", Path.is_file),
+        (".lock", Path.is_file),
+    ):
+        place = settings.output_dir / name
+        if place.exists() and not kind(place):
+            raise RefusedInput(
+                f"--output-dir: {place} is not this program's; move it away, or give another --output-dir"
+            )
     plan = read_json(settings.reference / "plan.json") or {}
     owner = plan.get("study", settings.study_name)
     if owner != settings.study_name:
@@ -2692,7 +2957,7 @@ def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
     known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
     for folder in sorted(settings.output_dir.glob("trial_*")):
         number = folder.name.removeprefix("trial_")
-        if number.isdigit() and int(number) not in known:
+        if number.isdecimal() and int(number) not in known:
             raise RefusedInput(
                 f"--output-dir: {folder} is not of this study (was its database deleted?); move it away, "
                 "or give another --output-dir"
@@ -2702,6 +2967,18 @@ def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
 def is_trained(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards --n-trials: it was trained to its end, be it diverged."""
     return trial.state == TrialState.COMPLETE or trial.user_attrs.get("ended") == "diverged"
+
+
+def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials with a score, best first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
+    """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
+    here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
+    return there if there.is_dir() and not here.is_dir() else here
 
 
 def is_ours(trial: FrozenTrial, settings: Settings) -> bool:
@@ -2715,14 +2992,65 @@ def is_ours(trial: FrozenTrial, settings: Settings) -> bool:
     return is_own_database(settings) and not is_locked(Path(made_in))
 
 
+def claim_trial(trial: optuna.Trial, settings: Settings) -> None:
+    """Write down whose trial it is; the output folder first, by which the next start knows it."""
+    folder = trial_folder(settings.output_dir, trial.number)
+    about = {"output_dir": str(settings.output_dir), "folder": folder.name}
+    for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
+        trial.set_user_attr(name, value)
+
+
+def close_unclaimed_trials(study: optuna.Study, settings: Settings) -> None:
+    """Close trials whose program died in the moment between asking for them and writing down whose they are.
+
+    No folder's holder knows them, and nothing was trained: they become this folder's, which tries them again. Who only
+    slept meanwhile finds the trial closed.
+    """
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        began = frozen.datetime_start or datetime.datetime.now()
+        now = datetime.datetime.now(datetime.timezone.utc) if began.tzinfo else datetime.datetime.now()
+        if "output_dir" not in frozen.user_attrs and (now - began).total_seconds() > UNCLAIMED_SECONDS:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another program was quicker
+                trial = optuna.Trial(study, frozen._trial_id)
+                claim_trial(trial, settings)
+                finish_trial(study, trial, "interrupted", "its program died as it began", TrialState.FAIL)
+
+
 def is_own_database(settings: Settings) -> bool:
     return sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
+
+
+def delete_spare_checkpoints(study: optuna.Study, settings: Settings) -> None:
+    """Of every trial that is done, delete all checkpoints in this folder but the chosen one of the study's ten best.
+
+    Derived from the study alone, so that a kill at any point loses nothing. What is not scored yet is kept: a trial
+    that was interrupted loses its files when a later attempt is done.
+    """
+    if settings.keep_checkpoints == "all":
+        return
+    trials = study.get_trials(deepcopy=False)
+    by_number = {trial.number: trial for trial in trials}
+    done = [trial for trial in trials if is_trained(trial)]
+    spare = {earlier.number for trial in done for earlier in earlier_attempts(trial.user_attrs, by_number)}
+    best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(study)[:KEPT_TRIALS]}
+    for number in spare.union(trial.number for trial in done if trial.user_attrs.get("ended")):
+        made_in = by_number[number].user_attrs.get("output_dir", str(settings.output_dir))
+        if made_in == str(settings.output_dir) or is_own_database(settings):
+            for file in trial_folder(settings.output_dir, number).glob(f"{LORA_NAME}*.safetensors"):
+                if file.name != best.get(number):
+                    file.unlink(missing_ok=True)
 
 
 def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
     trial.set_user_attr("ended", ended)
     trial.set_user_attr("rejection_reason" if ended == "rejected" else "reason", one_line(reason))
     study.tell(trial, state=state)
+
+
+def end_left_over_processes(output_dir: Path) -> None:
+    """End what an earlier program left running here; call it under the folder's lock only."""
+    for file in (*output_dir.glob(f"trial_*/{PROCESS_FILE}"), *output_dir.glob(f"reference/**/{PROCESS_FILE}")):
+        end_left_over_process(file.parent)
 
 
 def close_interrupted_trials(study: optuna.Study, settings: Settings) -> None:
@@ -2784,9 +3112,9 @@ def earlier_attempts(attrs: Mapping[str, Any], by_number: Mapping[int, FrozenTri
 
 
 def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> bool:
-    """Always after an interruption; once after a crash, a full card or a failed scoring."""
+    """Always after an interruption; once after a crash, a hang, a full card or a failed scoring."""
     kind = failure_kind(trial)
-    if kind[0] not in ("crashed", "out of memory"):
+    if kind[0] not in ("crashed", "hung", "out of memory"):
         return kind[0] == "interrupted"
     return all(failure_kind(earlier) != kind for earlier in earlier_attempts(trial.user_attrs, by_number))
 
@@ -2846,10 +3174,12 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return any(value == choice and type(value) is type(choice) for choice in distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if not distribution.low <= value <= distribution.high:  # nan is not
         return False
     steps = (value - distribution.low) / distribution.step if distribution.step else 0
-    return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-6
+    return abs(steps - round(steps)) < 1e-6
 
 
 def describe_distribution(distribution: BaseDistribution) -> str:
@@ -2871,16 +3201,22 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
 
 
 def run_study(
-    study: optuna.Study, objective: Callable[[optuna.Trial], float], settings: Settings, started: float
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float],
+    settings: Settings,
+    started: float,
+    before_trial: Callable[[], None] = lambda: None,
 ) -> None:
     """Run trials until exactly n_trials are trained. SearchStopped says why it ended before.
 
-    `started` is when the program was, in time.monotonic()'s seconds.
+    `started` is when the program was, in time.monotonic()'s seconds; `before_trial` may raise SearchStopped.
     """
     failures: list[tuple[str, Params]] = []
     waiting = False
     while True:
+        close_unclaimed_trials(study, settings)
         queue_retries(study, settings)
+        delete_spare_checkpoints(study, settings)
         trials = study.get_trials(deepcopy=False)
         trained = sum(map(is_trained, trials))
         running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
@@ -2899,21 +3235,17 @@ def run_study(
             time.sleep(POLL_SECONDS)
             continue
         waiting = False
+        before_trial()
         trial = study.ask()
-        claim_trial(trial, settings)
+        try:
+            claim_trial(trial, settings)
+        except optuna.exceptions.UpdateFinishedTrialError:  # this program slept, and another took it for dead
+            continue
         if is_surplus(study, trial.number, settings.n_trials):
             finish_trial(study, trial, "interrupted", "other programs train the last ones", TrialState.FAIL)
             continue
         failures = run_trial(study, trial, objective, settings, failures)
         stop_after_equal_failures(failures)
-
-
-def claim_trial(trial: optuna.Trial, settings: Settings) -> None:
-    """Write down whose trial it is; the output folder first, by which the next start knows it."""
-    folder = trial_folder(settings.output_dir, trial.number)
-    about = {"output_dir": str(settings.output_dir), "folder": folder.name}
-    for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
-        trial.set_user_attr(name, value)
 
 
 def is_surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
@@ -3010,18 +3342,6 @@ OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the 
 QUALITY_FAILURE_BELOW = 0.9  # share of usable images
 
 
-def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials with a score, best first."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
-
-
-def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
-    """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
-    here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
-    return there if there.is_dir() and not here.is_dir() else here
-
-
 def write_results(study: optuna.Study, output_dir: Path) -> None:
     """Everything in results/, made anew from the study and the trial folders. SearchStopped if these are gone."""
     results = output_dir / "results"
@@ -3066,7 +3386,7 @@ def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
         f"#     python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}\n"
         f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
     )
-    write_atomically(results / "best_config.toml", comment + toml.dumps(config))
+    write_toml(results / "best_config.toml", config, comment)
 
 
 def write_trials_csv(study: optuna.Study, path: Path) -> None:
@@ -3194,14 +3514,25 @@ def describe_improvements(study: optuna.Study) -> list[str]:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    """A path that can be looked at, and be written into UTF-8 files; whether there is anything is checked later."""
+    try:
+        text.encode()
+        path = Path(text).expanduser()
+        path.exists()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else one_line(error, 80)
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a path ({why}); correct it") from None
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return path
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse, with its errors in this program's form: one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {printable(hide_password(message))}; see --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3225,15 +3556,26 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
     how.add_argument("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
     how.add_argument("--timeout", type=float, metavar="HOURS", help="start no new trial after that")
+    how.add_argument(
+        "--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)"
+    )
     how.add_argument("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
 
     where = parser.add_argument_group("where things are")
     where.add_argument("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
+    where.add_argument(
+        "--keep-checkpoints",
+        choices=("best", "all"),
+        default="best",
+        help="of each scored trial the best one, of the study ten; or all (best)",
+    )
     where.add_argument("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     where.add_argument("--storage", metavar="URL", help="any storage of Optuna (SQLite in the output folder)")
     where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
     where.add_argument("--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts (default: $SD_SCRIPTS_DIR)")
-    where.add_argument("--trainer-python", metavar="EXE", help="the Python that kohya is installed in (this one)")
+    where.add_argument(
+        "--trainer-python", type=_path, metavar="EXE", help="the Python that kohya is installed in (this one)"
+    )
 
     files = parser.add_argument_group("settings files")
     files.add_argument(
@@ -3266,8 +3608,8 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     ]
     if sys.platform == "win32":
         missing.append("native Windows is not supported; run it in WSL2")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        missing.append(f"--device: {args.device!r} is no device; give cuda, cuda:N or cpu")
+    if wrong := _wrong_device(args.device):
+        missing.append(wrong)
     problems = _senseless_values(args)
     if missing:
         raise RefusedInput(*missing, *problems)
@@ -3279,8 +3621,8 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         study_name=args.study_name or DEFAULT_STUDY_NAME,
         n_trials=20 if args.n_trials is None else args.n_trials,
         device=args.device,
-        sd_scripts=_path(str(sd_scripts)).resolve(),
-        trainer_python=str(_path(args.trainer_python or sys.executable)),
+        sd_scripts=Path(sd_scripts).expanduser().resolve(),
+        trainer_python=str(args.trainer_python or sys.executable),
         training_config=args.training_config or HERE / "configs" / "training.toml",
         scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
         eval_prompts=args.eval_prompts,
@@ -3289,20 +3631,36 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         seed=args.seed,
         enqueue=args.enqueue,
         timeout_hours=args.timeout,
+        stall_minutes=args.stall_minutes,
+        keep_checkpoints=args.keep_checkpoints,
     )
     return settings, problems
+
+
+def _wrong_device(device: str) -> str:
+    return (
+        ""
+        if re.fullmatch(r"cpu|cuda(:\d+)?", device)
+        else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
+    )
 
 
 def _senseless_values(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.n_trials is not None and args.n_trials < 1:
         problems.append(f"--n-trials: {args.n_trials} is too few; give 1 or more")
+    if args.n_trials is not None and args.n_trials >= 2**31:
+        problems.append("--n-trials: is too many; give fewer than 2147483648")
     if args.timeout is not None and not 0 < args.timeout < math.inf:
         problems.append(f"--timeout: {args.timeout} is no number of hours; give one above 0")
+    if not 0 < args.stall_minutes < math.inf:
+        problems.append(f"--stall-minutes: {args.stall_minutes} is no number of minutes; give one above 0")
     if not 0 <= args.seed < 2**32:
         problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
     if args.study_name is not None and not args.study_name.strip():
         problems.append("--study-name: is empty; give a name or leave it out")
+    if args.study_name is not None and args.study_name != args.study_name.encode(errors="replace").decode():
+        problems.append(f"--study-name: {args.study_name!r} is not UTF-8; give another name")
     return problems
 
 
@@ -3368,6 +3726,8 @@ def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
     plan = None
     if data_set and scoring and options:
         plan = problems.of(make_plan, settings, data_set, scoring, options)
+    if data_set and base_model and options and options.get("cache_latents_to_disk"):
+        problems.of(check_latents, data_set, base_model.path)
     problems.of(check_scoring_tools)
     if scoring:
         problems.of(check_encoders, scoring, settings.base_model)
@@ -3399,7 +3759,9 @@ def find_study(settings: Settings) -> optuna.Study | None:
     """The study to resume, or None; RefusedInput for a storage in which none could be kept."""
     file = sqlite_file(settings.storage)
     if settings.storage.startswith("sqlite") and (file is None or file.name == ":memory:"):
-        raise RefusedInput(f"--storage: {settings.storage} keeps nothing; give sqlite:///FILE, or leave it out")
+        raise RefusedInput(
+            f"--storage: {hide_password(settings.storage)} keeps nothing; give sqlite:///FILE, or leave it out"
+        )
     if file and not file.parent.is_dir() and not is_own_database(settings):
         raise RefusedInput(f"--storage: there is no folder {file.parent}; make it, or leave --storage out")
     return load_study(settings.storage, settings.study_name)
@@ -3434,7 +3796,7 @@ def check_scoring_tools() -> None:
 
 def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
     """RefusedInput for an encoder or pipeline config that is neither a folder, nor cached, nor on a hub in reach."""
-    encoder = ("config.json", "model.safetensors")
+    encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
     wanted = {"dinov2": (scoring.dinov2, encoder), "clip": (scoring.clip, encoder)}
     if base_model.is_file():
         wanted["pipeline_config"] = (scoring.pipeline_config, ("model_index.json", "tokenizer/vocab.json"))
@@ -3446,10 +3808,15 @@ def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
 
 def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
     where, folder = f"--scoring-config: {key} = {name!r}", Path(name)
-    if folder.is_dir():
+    if os.path.isdir(name or "."):  # noqa: PTH112 - Path raises on too long a name
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
+        for file in folder.glob("*.safetensors"):
+            try:
+                read_safetensors_header(file)
+            except (ValueError, OSError) as error:
+                raise RefusedInput(f"{where}: can't use {file.name} ({one_line(error)}); fetch it again") from error
         return
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -3520,23 +3887,70 @@ def images_of_a_trial(inputs: Inputs) -> list[Mapping[str, Any]]:
     return mean_checkpoints(inputs.options) * inputs.plan["screen"] + inputs.plan["confirm"]
 
 
+def bytes_per_dim(inputs: Inputs) -> float:
+    """Disk for a checkpoint over its network_dim."""
+    return inputs.base_model.lora_bytes_per_dim * (1 if inputs.options.get("save_precision") in ("fp16", "bf16") else 2)
+
+
+def image_bytes(inputs: Inputs) -> float:
+    return sum(job["width"] * job["height"] for job in images_of_a_trial(inputs)) * PNG_BYTES_PER_PIXEL
+
+
+def largest_trial_bytes(inputs: Inputs) -> float:
+    """Disk for a trial while it runs: all checkpoints of the largest network_dim, and its images."""
+    dim = max(SEARCH_SPACE["network_dim"].choices)
+    checkpoints = math.ceil(max(SEARCH_SPACE["max_train_epochs"].choices) / inputs.options["save_every_n_epochs"])
+    return checkpoints * dim * bytes_per_dim(inputs) + image_bytes(inputs)
+
+
 def needed_bytes(settings: Settings, inputs: Inputs) -> float:
-    """Disk for checkpoints and images of the trials still to train, from the means of the search space."""
-    bytes_per_number = 2 if inputs.options.get("save_precision") in ("fp16", "bf16") else 4
-    dim = float(np.mean(SEARCH_SPACE["network_dim"].choices))
-    checkpoint = dim * inputs.base_model.lora_bytes_per_dim * bytes_per_number / 2
-    images = sum(job["width"] * job["height"] for job in images_of_a_trial(inputs)) * PNG_BYTES_PER_PIXEL
+    """Disk for what the trials still to train leave, from the search space's means, and for the largest of them."""
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
-    return max(0, settings.n_trials - trained) * (mean_checkpoints(inputs.options) * checkpoint + images)
+    left = max(0, settings.n_trials - trained)
+    checkpoint = float(np.mean(SEARCH_SPACE["network_dim"].choices)) * bytes_per_dim(inputs)
+    kept = min(left, KEPT_TRIALS) if settings.keep_checkpoints == "best" else left * mean_checkpoints(inputs.options)
+    return kept * checkpoint + left * image_bytes(inputs) + (largest_trial_bytes(inputs) if left else 0)
 
 
 def check_disk(settings: Settings, inputs: Inputs) -> None:
     needed, free = needed_bytes(settings, inputs), free_bytes(settings.output_dir)
     if needed > free:
         raise RefusedInput(
-            f"--output-dir: {needed / 1e9:.1f} GB are needed for checkpoints and images, {free / 1e9:.1f} GB free in "
+            f"--output-dir: {format_bytes(needed)} are needed for checkpoints and images, {format_bytes(free)} free in "
             f"{settings.output_dir}; make room, choose another folder or raise save_every_n_epochs"
         )
+
+
+def check_room(settings: Settings, inputs: Inputs) -> None:
+    """Before every trial: SearchStopped where the disk has no room for the largest one."""
+    needed, free = largest_trial_bytes(inputs), free_bytes(settings.output_dir)
+    if needed > free:
+        raise SearchStopped(
+            f"a trial may need {format_bytes(needed)}, and {format_bytes(free)} are free in {settings.output_dir}; "
+            "make room and give the same command again"
+        )
+
+
+def format_bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
+    **dict.fromkeys(("9p", "v9fs", "drvfs"), "a Windows drive"),
+    **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "glusterfs"), "a network share"),
+}
+
+
+def file_system_of(folder: Path, mounts: str) -> str:
+    """The type of the file system that holds a folder, by the text of /proc/self/mounts; "" where it is unknown."""
+    where = str(nearest_folder(folder).resolve())
+    best = ("", "")
+    for line in mounts.splitlines():
+        _, point, kind, *_ = line.split()
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)  # \040 is a space
+        if (where + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+            best = (point, kind)
+    return best[1]
 
 
 def nearest_folder(path: Path) -> Path:
@@ -3574,11 +3988,13 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
         "optimizers": ", ".join(optimizers)
         + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
         "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
-        "disk": f"{needed_bytes(settings, inputs) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+        "disk": f"{format_bytes(needed_bytes(settings, inputs))} needed, {format_bytes(free)} free",
         "study": f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, "
         f"in {hide_password(settings.storage)}",
     }
-    return "\n".join([f"  {name:11s} {value}" for name, value in rows.items()] + describe_warnings(settings, inputs))
+    return "\n".join(
+        [f"  {name:11s} {printable(value)}" for name, value in rows.items()] + describe_warnings(settings, inputs)
+    )
 
 
 def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
@@ -3598,6 +4014,13 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
         lines.append(
             f"  warning: scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; "
             "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
+        )
+    mounts = Path("/proc/self/mounts")
+    kind = file_system_of(settings.output_dir, mounts.read_text(encoding="utf-8")) if mounts.is_file() else ""
+    if kind in NOT_LOCAL:
+        lines.append(
+            f"  warning: {settings.output_dir} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its "
+            "locks may fail; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         )
     for table in inputs.enqueued:
         if reason := why_unsafe(table, inputs):
@@ -3650,9 +4073,11 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     with locked_folder(settings.output_dir), logging_to(settings.output_dir / "search.log"):
         say(describe_inputs(settings, inputs))
+        end_left_over_processes(settings.output_dir)
         study = open_study(settings, inputs)
-        scorer = ScoringProcess(settings.device)
-        trainer = KohyaTrainer(settings.trainer_python, settings.sd_scripts / "train_network.py", settings.device)
+        scorer = ScoringProcess(settings.device, settings.stall_minutes)
+        script = settings.sd_scripts / "train_network.py"
+        trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
         write_reference_inputs(settings, inputs)
         train_first_step(settings, inputs, trainer)
         make_reference(settings, study, scorer)
@@ -3660,7 +4085,7 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
         try:
-            run_study(study, objective, settings, started)
+            run_study(study, objective, settings, started, lambda: check_room(settings, inputs))
         finally:
             show_results(study, settings.output_dir)
 
@@ -3684,7 +4109,7 @@ def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
 def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
     """What trainer and scorer read, the same for all trials of the study."""
     write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
-    write_atomically(settings.reference / "dataset.toml", toml.dumps(inputs.data_set.config))
+    write_toml(settings.reference / "dataset.toml", inputs.data_set.config)
     remember_options(inputs.trainer, trainer_options_cache(settings))
 
 
@@ -3714,15 +4139,16 @@ def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) 
     find it, and equal parameters give equal weights.
     """
     folder = settings.reference / FIRST_STEP
-    if (folder / f"{LORA_NAME}.safetensors").is_file():
-        return
-    say("Trying the trainer out for one step, which also caches the latents, once a study ...")
-    folder.mkdir(exist_ok=True)
     dataset_config = settings.reference / "dataset.toml"
-    config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
-    write_atomically(folder / "config.toml", toml.dumps(config))
     try:
         with locked_pictures(image.path.parent for image in inputs.data_set.images):
+            torn = delete_torn_latents(inputs.data_set.images)
+            if (folder / f"{LORA_NAME}.safetensors").is_file() and not torn:
+                return
+            say("Trying the trainer out for one step, which also caches the latents, once a study ...")
+            folder.mkdir(exist_ok=True)
+            config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
+            write_toml(folder / "config.toml", config)
             trainer.try_out(folder / "config.toml")
     except TrialFailed as error:
         raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
@@ -3800,7 +4226,13 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     ]
     if given:
         raise RefusedInput(f"--demo: makes its own inputs; leave out --{given[0].replace('_', '-')}")
+    problems = _senseless_values(args)
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
+    above = nearest_folder(args.output_dir)
+    if not above.is_dir():
+        problems.append(f"--output-dir: {above} is a file; give another folder")
+    if problems:
+        raise RefusedInput(*problems)
     world = args.output_dir / "inputs"
     sys.path.insert(0, str(maker.parent))
     import demo_world
@@ -3817,6 +4249,8 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.score:
+        if wrong := _wrong_device(args.device):
+            raise RefusedInput(wrong)
         score_folder(args.score.resolve(), args.device)
     elif args.report:
         run_report(args)
@@ -3843,11 +4277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except RefusedInput as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {printable(problem)}", file=sys.stderr)
         return 2
     except SearchError as error:
         log.error("stopped: %s", error)
-        print(f"stopped: {one_line(error, 1000)}", file=sys.stderr)
+        print(f"stopped: {printable(one_line(error, 1000))}", file=sys.stderr)
         return 1
     except optuna.exceptions.StorageInternalError as error:
         said = one_line(hide_password(str(error.__cause__ or error)))
@@ -3856,7 +4290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a disk that is full or gone, outside of any trial
         log.error("stopped: %s", error)
-        print(f"stopped: {one_line(error)}; mend that and give the same command again", file=sys.stderr)
+        print(f"stopped: {printable(one_line(error))}; mend that and give the same command again", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes", file=sys.stderr)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,3 +106,62 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     first.wait()
     second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     return Demo(output_dir, killed, second.stdout + second.stderr, second.returncode)
+
+
+def _postgresql_programs() -> Path | None:
+    """The folder of Debian's PostgreSQL server programs, or of those on the PATH."""
+    there = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ.get("PATH", "").split(os.pathsep))]
+    return next((folder for folder in there if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """A PostgreSQL of its own on loopback: user, password and address of a URL; skipped where none is installed."""
+    pytest.importorskip("psycopg", reason="no driver for PostgreSQL (pip install 'psycopg[binary]')")
+    programs = _postgresql_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    # The server refuses to run as root; Debian's package has made a user for it.
+    user = "postgres" if os.geteuid() == 0 else None
+    top = Path(tempfile.mkdtemp(prefix="postgresql-"))
+    if user:
+        shutil.chown(top, user)
+    (top / "password").write_text("s3cr3t\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = [programs / "initdb", "-D", top / "data", "-U", "searcher", "-A", "scram-sha-256", "--no-sync"]
+    subprocess.run([*made, "--pwfile", top / "password"], user=user, check=True, capture_output=True, cwd="/")
+    options = ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+    server = subprocess.Popen(
+        [programs / "postgres", "-D", top / "data", "-p", str(port), *options],
+        user=user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+    )  # fmt: skip
+    try:
+        for _ in range(100):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"searcher:s3cr3t@127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+        shutil.rmtree(top, ignore_errors=True)
+
+
+@pytest.fixture
+def postgresql(postgresql_server: str) -> Callable[[], str]:
+    """Makes an empty database and returns its URL."""
+    import psycopg
+
+    def make() -> str:
+        name = f"study_{uuid.uuid4().hex}"
+        for _ in range(50):  # the port is open before the server lets anyone in
+            with contextlib.suppress(psycopg.OperationalError):
+                with psycopg.connect(f"postgresql://{postgresql_server}/postgres", autocommit=True) as connection:
+                    connection.execute(f"CREATE DATABASE {name}")
+                return f"postgresql+psycopg://{postgresql_server}/{name}"
+            time.sleep(0.1)
+        raise AssertionError("the PostgreSQL server lets nobody in")
+
+    return make

@@ -325,7 +325,7 @@ def test_too_small_a_disk_is_refused(
 ) -> None:
     monkeypatch.setattr(search, "free_bytes", lambda folder: 1000)
     (line,) = errors_of(capsys, command())
-    assert "GB are needed for checkpoints and images" in line and not (tmp_path / "out").exists()
+    assert "MB are needed for checkpoints and images" in line and not (tmp_path / "out").exists()
 
 
 def test_8bit_cannot_be_enqueued_on_the_cpu(
@@ -366,7 +366,7 @@ def test_check_says_what_it_found_and_makes_nothing(
     assert found["steps"] == steps
     assert found["device"] == "cpu" and "no AdamW8bit" in found["optimizers"]
     assert found["sd-scripts"].startswith("files ")
-    assert "GB needed" in found["disk"] and "0 of 2 trained" in found["study"]
+    assert "MB needed" in found["disk"] and "0 of 2 trained" in found["study"]
     assert not (tmp_path / "out").exists()
 
 

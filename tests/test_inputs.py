@@ -799,7 +799,7 @@ def bucket_of(row: Sequence[int]) -> tuple[int, int]:
         "bucket_reso_steps": step,
         "bucket_no_upscale": bool(no_upscale),
     }
-    return search._bucket((width, height), (reso_width, reso_height), dataset)
+    return search._bucket((width, height), {**dataset, "resolution": [reso_width, reso_height]})
 
 
 @pytest.mark.parametrize("case", range(len(KOHYA["data_sets"])))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 
 import optuna_hyperparameter_search as search
 
@@ -28,6 +31,21 @@ SAFE = {
 }  # fmt: skip
 UNSAFE = {**SAFE, "network_alpha_ratio": 0.9, "optimizer_type": "AdamW8bit"}
 TERMS = {"fidelity": 0.5, "text": 0.6, "preservation": 0.7, "variety": 0.8, "usable": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def quick_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite without waiting for the disk: what a power cut would take, no test here looks at."""
+    open_storage = search.open_storage
+
+    def open_quickly(url: str) -> optuna.storages.BaseStorage:
+        storage = open_storage(url)
+        if url.startswith("sqlite"):
+            event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+            storage.engine.dispose()
+        return storage
+
+    monkeypatch.setattr(search, "open_storage", open_quickly)
 
 
 class Killed(BaseException):
@@ -81,9 +99,9 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
     train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
     score: Iterator[Step] = itertools.chain(scorings, itertools.repeat(good_scoring))
 
-    def trainer(config: Path) -> float:
+    def trainer(config: Path, _usual_step: float | None) -> search.Trained:
         next(train)(config.parent)
-        return 7.0
+        return search.Trained(7.0, 0.5)
 
     study = open_study(settings)
     search.close_interrupted_trials(study, settings)
@@ -194,25 +212,184 @@ def _work(settings: search.Settings) -> None:
     run(settings)
 
 
-@pytest.mark.parametrize("workers", [4])
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("workers", [2, 8])
 def test_programs_that_share_a_storage_end_at_exactly_n(
-    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, workers: int, database: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(search, "POLL_SECONDS", 0.05)
-    storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    all_settings = [settings_for(tmp_path / str(n), 10, storage=storage) for n in range(workers)]
+    urls = {"sqlite": lambda: f"sqlite:///{tmp_path / 'shared.db'}"}
+    storage = urls.get(database, lambda: request.getfixturevalue("postgresql")())()
+    all_settings = [settings_for(tmp_path / str(n), 16, storage=storage) for n in range(workers)]
     open_study(all_settings[0])
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_work, args=(settings,)) for settings in all_settings]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * workers
     trials = open_study(all_settings[0]).get_trials()
-    assert sum(map(search.is_trained, trials)) == 10
+    assert sum(map(search.is_trained, trials)) == 16
     learning_rates = [trial.params["learning_rate"] for trial in trials if trial.params]
     assert len(set(learning_rates)) == len(learning_rates)
+
+
+def test_a_study_on_postgresql_is_resumed_and_its_password_hidden(
+    tmp_path: Path, postgresql: Callable[[], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(tmp_path, 2, storage=postgresql())
+    with pytest.raises(Killed):
+        run(settings, [failing(Killed())])
+    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored"), (COMPLETE, "scored")]
+    written = "".join(file.read_text(errors="replace") for file in settings.output_dir.rglob("*") if file.is_file())
+    assert "s3cr3t" in settings.storage and "s3cr3t" not in written + capsys.readouterr().out
+
+
+# --- killed at any moment ----------------------------------------------------------------------------
+
+
+WRITES = (
+    (optuna.Study, "ask"), (optuna.Study, "tell"), (optuna.Study, "enqueue_trial"), (optuna.Trial, "set_user_attr"),
+    (search, "write_atomically"), (Path, "mkdir"), (Path, "unlink"), (os, "link"),
+)  # fmt: skip
+
+
+class Countdown:
+    """Kills the program before, or right after, its nth write of any kind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, *, after: bool) -> None:
+        self.left, self.after = n, after
+        for owner, name in WRITES:
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, write: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object, **kwargs: object) -> object:
+            self.left -= 1
+            if self.left == 0 and not self.after:
+                raise Killed
+            result = write(*args, **kwargs)
+            if self.left == 0:
+                raise Killed
+            return result
+
+        return counted
+
+
+def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials, whose first scoring fails: all orderings of database and files, one after the other."""
+    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
+    open_study(settings_for(tmp_path / "empty"))
+    for moment in itertools.count(1):
+        shutil.copytree(tmp_path / "empty", tmp_path / f"moment_{moment}")
+        settings = settings_for(tmp_path / f"moment_{moment}", 2)
+        trainings: list[str] = []
+
+        def train(folder: Path, trainings: list[str] = trainings) -> None:
+            trainings.append((folder / "params.json").read_text())
+            good_training(folder)
+
+        steps = itertools.repeat(train)
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            countdown = Countdown(patched, (moment + 1) // 2, after=moment % 2 == 0)
+            run(settings, steps, [failing(search.ScoringFailed("no encoder"))])
+        study = run(settings, steps)
+        trials = study.get_trials()
+        assert sum(map(search.is_trained, trials)) == 2, moment
+        assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)], moment
+        assert len(set(trainings)) == len(trainings) == 2, moment
+        for trial in search.scored_trials(study):
+            folder = settings.output_dir / trial.user_attrs["folder"]
+            assert json.loads((folder / "metrics.json").read_text())["score"] == trial.value, moment
+            assert (folder / "lora.safetensors").is_file(), moment
+        if countdown.left > 0:
+            assert moment > 80
+            return
+
+
+def test_a_trial_that_nobody_claimed_is_closed_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its program died between asking and writing down whose it is, in a storage that others share."""
+    settings = settings_for(tmp_path, 2, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    study = open_study(settings)
+    study.enqueue_trial(SAFE)
+    study.ask()
+    monkeypatch.setattr(search, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(search, "UNCLAIMED_SECONDS", 0.2)
+    study = run(settings)
+    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored"), (COMPLETE, "scored")]
+    again = [trial for trial in study.get_trials() if trial.user_attrs.get("retry_of") == 0]
+    assert len(again) == 1 and {name: again[0].params[name] for name in SAFE} == SAFE
+
+
+def test_who_slept_too_long_before_claiming_leaves_the_trial_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, 1)
+    claim, others = search.claim_trial, []
+
+    def sleep_before_claiming(trial: optuna.Trial, settings: search.Settings) -> None:
+        if not others:
+            others.append(trial.number)
+            trial.study.tell(trial.number, state=FAIL)
+        claim(trial, settings)
+
+    monkeypatch.setattr(search, "claim_trial", sleep_before_claiming)
+    assert endings(run(settings)) == [(FAIL, ""), (COMPLETE, "scored")]
+
+
+# --- the disk ----------------------------------------------------------------------------------------
+
+
+def save_two_checkpoints(folder: Path) -> None:
+    (folder / "lora-000006.safetensors").write_bytes(b"earlier weights of " + folder.name.encode())
+    good_training(folder)
+
+
+def kept(settings: search.Settings) -> list[str]:
+    return sorted(str(file.relative_to(settings.output_dir)) for file in settings.output_dir.glob("trial_*/lora*"))
+
+
+def test_of_every_scored_trial_the_chosen_checkpoint_is_kept_and_of_the_study_ten(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 12)
+    run(settings, [save_two_checkpoints] * 12)  # scores rise with the trial's number
+    assert kept(settings) == [f"trial_{number:04d}/lora.safetensors" for number in range(2, 12)]
+
+
+def test_all_checkpoints_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2, keep_checkpoints="all")
+    run(settings, [save_two_checkpoints] * 2)
+    assert len(kept(settings)) == 4
+
+
+def test_what_is_not_scored_yet_is_kept_and_what_was_scored_elsewhere_is_not(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(Killed):
+        run(settings, [save_two_checkpoints], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
+    assert len([name for name in kept(settings) if name.startswith("trial_0000")]) == 2
+    run(settings, [failing(AssertionError("trained again"))])
+    assert kept(settings) == ["trial_0002/lora.safetensors"]
+
+
+def test_a_diverged_trial_keeps_no_checkpoint(tmp_path: Path) -> None:
+    def diverge(folder: Path) -> None:
+        save_two_checkpoints(folder)
+        raise search.Diverged("not finite")
+
+    settings = settings_for(tmp_path, 1)
+    run(settings, [diverge])
+    assert kept(settings) == []
+
+
+def test_another_folders_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    ours, others = (settings_for(tmp_path / name, n, storage=storage) for name, n in (("ours", 2), ("others", 1)))
+    run(others, [save_two_checkpoints])
+    before = kept(others)
+    (others.output_dir / "trial_0000" / "lora-000006.safetensors").write_bytes(b"put back")
+    run(ours, [save_two_checkpoints])
+    assert len(kept(others)) == len(before) + 1
 
 
 # --- retries -----------------------------------------------------------------------------------------
@@ -244,7 +421,7 @@ def test_an_interruption_is_tried_again_always(tmp_path: Path) -> None:
 
 
 def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, 1)
+    settings = settings_for(tmp_path, 1, keep_checkpoints="all")
     trained = [good_training, failing(AssertionError("trained again"))]
     study = run(settings, trained, [failing(search.ScoringFailed("no encoder"))])
     assert endings(study) == [(FAIL, "crashed"), (COMPLETE, "scored")]

@@ -247,7 +247,7 @@ def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     seen: list[str] = []
     code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
     status = search.run_process(
-        [sys.executable, "-c", code], search.child_environment("cpu"), seen.append, tmp_path / "log"
+        [sys.executable, "-c", code], search.child_environment("cpu"), seen.append, tmp_path, "log"
     )
     assert status == 3 and "".join(seen) == "a\r指b"
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()

@@ -1,0 +1,402 @@
+"""What happens to a search in the night: the real program, real processes, real faults, and the study afterwards.
+
+The trainer is tests/fault_trainer, whose output and files are compared with the small trainer's here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import demo_world
+import fault_storm
+import numpy as np
+import pytest
+import toml
+from fault_storm import STUDY, environment, search_command
+from optuna.trial import FrozenTrial, TrialState
+
+import optuna_hyperparameter_search as search
+
+COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+TESTS = Path(__file__).resolve().parent
+
+
+@dataclass
+class Night:
+    """A study that has one trial, in folders of its own."""
+
+    world: Path
+    output_dir: Path
+
+    def command(self, n_trials: int, *more: object) -> list[str]:
+        return search_command(self.world, self.output_dir, n_trials, *more)
+
+    def run(self, n_trials: int, *more: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = self.command(n_trials, *more)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(**variables))
+
+    def start(self, n_trials: int, *more: object, **variables: str) -> subprocess.Popen[str]:
+        command, env = self.command(n_trials, *more), environment(**variables)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+            preexec_fn=fault_storm.hear_signals,
+        )  # fmt: skip
+
+    def trials(self) -> list[FrozenTrial]:
+        study = search.load_study(search.default_storage(self.output_dir), STUDY)
+        return study.get_trials() if study else []
+
+    def endings(self) -> list[tuple[TrialState, str]]:
+        return [(trial.state, trial.user_attrs.get("ended", "")) for trial in self.trials()]
+
+    def folder(self, number: int) -> Path:
+        return self.output_dir / f"trial_{number:04d}"
+
+
+@pytest.fixture(scope="module")
+def evening(tmp_path_factory: pytest.TempPathFactory) -> Night:
+    """One trial is trained and scored; what this took is not repeated by every test."""
+    top = tmp_path_factory.mktemp("evening")
+    demo_world.make_tiny_world(top / "world")
+    night = Night(top / "world", top / "out")
+    done = night.run(1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return night
+
+
+@pytest.fixture
+def night(evening: Night, tmp_path: Path) -> Night:
+    """A copy of the study, in a folder to which it has been moved; the data set is a copy, too."""
+    shutil.copytree(evening.output_dir, tmp_path / "out")
+    shutil.copytree(evening.world, tmp_path / "world")
+    demo_world.make_tiny_world(tmp_path / "world")  # its files name their own folder
+    return Night(tmp_path / "world", tmp_path / "out")
+
+
+def read_until(program: subprocess.Popen[str], what: str) -> str:
+    """What a program prints up to a line with these words, and that line."""
+    assert program.stdout is not None
+    said = ""
+    for line in program.stdout:
+        said += line
+        if what in line:
+            return said
+    raise AssertionError(f"never said {what!r}:\n{said}")
+
+
+SCORED = (COMPLETE, "scored")
+INTERRUPTED = (FAIL, "interrupted")
+
+
+# --- the trainer that fails speaks as the one that trains ---------------------------------------------
+
+
+def test_the_fault_trainers_output_and_files_are_of_the_small_trainers_kinds(evening: Night, tmp_path: Path) -> None:
+    config = toml.loads((evening.folder(0) / "config.toml").read_text())
+    config.update(output_dir=str(tmp_path / "small"), network_dim=4, network_alpha=2, max_train_epochs=6)
+    (tmp_path / "config.toml").write_text(toml.dumps({**config, "logging_dir": str(tmp_path / "logs")}))
+    command = [sys.executable, TESTS / "small_trainer" / "train_network.py", "--config_file", tmp_path / "config.toml"]
+    real = subprocess.run(command, capture_output=True, env=environment(COLUMNS="250"), check=True)
+    ours = (evening.folder(0) / "training.log").read_bytes()
+    kinds = (
+        rb"\nepoch \d+/\d+\n",
+        rb"steps:\s+\d+%\|[^|]*\| *\d+/\d+ \[[^\]]*avr_loss=[\d.e-]+\]",
+        rb"\nsaving checkpoint: \S+\.safetensors\n",
+        rb"model saved\.",
+        rb"accelerator device: cpu\n",
+        rb"override steps\. steps for \d+ epochs is ",
+    )
+    for kind in kinds:
+        assert re.search(kind, real.stdout + real.stderr) and re.search(kind, ours), kind
+    theirs = search.read_safetensors_header(tmp_path / "small" / "lora-000005.safetensors")
+    kept = next(evening.folder(0).glob("lora*.safetensors"))
+    assert search.read_safetensors_header(kept).keys() <= theirs.keys()
+
+
+# --- a trainer that goes wrong -----------------------------------------------------------------------
+
+
+def test_a_diverged_training_is_stopped_at_its_next_checkpoint(night: Night) -> None:
+    done = night.run(2, FAULT="nan@3:trial_0001", STEP_SECONDS="0.05")
+    assert done.returncode == 0, done.stdout
+    assert night.endings() == [SCORED, (PRUNED, "diverged")]
+    reason = night.trials()[1].user_attrs["reason"]
+    found = re.search(r"loss was nan from step (\d+); stopped at step (\d+) of (\d+)", reason)
+    assert found, reason
+    first, stopped, steps = map(int, found.groups())
+    assert first == 3 and stopped < 0.7 * steps  # a checkpoint every five epochs of twelve or more
+    assert not list(night.folder(1).glob("lora*.safetensors"))
+    print(f"{1 - stopped / steps:.0%} of the training time saved")
+
+
+def test_a_loss_of_nan_alone_does_not_stop_a_training(tmp_path: Path) -> None:
+    """fp16's scaler skips a bad step, after which kohya's average stays NaN and the weights are well."""
+    progress = search.TrainingProgress()
+    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=None)
+    file = tmp_path / "lora-000002.safetensors"
+    progress.read(
+        f"epoch 1/2\n\rsteps:  50%|█ | 3/6 [00:01<00:01,  2.0it/s, avr_loss=nan]\nsaving checkpoint: {file}\n"
+    )
+    watch()  # not there yet
+    from safetensors.numpy import save_file
+
+    save_file({"lora_unet_x.lora_up.weight": np.ones((2, 2), np.float16)}, file)
+    watch()
+    save_file({"lora_unet_x.lora_up.weight": np.full((2, 2), np.nan, np.float16)}, tmp_path / "lora.safetensors")
+    progress.read(f"saving checkpoint: {tmp_path / 'lora.safetensors'}\n")
+    with pytest.raises(search.Diverged, match=r"lora\.safetensors.*loss was nan from step 3; stopped at step 3 of 6"):
+        watch()
+
+
+def test_a_hung_trainer_is_stopped_and_the_trial_tried_again(night: Night) -> None:
+    done = night.run(2, "--stall-minutes", 0.1, FAULT="hang@4:trial_0001", STEP_SECONDS="0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert night.endings() == [SCORED, (FAIL, "hung"), SCORED]
+    assert "made no step after step 3 for 0.1 minutes and was stopped (--stall-minutes)" in done.stdout
+    assert night.trials()[1].params == night.trials()[2].params
+    assert not fault_storm.processes_of(night.output_dir)
+
+
+def test_a_trainer_that_is_silent_while_it_loads_has_four_times_as_long() -> None:
+    progress = search.TrainingProgress()
+    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=None)
+    progress.last_sign -= 3 * 60
+    watch()
+    progress.last_sign -= 2 * 60
+    with pytest.raises(search.Hung, match="printed nothing while it loaded for 4 minutes"):
+        watch()
+    progress.read("caching latents: 3%\n")
+    watch()
+
+
+def test_a_crash_is_named_by_its_last_line_and_tried_again(night: Night) -> None:
+    done = night.run(2, FAULT="die@3:trial_0001")
+    assert night.endings() == [SCORED, (FAIL, "crashed"), SCORED]
+    assert "ended with status 1: RuntimeError: the worker has lost its mind" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", ["oom", "kill"])
+def test_out_of_memory_is_tried_again(night: Night, fault: str) -> None:
+    night.run(2, FAULT=f"{fault}@3:trial_0001")
+    assert night.endings() == [SCORED, (FAIL, "out of memory"), SCORED]
+
+
+def test_what_always_happens_stops_the_search(night: Night) -> None:
+    done = night.run(4, FAULT="die@1")
+    assert done.returncode == 1
+    assert [ending for ending in night.endings() if ending[1] == "crashed"] == [(FAIL, "crashed")] * 3
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("stopped: three trials in a row ended alike")
+    assert night.run(2).returncode == 0
+
+
+def test_a_card_that_spills_into_memory_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = search.TrainingProgress()
+    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=0.001)
+    for step in range(1, 9):
+        time.sleep(0.01)
+        progress.read(f"\rsteps:  50%|█ | {step}/20 [00:01<00:01,  2.0it/s, avr_loss=0.5]\r")
+        watch()
+    assert capsys.readouterr().out.count("warning: a step takes") == 1
+
+
+# --- killed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_program_and_deaf_trainer_within_ten_seconds(night: Night, number: signal.Signals) -> None:
+    program = night.start(2, FAULT="deaf@4:trial_0001")
+    read_until(program, "Trial 1: ")
+    while not (night.folder(1) / search.PROCESS_FILE).exists():
+        time.sleep(0.05)
+    time.sleep(1.5)  # until it is deaf
+    began = time.monotonic()
+    program.send_signal(number)
+    said, _ = program.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert program.returncode == 130, said
+    assert not fault_storm.wait_until_none(night.output_dir, 1)
+    assert night.endings() == [SCORED, INTERRUPTED]
+
+
+def test_a_second_ctrl_c_ends_it_at_once(night: Night) -> None:
+    program = night.start(2, FAULT="deaf@4:trial_0001")
+    read_until(program, "Trial 1: ")
+    time.sleep(3)
+    program.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    began = time.monotonic()
+    program.send_signal(signal.SIGINT)
+    program.communicate(timeout=30)
+    assert time.monotonic() - began < 2
+    assert not fault_storm.wait_until_none(night.output_dir, 1)
+    assert night.run(2).returncode == 0
+    assert night.endings() == [SCORED, INTERRUPTED, SCORED]
+    assert night.trials()[1].params == night.trials()[2].params
+
+
+def test_a_killed_program_leaves_no_trainer(night: Night) -> None:
+    program = night.start(2, FAULT="deaf@4:trial_0001")
+    read_until(program, "Trial 1: ")
+    time.sleep(3)
+    program.kill()
+    program.communicate(timeout=30)
+    assert not fault_storm.wait_until_none(night.output_dir, 2)
+
+
+def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: Night) -> None:
+    left_over, innocent = (subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2))
+    try:
+        for number, process, started in (
+            (7, left_over, search.when_started(left_over.pid)),
+            (8, innocent, "another boot 1"),  # its number was given anew
+        ):
+            (night.output_dir / "reference" / f"{number}").mkdir()
+            file = night.output_dir / "reference" / f"{number}" / search.PROCESS_FILE
+            file.write_text(json.dumps({"pid": process.pid, "started": started}))
+        done = night.run(1)
+        assert left_over.wait(5) == -signal.SIGKILL and innocent.poll() is None
+        assert f"Process {left_over.pid} in" in done.stdout and "has outlived the program" in done.stdout
+    finally:
+        for process in (left_over, innocent):
+            process.kill()
+            process.wait()
+
+
+# --- twice at once -----------------------------------------------------------------------------------
+
+
+def test_a_second_program_in_the_same_folder_is_refused(night: Night) -> None:
+    program = night.start(2, FAULT="hang@4:trial_0001")
+    read_until(program, "Trial 1: ")
+    second = night.run(2)
+    program.terminate()
+    program.communicate(timeout=30)
+    assert second.returncode == 2
+    assert f"is in use by process {program.pid} on " in second.stderr and "Traceback" not in second.stderr
+
+
+# --- the disk ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_grows_too_large_stops_the_search_which_goes_on_later(night: Night) -> None:
+    done = night.run(2, FAULT="full@4:trial_0001")
+    assert done.returncode == 1
+    assert night.endings() == [SCORED, INTERRUPTED]
+    assert done.stderr.startswith("stopped: ") and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert night.run(2).returncode == 0
+    assert night.endings() == [SCORED, INTERRUPTED, SCORED]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[[int], Path]:
+    """A file system of so many MB; skipped where this user may mount none."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(megabytes: int) -> Path:
+        options = ["-o", f"size={megabytes}m"]
+        if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("this user may not mount a small file system")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def test_a_full_disk_stops_the_search_which_goes_on_when_there_is_room(
+    night: Night, small_disk: Callable[[int], Path]
+) -> None:
+    disk = small_disk(60)
+    shutil.copytree(night.output_dir, disk / "out")
+    moved = Night(night.world, disk / "out")
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(b"x" * (free - 200_000))
+    refused = moved.run(2)
+    assert refused.returncode == 2 and re.search(r"MB are needed .* free in", refused.stderr)
+    (disk / "ballast").unlink()
+    program = moved.start(2, FAULT="slow@1:trial_0001", STEP_SECONDS="0.05")
+    read_until(program, "epoch 2/")
+    (disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(disk).free - 4096))
+    said, _ = program.communicate(timeout=120)
+    assert program.returncode == 1 and "No space left on device" in said and "Traceback" not in said, said
+    (disk / "ballast").unlink()
+    assert moved.run(2).returncode == 0
+    assert [ending for ending in moved.endings() if ending == SCORED] == [SCORED] * 2
+
+
+# --- the database ------------------------------------------------------------------------------------
+
+
+def test_a_database_that_another_process_holds_for_a_while_is_waited_for(night: Night) -> None:
+    program = night.start(2, STEP_SECONDS="0.02")
+    read_until(program, "Trial 1: ")
+    with closing(sqlite3.connect(night.output_dir / search.DATABASE_NAME)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        time.sleep(8)
+        database.rollback()
+    said, _ = program.communicate(timeout=120)
+    assert program.returncode == 0, said
+    assert night.endings() == [SCORED, SCORED]
+
+
+def test_a_database_that_stays_locked_stops_the_search_which_loses_nothing(night: Night) -> None:
+    code = (
+        "import sys, optuna_hyperparameter_search as s\ns.SQLITE_LOCK_SECONDS = 0.5\nsys.exit(s.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, *night.command(2)[2:]]
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS.parent,
+        env=environment(STEP_SECONDS="0.05"),
+    )  # fmt: skip
+    read_until(program, "epoch 2/")
+    with closing(sqlite3.connect(night.output_dir / search.DATABASE_NAME)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        said, _ = program.communicate(timeout=120)
+        database.rollback()
+    assert program.returncode == 1 and "database failed" in said and "locked" in said and "Traceback" not in said, said
+    assert night.run(2).returncode == 0
+    assert [ending for ending in night.endings() if ending == SCORED] == [SCORED] * 2
+
+
+# --- the latents' cache ------------------------------------------------------------------------------
+
+
+def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -> None:
+    caches = sorted((night.world / "images").glob("*.npz"))
+    caches[0].write_bytes(caches[0].read_bytes()[:100])
+    caches[1].write_bytes(b"")
+    done = night.run(2)
+    assert done.returncode == 0, done.stdout
+    assert "Deleted 2 torn caches of latents" in done.stdout and "Trying the trainer out" in done.stdout
+    assert all(search.size_of_latents(cache) == (8, 8) for cache in caches)
+
+
+def test_latents_of_another_resolution_are_refused(night: Night) -> None:
+    cache = next((night.world / "images").glob("*.npz"))
+    np.savez(cache, latents=np.zeros((4, 64, 64), np.float32))
+    done = night.run(2)
+    assert done.returncode == 2
+    assert f"{cache} (512 x 512 instead of 64 x 64)" in done.stderr and cache.is_file()
+
+
+# --- the storm ---------------------------------------------------------------------------------------
+
+
+def test_a_short_storm_does_no_damage(tmp_path: Path) -> None:
+    demo_world.make_tiny_world(tmp_path / "world")
+    damage = fault_storm.storm(tmp_path / "world", tmp_path / "out", kills=4, n_trials=2, seed=3, longest_life=14)
+    assert damage.notes == []
+    assert sum(map(search.is_trained, damage.trials())) == 2
