@@ -2803,6 +2803,11 @@ def load_study(storage: str, study_name: str) -> optuna.Study | None:
     except Exception as error:
         where = hide_password(storage)
         said = one_line(hide_password(str(error)), 160)
+        if "updating optuna" in str(error):
+            raise RefusedInput(
+                f"--storage: {where} was made by a newer Optuna than {optuna.__version__}; pip install -U optuna, or "
+                "give another --output-dir"
+            ) from error
         raise RefusedInput(
             f"--storage: can't open {where} ({said}); check the address or move the file away"
         ) from error

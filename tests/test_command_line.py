@@ -471,3 +471,71 @@ def test_a_timeout_is_status_1_and_says_why(command: Command, capsys: pytest.Cap
     assert search.main(command(timeout=1e-9)) == 1
     said = capsys.readouterr().err
     assert said.startswith("stopped: --timeout 1e-09 is over with 0 of 2 trials trained") and said.count("\n") == 1
+
+
+# --- disk, file systems, security ---------------------------------------------------------------------
+
+MOUNTS = """\
+/dev/sdc / ext4 rw,relatime 0 0
+C:\\134 /mnt/c 9p rw,noatime,aname=drvfs;path=C:\\134 0 0
+nas:/export /srv/my\\040share nfs4 rw 0 0
+//nas/x /srv/my\\040share/deep cifs rw 0 0
+tmpfs /mnt tmpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "warned"),
+    [
+        ("/home/me/runs", "ext4", False),
+        ("/mnt/c/Users/me/runs", "9p", True),
+        ("/mnt/c", "9p", True),
+        ("/mnt/cd/runs", "tmpfs", False),
+        ("/srv/my share/runs", "nfs4", True),
+        ("/srv/my share/deep/runs", "cifs", True),
+    ],
+)
+def test_knows_the_file_system_of_a_folder(
+    folder: str, kind: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "nearest_folder", lambda path: path)
+    assert search.file_system_of(Path(folder), MOUNTS) == kind
+    assert (kind in search.NOT_LOCAL) == warned
+
+
+def test_a_network_share_is_warned_of(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "file_system_of", lambda folder, mounts: "9p")
+    assert search.main([*command(), "--check"]) == 0
+    assert (
+        "is on a Windows drive (9p), where a database is slow and its locks may fail; give" in capsys.readouterr().out
+    )
+
+
+def test_room_is_looked_for_before_every_trial(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = search.read_settings(search.make_parser().parse_args(command()))[0]
+    inputs = search.check_inputs(settings)
+    search.check_room(settings, inputs)
+    monkeypatch.setattr(search, "free_bytes", lambda folder: 10_000)
+    with pytest.raises(search.SearchStopped, match=r"0\.0 MB are free in .*; make room and give the same command"):
+        search.check_room(settings, inputs)
+
+
+def test_files_have_the_users_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        search.write_json(tmp_path / "new" / "x.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "x.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_shell_no_pickle_and_no_server() -> None:
+    """What the script may not even name; its child processes get lists, its weights are safetensors."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    for name in (r"shell=True", r"os\.system", r"os\.popen", r"torch\.load", r"allow_pickle=True", r"\.listen\(\d",
+                 r"import pickle", r"(?<!\.)\beval\(", r"\bexec\(", r"http\.server", r"\.bind\("):  # fmt: skip
+        assert not re.search(name, text), name

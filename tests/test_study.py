@@ -756,6 +756,59 @@ def test_another_programs_database_is_refused_and_left_as_it_is(tmp_path: Path) 
     assert (tmp_path / "s.db").read_bytes() == before
 
 
+def test_a_study_of_a_newer_optuna_is_refused_in_one_line(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    open_study(settings)
+    with sqlite3.connect(settings.output_dir / search.DATABASE_NAME) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+    with pytest.raises(search.RefusedInput, match=r"was made by a newer Optuna.*pip install -U optuna") as caught:
+        search.load_study(settings.storage, settings.study_name)
+    assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
+
+
+def test_a_database_that_can_grow_no_more_stops_the_search_which_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite says the same as on a full disk; the trial is told from its files when there is room."""
+    settings = settings_for(tmp_path, 2)
+    open_study(settings)
+
+    def fill_up(folder: Path) -> None:
+        good_scoring(folder)
+        with sqlite3.connect(settings.output_dir / search.DATABASE_NAME) as database:
+            (pages,) = database.execute("PRAGMA page_count").fetchone()
+        event.listen(
+            engines[-1], "begin", lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+        )
+
+    engines = []
+    open_storage = search.open_storage
+
+    def remember_engine(url: str) -> optuna.storages.BaseStorage:
+        storage = open_storage(url)
+        engines.append(storage.engine)
+        return storage
+
+    monkeypatch.setattr(search, "open_storage", remember_engine)
+    padding = "x" * 20_000  # more than the last page has room for
+    record = search.record_metrics
+
+    def record_much(trial: optuna.Trial, metrics: search.Metrics) -> None:
+        trial.set_user_attr("padding", padding)
+        record(trial, metrics)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "record_metrics", record_much)
+        with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
+            run(settings, [], [fill_up])
+    assert "full" in str(caught.value.__cause__)
+    monkeypatch.setattr(search, "open_storage", open_storage)
+    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
+    study = run(settings)
+    assert endings(study) == [(COMPLETE, "scored")] * 2
+    assert study.get_trials()[0].value == pytest.approx(0.1)
+
+
 def test_an_empty_file_is_no_study_yet(tmp_path: Path) -> None:
     (tmp_path / "s.db").touch()
     for dialect in ("sqlite", "sqlite+pysqlite"):
