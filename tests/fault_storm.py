@@ -211,7 +211,7 @@ def storm(world: Path, output_dir: Path, kills: int, n_trials: int, seed: int, l
             if not hit_child:
                 break
         status = program.wait(600)
-        for pid, line in wait_until_none(output_dir, 10).items():
+        for pid, line in wait_until_none(output_dir, 1.5).items():
             damage.note("orphans", f"{pid} {line}")
         damage.look()
         if status in (1, 2) and not hit_child:
