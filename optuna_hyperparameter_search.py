@@ -512,7 +512,7 @@ class DataSet:
     images: tuple[TrainingImage, ...]
     batches_per_epoch: int
     class_tokens: str | None
-    buckets: dict[Path, tuple[int, int]]  # width, height in pixels at which each image is trained
+    buckets: dict[Path, set[tuple[int, int]]]  # width, height in pixels at which each image is trained
 
     @property
     def subject_images(self) -> list[TrainingImage]:
@@ -534,7 +534,7 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
     problems: list[str] = []
     images: list[TrainingImage] = []
     batches = 0
-    buckets: dict[Path, tuple[int, int]] = {}
+    buckets: dict[Path, set[tuple[int, int]]] = {}
     tables = _tables(config, "datasets", _GENERAL_KEYS, path, problems)
     for dataset in tables:
         found: list[TrainingImage] = []
@@ -553,7 +553,8 @@ def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
         images += found
         if not problems:
             batches += _count_batches(found, inherited)
-            buckets |= {image.path: _bucket(image.size, inherited) for image in found}
+            for image in found:
+                buckets.setdefault(image.path, set()).add(_bucket(image.size, inherited))
     if problems:
         raise RefusedInput(*problems)
     if not any(not image.is_reg for image in images):
@@ -1522,10 +1523,10 @@ class TrainingWatch:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training took: seconds in all, and a step's (None for very few steps)."""
+    """What a training took: seconds in all, and a batch's (None for very few steps)."""
 
     seconds: float
-    step_seconds: float | None
+    batch_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -1537,15 +1538,18 @@ class KohyaTrainer:
     device: str
     stall_minutes: float = 30.0
 
-    def __call__(self, config: Path, usual_step: float | None = None) -> Trained:
+    def __call__(self, config: Path, usual_batch: float | None = None) -> Trained:
         """Train what `config` (a trial's config.toml) says. Raises TrialFailed.
 
-        `usual_step` is what a step takes in this study, in seconds; far more is warned of.
+        `usual_batch` is what a batch takes in this study, in seconds; far more is warned of. A step of kohya's bar is
+        as many batches as are accumulated.
         """
         started = time.monotonic()
-        status, progress = self._run(config, usual_step)
+        batches = toml.loads(config.read_text(encoding="utf-8")).get("gradient_accumulation_steps", 1)
+        status, progress = self._run(config, usual_batch and batches * usual_batch)
         judge_training(config.parent, status, progress, self.device)
-        return Trained(time.monotonic() - started, progress.seconds_per_step())
+        step = progress.seconds_per_step()
+        return Trained(time.monotonic() - started, step and step / batches)
 
     def try_out(self, config: Path) -> None:
         """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
@@ -1571,6 +1575,11 @@ def cached_latents(image: TrainingImage) -> Path | None:
     return next((file for file in map(image.path.with_name, names) if file.is_file()), None)
 
 
+def is_own_cache(file: Path) -> bool:
+    """Whether nothing but a trainer's cache has such a name."""
+    return file.name.endswith("_sd.npz")
+
+
 def size_of_latents(file: Path) -> tuple[int, int] | None:
     """Width and height of cached latents; None for a torn file, at which kohya stops."""
     try:
@@ -1582,15 +1591,23 @@ def size_of_latents(file: Path) -> tuple[int, int] | None:
 
 
 def check_latents(data_set: DataSet, base_model: Path) -> None:
-    """RefusedInput for latents that were cached at another resolution: kohya would train on them without a word."""
+    """RefusedInput for latents that were cached at another resolution: kohya would train on them without a word.
+
+    Also for a file of the cache's old name that is something else, at which kohya stops.
+    """
     vae = read_json(base_model / "vae" / "config.json") or {}
     scale = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)  # pixels of a latent; 8 in Stable Diffusion
     wrong = []
     for image in data_set.images:
-        file, bucket = cached_latents(image), data_set.buckets[image.path]
-        found = size_of_latents(file) if file else None
-        if found and found != (bucket[0] // scale, bucket[1] // scale):
-            wrong.append(f"{file} ({found[0] * scale} x {found[1] * scale} instead of {bucket[0]} x {bucket[1]})")
+        if not (file := cached_latents(image)):
+            continue
+        found = size_of_latents(file)
+        if found is None and not is_own_cache(file):
+            raise RefusedInput(f"--dataset-config: {file} is no cache of latents, as kohya takes it for; move it away")
+        wanted = data_set.buckets[image.path]
+        if found and (found[0] * scale, found[1] * scale) not in wanted:
+            sizes = " or ".join(f"{width} x {height}" for width, height in sorted(wanted))
+            wrong.append(f"{file} ({found[0] * scale} x {found[1] * scale} instead of {sizes})")
     if wrong:
         raise RefusedInput(
             f"--dataset-config: the latents cached beside {len(wrong)} pictures are of another resolution, which kohya "
@@ -1600,7 +1617,8 @@ def check_latents(data_set: DataSet, base_model: Path) -> None:
 
 def delete_torn_latents(images: Iterable[TrainingImage]) -> bool:
     """Delete caches that a killed trainer left half written, under the pictures' lock; whether there were any."""
-    files = [file for image in images if (file := cached_latents(image)) and size_of_latents(file) is None]
+    caches = [file for image in images if (file := cached_latents(image)) and is_own_cache(file)]
+    files = [file for file in caches if size_of_latents(file) is None]
     for file in files:
         file.unlink(missing_ok=True)
     if files:
@@ -2679,8 +2697,8 @@ class LoraObjective:
             say(f"  already trained in {trained_in.name}; only the scoring is done again")
             link_training(trained_in, folder)
         else:
-            trained = self.trainer(config, usual_step_seconds(trial.study))
-            trial.set_user_attr("step_seconds", trained.step_seconds)
+            trained = self.trainer(config, usual_batch_seconds(trial.study))
+            trial.set_user_attr("batch_seconds", trained.batch_seconds)
             trial.set_user_attr("training_seconds", round(trained.seconds, 1))
         return folder / f"{LORA_NAME}.safetensors"
 
@@ -2703,9 +2721,9 @@ class LoraObjective:
         return metrics
 
 
-def usual_step_seconds(study: optuna.Study) -> float | None:
-    """The median over the study's trainings of what a step took; None before there are three."""
-    found = [trial.user_attrs.get("step_seconds") for trial in study.get_trials(deepcopy=False)]
+def usual_batch_seconds(study: optuna.Study) -> float | None:
+    """The median over the study's trainings of what a batch took; None before there are three."""
+    found = [trial.user_attrs.get("batch_seconds") for trial in study.get_trials(deepcopy=False)]
     known = [seconds for seconds in found if seconds]
     return float(np.median(known)) if len(known) >= 3 else None
 
@@ -3616,6 +3634,11 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     if wrong := _wrong_device(args.device):
         missing.append(wrong)
     problems = _senseless_values(args)
+    if sd_scripts:
+        try:
+            sd_scripts = _path(str(sd_scripts))
+        except argparse.ArgumentTypeError as error:
+            missing.append(f"--sd-scripts, or SD_SCRIPTS_DIR: {error}")
     if missing:
         raise RefusedInput(*missing, *problems)
     output_dir = args.output_dir.resolve()
@@ -3626,7 +3649,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         study_name=args.study_name or DEFAULT_STUDY_NAME,
         n_trials=20 if args.n_trials is None else args.n_trials,
         device=args.device,
-        sd_scripts=Path(sd_scripts).expanduser().resolve(),
+        sd_scripts=sd_scripts.resolve(),
         trainer_python=str(args.trainer_python or sys.executable),
         training_config=args.training_config or HERE / "configs" / "training.toml",
         scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
@@ -4147,7 +4170,8 @@ def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) 
     dataset_config = settings.reference / "dataset.toml"
     try:
         with locked_pictures(image.path.parent for image in inputs.data_set.images):
-            torn = delete_torn_latents(inputs.data_set.images)
+            on_disk = inputs.options.get("cache_latents_to_disk", False)
+            torn = on_disk and delete_torn_latents(inputs.data_set.images)
             if (folder / f"{LORA_NAME}.safetensors").is_file() and not torn:
                 return
             say("Trying the trainer out for one step, which also caches the latents, once a study ...")

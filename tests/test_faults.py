@@ -212,6 +212,29 @@ def test_a_card_that_spills_into_memory_is_warned_of_once(capsys: pytest.Capture
     assert capsys.readouterr().out.count("warning: a step takes") == 1
 
 
+def test_accumulated_batches_make_no_step_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four batches a step take four times as long, and the card is well."""
+    script = tmp_path / "train_network.py"
+    script.write_text(
+        "import sys, toml\n"
+        "import numpy as np\n"
+        "from safetensors.numpy import save_file\n"
+        "folder = toml.load(sys.argv[2])['output_dir']\n"
+        "save_file({'lora_unet_x.lora_up.weight': np.ones((2, 2), np.float16)}, folder + '/lora.safetensors')\n"
+        "print('model saved.')\n"
+    )
+    config = {"output_dir": str(tmp_path), "gradient_accumulation_steps": 4, "max_train_epochs": 1}
+    search.write_toml(tmp_path / "config.toml", config)
+    monkeypatch.setattr(search.TrainingProgress, "seconds_per_step", lambda self: 8.0)
+    train = search.KohyaTrainer(sys.executable, script, "cpu")
+    assert train(tmp_path / "config.toml", usual_batch=1.0).batch_seconds == 2.0
+    assert "warning" not in capsys.readouterr().out
+    train(tmp_path / "config.toml", usual_batch=0.5)
+    assert "warning: a step takes 8 s where 2 s are usual" in capsys.readouterr().out
+
+
 # --- killed ------------------------------------------------------------------------------------------
 
 
@@ -382,6 +405,14 @@ def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -
     assert done.returncode == 0, done.stdout
     assert "Deleted 2 torn caches of latents" in done.stdout and "Trying the trainer out" in done.stdout
     assert all(search.size_of_latents(cache) == (8, 8) for cache in caches)
+
+
+def test_a_file_that_only_looks_like_latents_is_refused_and_kept(night: Night) -> None:
+    picture = next((night.world / "images").glob("*.png"))
+    (night.world / "images" / f"{picture.stem}.npz").write_bytes(b"my notes")
+    done = night.run(2)
+    assert done.returncode == 2 and f"{picture.stem}.npz is no cache of latents" in done.stderr
+    assert (night.world / "images" / f"{picture.stem}.npz").read_bytes() == b"my notes"
 
 
 def test_latents_of_another_resolution_are_refused(night: Night) -> None:
