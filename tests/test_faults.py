@@ -323,6 +323,20 @@ def test_a_file_that_grows_too_large_stops_the_search_which_goes_on_later(night:
     assert night.endings() == [SCORED, INTERRUPTED, SCORED]
 
 
+def test_pictures_that_find_no_room_are_no_trials_fault(night: Night) -> None:
+    """The scorer of a trial, allowed files of 3 kB: an OSError, at which the search stops, and no failed trial."""
+    code = (
+        "import pathlib, resource, signal, sys, optuna_hyperparameter_search as s\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "try:\n    s.ScoringProcess('cpu')(pathlib.Path(sys.argv[1]))\n"
+        "except OSError as error:\n    print('OSError:', error)\n"
+    )
+    command = [sys.executable, "-c", code, str(night.folder(0))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment(), timeout=120)
+    assert "OSError: [Errno 27] File too large" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Callable[[int], Path]:
     """A file system of so many MB; skipped where this user may mount none."""
