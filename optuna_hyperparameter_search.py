@@ -82,6 +82,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
+LOG_NAME = "search.log"
 DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
@@ -2774,6 +2775,10 @@ ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by les
 GREY_TOLERANCE = 1.0  # and one in 0..255
 
 
+def default_storage(output_dir: Path) -> str:
+    return f"sqlite:///{output_dir / DATABASE_NAME}"
+
+
 def open_storage(url: str) -> optuna.storages.BaseStorage:
     """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
 
@@ -2962,7 +2967,7 @@ def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
     for name, kind in (
         ("reference", Path.is_dir),
         ("results", Path.is_dir),
-        ("search.log", Path.is_file),
+        (LOG_NAME, Path.is_file),
         (".lock", Path.is_file),
     ):
         place = settings.output_dir / name
@@ -3041,6 +3046,13 @@ def close_unclaimed_trials(study: optuna.Study, settings: Settings) -> None:
 
 def is_own_database(settings: Settings) -> bool:
     return sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
+
+
+def earlier_attempts(attrs: Mapping[str, Any], by_number: Mapping[int, FrozenTrial]) -> Iterator[FrozenTrial]:
+    """The trials of which one with these user_attrs is the retry, latest first."""
+    while earlier := by_number.get(attrs.get("retry_of", -1)):
+        yield earlier
+        attrs = earlier.user_attrs
 
 
 def delete_spare_checkpoints(study: optuna.Study, settings: Settings) -> None:
@@ -3125,13 +3137,6 @@ def queue_retries(study: optuna.Study, settings: Settings) -> None:
 def failure_kind(trial: FrozenTrial) -> tuple[str, bool]:
     """How it ended, and whether it had been trained by then."""
     return trial.user_attrs.get("ended", "interrupted"), "training_seconds" in trial.user_attrs
-
-
-def earlier_attempts(attrs: Mapping[str, Any], by_number: Mapping[int, FrozenTrial]) -> Iterator[FrozenTrial]:
-    """The trials of which one with these user_attrs is the retry, latest first."""
-    while earlier := by_number.get(attrs.get("retry_of", -1)):
-        yield earlier
-        attrs = earlier.user_attrs
 
 
 def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> bool:
@@ -3692,10 +3697,6 @@ def _senseless_values(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def default_storage(output_dir: Path) -> str:
-    return f"sqlite:///{output_dir / DATABASE_NAME}"
-
-
 @dataclass(frozen=True)
 class Inputs:
     """All inputs of a search, read and checked."""
@@ -4099,7 +4100,7 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         say(describe_inputs(settings, inputs))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with locked_folder(settings.output_dir), logging_to(settings.output_dir / "search.log"):
+    with locked_folder(settings.output_dir), logging_to(settings.output_dir / LOG_NAME):
         say(describe_inputs(settings, inputs))
         end_left_over_processes(settings.output_dir)
         study = open_study(settings, inputs)
