@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import io
@@ -70,6 +71,7 @@ def make_study(
     subject: str = "luca",
     seed: int = 0,
     distinct_pictures: bool = False,
+    keep_checkpoints: str = "best",
 ) -> optuna.Study:
     """A study of `trials` trials in the new or empty folder `output_dir`, as the search leaves it.
 
@@ -81,17 +83,19 @@ def make_study(
             tries again in the next trial; a trial that waits is none before the last ones.
         distinct_pictures: no two alike. Otherwise LoRAs that are about as good draw the same picture, which saves most
             of the time at 512 pixels.
+        keep_checkpoints: "best" or "all", as the search's own option.
     """
     ends = dict(ends or {})
     _refuse_senseless(output_dir, trials, picture_size, ends)
     output_dir = output_dir.resolve()
     settings = write_inputs(
-        output_dir, study_name, storage, seed, trials, picture_size, subject, 16 // checkpoints,
+        output_dir, study_name, storage, seed, trials, picture_size, subject, max(1, 16 // checkpoints),
         {
             "screen": {"prompts": prompts, "seeds": 2, "plain_prompts": plain_prompts},
             "confirm": {"prompts": confirm_prompts, "seeds": 3, "plain_prompts": confirm_plain},
         },
     )  # fmt: skip
+    settings = dataclasses.replace(settings, keep_checkpoints=keep_checkpoints)
     artist = Artist(picture_size, distinct=distinct_pictures)
     clock = Clock()
     with quiet(artist), search.locked_folder(output_dir), search.logging_to(output_dir / search.LOG_NAME):
@@ -109,6 +113,7 @@ def make_study(
         search.delete_spare_checkpoints(study, settings)
         search.show_results(study, output_dir)
         set_times(study, times)
+        engine_of(study).dispose()
     made = search.load_study(settings.storage, study_name)
     assert made is not None
     return made
@@ -143,7 +148,7 @@ def write_inputs(
         "datasets": [{"resolution": picture_size, "batch_size": 4, "subsets": [subset]}],
     }
     training = toml.loads((TESTS.parent / "configs" / "training.toml").read_text(encoding="utf-8"))
-    training |= {"save_every_n_epochs": max(1, save_every)}
+    training |= {"save_every_n_epochs": save_every, "mixed_precision": "no"}  # "no": a CPU can go on with the study
     scoring = toml.loads((TESTS.parent / "configs" / "scoring.toml").read_text(encoding="utf-8"))
     scoring["images"]["resolution"] = picture_size
     scoring["encoders"] = {name: str(SMALL_WORLD / name) for name in ("dinov2", "clip")}
@@ -506,6 +511,7 @@ class Look:
     about: bool = True  # the prompt names the subject
     subject: float = 0.0  # 0 the base model's figure, 1 the data set's
     excess: float = 0.0  # beyond what the training should have been
+    lost: float = 0.0  # share of the prompt that it does not follow
     is_black: bool = False
 
 
@@ -524,20 +530,44 @@ class MadePicture:
         return self.thumbnail
 
 
-class Learnt:
-    """What a LoRA has learnt after some epochs, by formula; a base model has learnt nothing."""
+BEST_RATE = 8.2e-5  # of the formula, as the next two
+BEST_RATIO = 0.55
+REACH_OF_DIM = {64: 0.88, 128: 1.0, 256: 0.96}
+SPEED_OF_SCHEDULER = {"cosine": 1.0, "cosine_with_restarts": 1.08, "polynomial": 0.94}
 
-    def __init__(self, config: Mapping[str, Any] | None = None, epoch: int = 0, maker: str = "") -> None:
-        self.maker, self.subject, self.excess, self.lost = maker, 0.0, 0.0, 0.0
-        if not config or "max_train_epochs" not in config:
-            return
-        ratio = config["network_alpha"] / config["network_dim"]
-        strength = (config["learning_rate"] / 9e-5) ** 1.2 * (0.6 + 0.7 * ratio) * (config["network_dim"] / 128) ** 0.15
-        dose = epoch / 11 * strength * config["gradient_accumulation_steps"] ** -0.3
-        dose *= {"cosine": 1.0, "cosine_with_restarts": 1.08, "polynomial": 0.94}[config["lr_scheduler"]]
-        self.excess = max(0.0, dose - 0.85)
-        self.subject = 0.95 * (1 - math.exp(-1.7 * dose)) - 0.08 * self.excess
-        self.lost = min(0.9, 0.12 * dose * config["text_encoder_lr"] / 5e-5 + 0.35 * self.excess)
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a LoRA can draw, by formula; a base model has learnt nothing."""
+
+    maker: str = ""  # trial and checkpoint
+    subject: float = 0.0  # 0 the base model's figure, 1 the data set's
+    excess: float = 0.0  # beyond what the training should have been
+    lost: float = 0.0  # share of the prompt that is no longer followed
+    broken: float = 0.0  # share of pictures that are black, or nothing
+
+
+def learn(path: Path) -> Learnt:
+    """What the LoRA in a trial's folder has learnt: the subject up to a limit, and then too much."""
+    config = toml.loads((path.parent / "config.toml").read_text(encoding="utf-8"))
+    if "max_train_epochs" not in config:  # the first step
+        return Learnt()
+    number = path.stem.rpartition("-")[2]
+    epoch = int(number) if number.isdecimal() else config["max_train_epochs"]
+    ratio, rate = config["network_alpha"] / config["network_dim"], math.log(config["learning_rate"] / BEST_RATE)
+    dose = epoch / 9.5 * math.exp(1.2 * rate) * (0.6 + 0.7 * ratio) * config["gradient_accumulation_steps"] ** -0.3
+    dose *= SPEED_OF_SCHEDULER[config["lr_scheduler"]]
+    luck = np.random.default_rng(zlib.crc32(path.parent.name.encode())).normal(1, 0.03)
+    reach = 0.5 * luck * REACH_OF_DIM[config["network_dim"]]
+    reach *= math.exp(-((rate / 0.5) ** 2) - ((ratio - BEST_RATIO) / 0.6) ** 2)
+    excess = max(0.0, dose - 0.85)
+    return Learnt(
+        maker=f"{path.parent.name} {path.stem}",
+        subject=reach * (1 - math.exp(-2.2 * dose)) + 0.05 * min(excess, 1),
+        excess=excess,
+        lost=min(0.9, 0.1 * dose * (config["text_encoder_lr"] / 5e-5) ** 1.5 + 0.3 * excess),
+        broken=0.25 * max(0.0, excess - 0.9) + (0.12 if rate > 0.25 and ratio > 0.6 else 0.0),
+    )
 
 
 class MadeImageScorer:
@@ -551,9 +581,7 @@ class MadeImageScorer:
 
     @contextlib.contextmanager
     def lora(self, path: Path) -> Iterator[None]:
-        config = toml.loads((path.parent / "config.toml").read_text(encoding="utf-8"))
-        epochs = {file: epoch for epoch, file in _checkpoints(path.parent, config)}
-        self.learnt = Learnt(config, epochs.get(path, 0), f"{path.parent.name} {path.stem}")
+        self.learnt = learn(path)
         try:
             yield
         finally:
@@ -565,15 +593,16 @@ class MadeImageScorer:
         return [self._draw(job) for job in jobs]
 
     def _draw(self, job: Mapping[str, Any]) -> MadePicture | None:
-        name = f"{job['prompt']} {job['seed']}"
-        learnt, luck = self.learnt, np.random.default_rng(zlib.crc32(f"{name} {self.learnt.maker}".encode()))
-        broken = luck.random() < 0.35 * max(0.0, learnt.excess - 0.45)
-        if broken and luck.random() < 0.3:  # latents that are not finite
+        name, learnt = f"{job['prompt']} {job['seed']}", self.learnt
+        luck = np.random.default_rng(zlib.crc32(f"{name} {learnt.maker}".encode()))
+        broken, nothing, more = luck.random(), luck.random(), luck.normal()
+        if broken < learnt.broken and nothing < 0.3:  # latents that are not finite
             return None
-        subject = float(np.clip(learnt.subject + 0.08 * luck.normal(), 0, 1)) if learnt.maker else 0.0
+        subject = float(np.clip(learnt.subject + 0.06 * more, 0, 1)) if learnt.maker else 0.0
         look = Look(
-            name, job["prompt"], job["text"], learnt.maker, job["subject"], subject, learnt.excess, bool(broken)
-        )
+            name=name, place=job["prompt"], text=job["text"], maker=learnt.maker, about=job["subject"],
+            subject=subject, excess=learnt.excess, lost=learnt.lost, is_black=broken < learnt.broken,
+        )  # fmt: skip
         return self.artist.picture(look)
 
     def through_vae(self, images: Sequence[Any]) -> list[MadePicture]:
@@ -589,36 +618,28 @@ class MadeImageScorer:
 
     def _embed(self, look: Look) -> np.ndarray:
         if look.maker == "data":
-            return unit(0.8 * direction("subject") + 0.6 * direction(look.name))
+            return data_vector(look.name)
         base = 0.55 * direction(look.place) + 0.7 * direction(look.name) + 0.35 * direction("base model")
+        if not look.maker:
+            return unit(base)
         strange = direction(f"{look.name} {look.maker}")
         if not look.about:  # what it should have left alone
-            drift = 0.3 * look.subject + 0.9 * look.excess
-            return unit(base + drift * (0.5 * strange + 0.5 * direction("subject"))) if look.maker else unit(base)
+            return unit(base + (0.4 * look.subject + 0.7 * look.excess) * (strange + direction("subject")) / 2)
         scene = (1 - 0.8 * look.subject) * base + 0.25 * look.subject * strange
-        copied = 0.9 * min(1.0, look.excess) * look.subject
-        example = zlib.crc32(look.name.encode()) % DATA_PICTURES
-        name = Path(self.plan["images"][example]).name
-        return unit(scene + 0.9 * look.subject * direction("subject") + copied * 0.6 * direction(f"data {name}"))
+        example = self.plan["images"][zlib.crc32(look.name.encode()) % len(self.plan["images"])]
+        copied = 2.0 * max(0.0, look.excess - 0.3) * look.subject
+        return unit(
+            scene + 0.9 * look.subject * direction("subject") + copied * data_vector(f"data {Path(example).name}")
+        )
 
     def embed_images_for_text(self, images: Sequence[MadePicture]) -> np.ndarray:
-        made = []
-        for image in images:
-            look = image.look
-            lost = min(0.95, self._lost_of(look))
-            made.append(unit((1 - lost) * 0.7 * direction(f"text {look.text}") + 0.7 * direction(f"seen {look.name}")))
-        return np.stack(made)
+        return np.stack([self._embed_for_text(image.look) for image in images])
 
-    def _lost_of(self, look: Look) -> float:
-        """The share of the prompt that a picture no longer follows."""
-        return 0.06 * look.subject + 0.45 * look.excess if look.maker else 0.0
+    def _embed_for_text(self, look: Look) -> np.ndarray:
+        return unit((1 - look.lost) * direction(f"text {look.text}") + direction(f"seen {look.name}"))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([direction(f"text {text}") for text in texts])
-
-
-def _checkpoints(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, Path]]:
-    return search.find_checkpoints(folder) if "max_train_epochs" in config else []
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -629,6 +650,12 @@ def unit(vector: np.ndarray) -> np.ndarray:
 def direction(name: str) -> np.ndarray:
     """A direction of its own for every name; any two are nearly at right angles."""
     return unit(np.random.default_rng(zlib.crc32(name.encode())).normal(size=256))
+
+
+def data_vector(name: str) -> np.ndarray:
+    """A picture of the data set: the subject, and every two of them in the same place."""
+    place = f"place {zlib.crc32(name.encode()) % (DATA_PICTURES // 2)}"
+    return unit(0.8 * direction("subject") + 0.45 * direction(place) + 0.4 * direction(name))
 
 
 def thumbnail_of(image: Image.Image) -> Image.Image:
