@@ -627,7 +627,7 @@ class MadeImageScorer:
             return unit(base + (0.4 * look.subject + 0.7 * look.excess) * (strange + direction("subject")) / 2)
         scene = (1 - 0.8 * look.subject) * base + 0.25 * look.subject * strange
         example = self.plan["images"][zlib.crc32(look.name.encode()) % len(self.plan["images"])]
-        copied = 2.0 * max(0.0, look.excess - 0.3) * look.subject
+        copied = 3.0 * max(0.0, look.excess - 0.3) * look.subject
         return unit(
             scene + 0.9 * look.subject * direction("subject") + copied * data_vector(f"data {Path(example).name}")
         )
@@ -689,7 +689,8 @@ class Artist:
     def _made(self, look: Look) -> tuple[Image.Image, bytes]:
         if self.distinct:
             return self._paint(look)
-        subject, excess = (round(value * self.LEVELS) / self.LEVELS for value in (look.subject, look.excess))
+        subject = round(look.subject * self.LEVELS) / self.LEVELS if look.about else 0.0
+        excess = round(look.excess * 2) / 2
         alike = Look(look.name, look.place, about=look.about, subject=subject, excess=excess, is_black=look.is_black)
         if alike not in self._drawn:
             self._drawn[alike] = self._paint(alike)
