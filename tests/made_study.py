@@ -96,24 +96,13 @@ def make_study(
         },
     )  # fmt: skip
     settings = dataclasses.replace(settings, keep_checkpoints=keep_checkpoints)
-    artist = Artist(picture_size, distinct=distinct_pictures)
-    clock = Clock()
-    with quiet(artist), search.locked_folder(output_dir), search.logging_to(output_dir / search.LOG_NAME):
-        inputs = read_inputs(settings)
-        study = search.open_study(settings, inputs)
-        do_not_wait_for_the_disk(study)
-        trainer, scorer = MadeTrainer(clock, settings.device), MadeScoring(clock, settings.device)
-        search.write_reference_inputs(settings, inputs)
-        search.train_first_step(settings, inputs, trainer)
-        search.make_reference(settings, study, scorer)
-        objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
-        times = run_trials(
-            study, objective, settings, trainer, [ends.get(number, "scored") for number in range(trials)]
-        )
-        search.delete_spare_checkpoints(study, settings)
-        search.show_results(study, output_dir)
-        set_times(study, times)
-        engine_of(study).dispose()
+    all_ends = [ends.get(number, "scored") for number in range(trials)]
+    with (
+        quiet(Artist(picture_size, distinct=distinct_pictures)),
+        search.locked_folder(output_dir),
+        search.logging_to(output_dir / search.LOG_NAME),
+    ):
+        run_search(settings, all_ends)
     made = search.load_study(settings.storage, study_name)
     assert made is not None
     return made
@@ -169,10 +158,9 @@ def write_inputs(
 
 def add_prompts(templates: dict[str, list[str]], counts: Mapping[str, Any]) -> None:
     """As many templates as the counts need."""
-    needed = sum(stage["prompts"] for stage in counts.values())
-    plain = sum(stage["plain_prompts"] for stage in counts.values())
-    templates["elsewhere"] += [f"{{subject}} in street number {number}" for number in range(needed)][18:]
-    templates["plain"] += [f"a house with {number} windows" for number in range(plain)][14:]
+    about, plain = (sum(stage[name] for stage in counts.values()) for name in ("prompts", "plain_prompts"))
+    for name, text, needed in (("elsewhere", "{subject} in street number", about), ("plain", "house number", plain)):
+        templates[name] += [f"{text} {number}" for number in range(len(templates[name]), needed)]
 
 
 def draw_data_set(folder: Path, size: int, subject: str) -> None:
@@ -203,6 +191,24 @@ def read_inputs(settings: search.Settings) -> search.Inputs:
 
 
 # --- the run ---
+
+
+def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
+    """What the search's own run_search does under its lock, with stand-ins for trainer and scoring process."""
+    clock = Clock()
+    inputs = read_inputs(settings)
+    study = search.open_study(settings, inputs)
+    do_not_wait_for_the_disk(study)
+    trainer, scorer = MadeTrainer(clock, settings.device), MadeScoring(clock, settings.device)
+    search.write_reference_inputs(settings, inputs)
+    search.train_first_step(settings, inputs, trainer)
+    search.make_reference(settings, study, scorer)
+    objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
+    times = run_trials(study, objective, settings, trainer, ends)
+    search.delete_spare_checkpoints(study, settings)
+    search.show_results(study, settings.output_dir)
+    set_times(study, times)
+    engine_of(study).dispose()
 
 
 @dataclass
@@ -489,7 +495,9 @@ class MadeScoring:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             search.score_folder(folder, self.device)
-        pictures = len(re.findall(r"(?m)^  epoch +\d+    score", printed.getvalue())) * 20 + 58
+        stages = re.findall(r"(?m)^  epoch +\d+ +(score|is score)", printed.getvalue()) or ["score", "is score"]
+        plan = search.read_json(folder.parent / "reference" / "plan.json")
+        pictures = sum(len(plan["screen" if stage == "score" else "confirm"]) for stage in stages)
         seconds = round(12 + PICTURE_SECONDS * pictures, 1)
         self.clock.spend(seconds)
         said = re.sub(r"scoring took \d+ s", f"scoring took {seconds:.0f} s", printed.getvalue())
