@@ -59,6 +59,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -67,6 +68,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -83,6 +85,7 @@ from optuna.trial import FrozenTrial, TrialState
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
 LOG_NAME = "search.log"
+ARTIFACTS = "artifacts"  # in the output folder, for optuna-dashboard --artifact-dir
 DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
@@ -157,6 +160,15 @@ def say(text: str = "") -> None:
     except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     log.info(text)
+
+
+@contextlib.contextmanager
+def only_warning(what: str) -> Iterator[None]:
+    """For what is nice to have: that it failed is said, and costs nothing else."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what} ({type(error).__name__}: {one_line(error)})")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -247,6 +259,7 @@ class Settings:
     timeout_hours: float | None
     stall_minutes: float = 30.0
     keep_checkpoints: str = "best"  # or "all"
+    command: str = ""  # that was given, without passwords
 
     @property
     def reference(self) -> Path:
@@ -1888,7 +1901,7 @@ def _stages(settings: ScoringSettings) -> tuple[tuple[str, SampleCounts], ...]:
     return ("screen", settings.screen), ("confirm", settings.confirm)
 
 
-def _evenly(items: Sequence[str], count: int) -> list[str]:
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
     """Up to `count` of the items, spread over all of them."""
     count = min(count, len(items))
     return [items[position * len(items) // count] for position in range(count)]
@@ -2408,6 +2421,9 @@ def _score_folder(folder: Path, device: str) -> None:
     seconds = time.monotonic() - started
     if checkpoints:
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
+        if metrics["outcome"] == "scored":
+            with only_warning("no contact sheet could be made"):
+                make_contact_sheet(folder)
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
@@ -2613,6 +2629,107 @@ def measure(
     return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
 
 
+# --- the contact sheet: a trial at a glance; made from its files alone ---
+
+CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
+SHEET_WIDTH, SHEET_HEIGHT, SHEET_BYTES = 1600, 2400, 500_000  # at most; pixels
+SHEET_COLUMNS = 12
+SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, between pictures, a line of text
+_WHITE, _BLACK, _GREY, _GREEN = (255, 255, 255), (30, 30, 30), (200, 200, 200), (0, 140, 60)
+
+
+def make_contact_sheet(folder: Path) -> Path:
+    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it.
+
+    Read from metrics.json, the plan and the pictures; a picture that is not there is a grey tile with a cross.
+    """
+    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
+    if plan is None or metrics is None:
+        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
+    scores, best = folder / "scores", metrics["best_epoch"]
+    screen, confirm = (_sheet_columns(plan[stage]) for stage in FIRST_SEEDS)
+    height = SHEET_HEIGHT // (len(metrics["screen"]) + 2) - 2 * SHEET_LINE
+    tile = min(_tile_for(screen), height)
+    strips = [_prompt_strip(screen, tile)]
+    for result in metrics["screen"]:
+        label = f"epoch {result['epoch']}  score {result['score']:.4f}"
+        label, colour = (f"{label}  best", _GREEN) if result["epoch"] == best else (label, _BLACK)
+        strips.append(_picture_strip(screen, scores / f"epoch-{result['epoch']:06d}", label, tile, colour))
+    label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
+    tile = min(_tile_for(confirm), height)
+    strips += [_prompt_strip(confirm, tile), _picture_strip(confirm, scores / "confirm", label, tile, _GREEN)]
+    write_atomically(scores / CONTACT_SHEET, _small_jpeg(strips))
+    return scores / CONTACT_SHEET
+
+
+def _sheet_columns(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first seed of each prompt, of at most SHEET_COLUMNS ones over the whole plan; the subject's first."""
+    first = [job for job in jobs if job["name"].endswith("-s0")]
+    return sorted(_evenly(first, SHEET_COLUMNS), key=lambda job: not job["subject"])
+
+
+def _tile_for(columns: Sequence[Any]) -> int:
+    return min(SHEET_TILE, (SHEET_WIDTH - SHEET_GAP) // len(columns) - SHEET_GAP)
+
+
+def _new_strip(columns: int, tile: int, height: int) -> tuple[Any, Any]:
+    """An empty strip of the sheet, and what draws on it in a font that most of its text has."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strip = Image.new("RGB", (columns * (tile + SHEET_GAP) + SHEET_GAP, height), _WHITE)
+    draw = ImageDraw.Draw(strip)
+    draw.font = ImageFont.load_default(13)
+    return strip, draw
+
+
+def _prompt_strip(jobs: Sequence[Mapping[str, Any]], tile: int) -> Any:
+    """The prompts above their columns, in up to three lines."""
+    strip, draw = _new_strip(len(jobs), tile, 3 * SHEET_LINE + SHEET_GAP)
+    for number, job in enumerate(jobs):
+        lines = textwrap.wrap(printable(job["prompt"]), max(4, tile // 7), max_lines=3, placeholder=" ...")
+        corner = (SHEET_GAP + number * (tile + SHEET_GAP), SHEET_GAP + SHEET_LINE * (3 - len(lines)))
+        draw.text(corner, "\n".join(lines), fill=_BLACK)
+    return strip
+
+
+def _picture_strip(
+    jobs: Sequence[Mapping[str, Any]], pictures: Path, label: str, tile: int, colour: tuple[int, int, int]
+) -> Any:
+    from PIL import Image, ImageOps
+
+    strip, draw = _new_strip(len(jobs), tile, tile + SHEET_GAP + SHEET_LINE)
+    draw.text((SHEET_GAP, 0), label, fill=colour)
+    for number, job in enumerate(jobs):
+        left, top = SHEET_GAP + number * (tile + SHEET_GAP), SHEET_LINE
+        box = (left, top, left + tile - 1, top + tile - 1)
+        try:
+            with Image.open(pictures / f"{job['name']}.png") as picture:
+                enlarged = Image.Resampling.NEAREST if max(picture.size) < tile else Image.Resampling.LANCZOS
+                strip.paste(ImageOps.pad(picture.convert("RGB"), (tile, tile), enlarged, _WHITE), (left, top))
+        except OSError:  # not there, or torn
+            draw.rectangle(box, fill=_GREY)
+            draw.line(box, fill=_BLACK)
+            draw.line((box[0], box[3], box[2], box[1]), fill=_BLACK)
+        if colour != _BLACK:
+            draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
+    return strip
+
+
+def _small_jpeg(strips: Sequence[Any]) -> bytes:
+    """The strips below each other, in the best quality that SHEET_BYTES allows."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), _WHITE)
+    for number, strip in enumerate(strips):
+        sheet.paste(strip, (0, sum(above.height for above in strips[:number])))
+    for quality in (88, 75, 60, 45, 30, 15):
+        file = io.BytesIO()
+        sheet.save(file, format="JPEG", quality=quality)
+        if file.tell() <= SHEET_BYTES:
+            break
+    return file.getvalue()
+
+
 # ======================================================================================================
 # 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
 # ======================================================================================================
@@ -2718,7 +2835,7 @@ class LoraObjective:
         metrics = read_json(folder / "metrics.json")
         if metrics is None:
             raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
-        record_metrics(trial, metrics)
+        record_metrics(trial, metrics, folder)
         return metrics
 
 
@@ -2750,8 +2867,8 @@ def link_training(source: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
-    """What the study keeps of a metrics.json; Diverged if the scorer found it to be so."""
+def record_metrics(trial: optuna.Trial, metrics: Metrics, folder: Path) -> None:
+    """What the study keeps of the metrics.json in a folder; Diverged if the scorer found it to be so."""
     trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"])
     if metrics["outcome"] == "diverged":
         raise Diverged(metrics["reason"])
@@ -2760,6 +2877,31 @@ def record_metrics(trial: optuna.Trial, metrics: Metrics) -> None:
     for name in ("best_epoch", "checkpoint", "terms"):
         trial.set_user_attr(name, metrics[name])
     trial.set_user_attr("ended", "scored")
+    with only_warning(f"trial {trial.number} has no contact sheet in optuna-dashboard"):
+        upload_contact_sheet(trial, folder)
+
+
+def upload_contact_sheet(trial: optuna.Trial, folder: Path) -> None:
+    """Attach a trial's contact sheet to it, before it is told: Optuna lets nothing be added to a finished trial.
+
+    Done again after a kill, it mends the file of the one that is attached.
+    """
+    artifacts = folder.parent / ARTIFACTS
+    sheet = folder / "scores" / CONTACT_SHEET
+    sheet = sheet if sheet.is_file() else make_contact_sheet(folder)
+    known = contact_sheets(trial, trial.storage)
+    for artifact in known:
+        write_atomically(artifacts / artifact, sheet.read_bytes())
+    if not known:
+        artifacts.mkdir(exist_ok=True)
+        store = optuna.artifacts.FileSystemArtifactStore(base_path=artifacts)
+        optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(sheet), study_or_trial=trial)
+
+
+def contact_sheets(trial: optuna.Trial | FrozenTrial, storage: optuna.storages.BaseStorage) -> list[str]:
+    """The names in artifacts/ of a trial's contact sheets, of which there is at most one; a user may attach others."""
+    attached = optuna.artifacts.get_all_artifact_meta(trial, storage=storage)
+    return [artifact.artifact_id for artifact in attached if artifact.filename == CONTACT_SHEET]
 
 
 # ======================================================================================================
@@ -2967,6 +3109,7 @@ def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
     for name, kind in (
         ("reference", Path.is_dir),
         ("results", Path.is_dir),
+        (ARTIFACTS, Path.is_dir),
         (LOG_NAME, Path.is_file),
         (".lock", Path.is_file),
     ):
@@ -3108,7 +3251,7 @@ def close_interrupted_trial(study: optuna.Study, trial: optuna.Trial, reason: st
         say(f"Trial {trial.number} was interrupted; {again}.")
         return finish_trial(study, trial, "interrupted", reason, TrialState.FAIL)
     try:
-        record_metrics(trial, metrics)
+        record_metrics(trial, metrics, folder)
     except TrialFailed as error:
         return finish_trial(study, trial, error.ended, str(error), state_after(study, trial, error))
     study.tell(trial, metrics["score"])
@@ -3228,6 +3371,55 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
             study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
 
 
+def write_notes(study: optuna.Study) -> None:
+    """What optuna-dashboard shows as the notes of the study and of its finished trials; a user's own are left alone."""
+    from optuna_dashboard import get_note, save_note
+
+    for frozen in study.get_trials(deepcopy=False):
+        # save_note takes no FrozenTrial, and an optuna.Trial would draw parameters anew; it reads these three alone.
+        trial: Any = SimpleNamespace(storage=study._storage, study=study, _trial_id=frozen._trial_id)
+        if frozen.state.is_finished() and not get_note(trial):
+            save_note(trial, note_of_trial(frozen))
+    note, present = note_of_study(study), get_note(study)
+    if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
+        study.set_user_attr("own_notes", [digest(present), digest(note)])  # both, as a kill may come in between
+        save_note(study, note)
+
+
+def as_markdown(text: object) -> str:
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
+
+
+def note_of_trial(trial: FrozenTrial) -> str:
+    attrs = trial.user_attrs
+    lines = [f"**{as_markdown(attrs.get('ended', trial.state.name.lower()))}**"]
+    if trial.state == TrialState.COMPLETE:
+        epochs = attrs["training_params"]["max_train_epochs"]
+        lines = [f"**Score {trial.value:.4f}**, epoch {attrs['best_epoch']} of {epochs}", "| term | |\n|---|---|"]
+        lines[-1] += "".join(f"\n| {name} | {value:.3f} |" for name, value in attrs["terms"].items())
+    if reason := attrs.get("rejection_reason") or attrs.get("reason"):
+        lines.append(as_markdown(reason))
+    if "folder" in attrs:
+        lines.append(f"Folder: {as_markdown(Path(attrs['output_dir']) / attrs['folder'])}")
+    return "\n\n".join(lines)
+
+
+def note_of_study(study: optuna.Study) -> str:
+    trained = sum(map(is_trained, study.get_trials(deepcopy=False)))
+    planned, command = study.user_attrs.get("n_trials"), study.user_attrs.get("command")
+    lines = [f"{trained}{f' of {planned}' if planned else ''} trials trained."]
+    lines.append(
+        "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it look "
+        "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), variety (do "
+        "seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other prompts and seeds than "
+        "those it was chosen by."
+    )
+    if command:
+        lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
+    return "\n\n".join(lines)
+
+
 def run_study(
     study: optuna.Study,
     objective: Callable[[optuna.Trial], float],
@@ -3263,6 +3455,8 @@ def run_study(
             time.sleep(POLL_SECONDS)
             continue
         waiting = False
+        with only_warning("the notes for optuna-dashboard are not all written"):
+            write_notes(study)
         before_trial()
         trial = study.ask()
         try:
@@ -3362,7 +3556,7 @@ def format_seconds(seconds: float) -> str:
 
 # ======================================================================================================
 # 11. Results: the best LoRA and how to make it again, the table of trials, what the guide promised and
-#     what was measured. Writes results/.
+#     what was measured. Writes results/, and what is missing in artifacts/.
 # ======================================================================================================
 
 TERMS = ("fidelity", "text", "preservation", "variety", "usable")
@@ -3382,7 +3576,11 @@ def write_results(study: optuna.Study, output_dir: Path) -> None:
     checkpoint = folder / best.user_attrs["checkpoint"]
     if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
         raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
-    write_atomically(results / "best_lora.safetensors", checkpoint.read_bytes())
+    labels = {"study": study.study_name, "trial": best.number, "epoch": best.user_attrs["best_epoch"]}
+    lora = label_lora(checkpoint, {**labels, "score": best.value})
+    copy = results / "best_lora.safetensors"
+    if not (copy.is_file() and copy.read_bytes() == lora):
+        write_atomically(copy, lora)
     write_json(
         results / "best_parameters.json",
         {
@@ -3396,6 +3594,31 @@ def write_results(study: optuna.Study, output_dir: Path) -> None:
         },
     )
     _write_best_config(best, folder, results)
+
+
+def label_lora(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
+    """A checkpoint with these as optuna_... in its metadata: its header alone is written anew, padded to 8 bytes."""
+    try:
+        header = read_safetensors_header(checkpoint)
+    except ValueError as error:
+        raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
+    known = header.pop("__metadata__", {})
+    metadata = {**known, **{f"optuna_{name}": printable(value) for name, value in labels.items()}}
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = checkpoint.read_bytes()
+    return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
+
+
+def restore_artifacts(study: optuna.Study, output_dir: Path) -> None:
+    """Write again what artifacts/ lacks of the scored trials' contact sheets, and these from their pictures."""
+    for trial in scored_trials(study):
+        sheet = folder_of(trial, output_dir) / "scores" / CONTACT_SHEET
+        for artifact in contact_sheets(trial, study._storage):
+            file = output_dir / ARTIFACTS / artifact
+            if not file.exists() and sheet.parent.is_dir():
+                made = sheet if sheet.is_file() else make_contact_sheet(sheet.parent.parent)
+                write_atomically(file, made.read_bytes())
 
 
 def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
@@ -3618,6 +3841,7 @@ def make_parser() -> argparse.ArgumentParser:
     instead.add_argument("--report", action="store_true", help="write results/ and show the trials of --output-dir")
     instead.add_argument("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     instead.add_argument("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
+    parser.set_defaults(command="")  # main() knows it
     return parser
 
 
@@ -3666,6 +3890,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         timeout_hours=args.timeout,
         stall_minutes=args.stall_minutes,
         keep_checkpoints=args.keep_checkpoints,
+        command=args.command,
     )
     return settings, problems
 
@@ -3816,7 +4041,7 @@ def make_plan(
 def check_scoring_tools() -> None:
     missing = [
         name
-        for name in ("torch", "diffusers", "transformers", "peft", "safetensors", "PIL")
+        for name in ("torch", "diffusers", "transformers", "peft", "safetensors", "PIL", "optuna_dashboard")
         if importlib.util.find_spec(name) is None
     ]
     if missing:
@@ -4132,6 +4357,11 @@ def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
     if "fingerprint" not in study.user_attrs:
         study.set_user_attr("fingerprint", inputs.fingerprint)
         study.set_user_attr("environment", environment_of(inputs))
+    study.set_user_attr("n_trials", settings.n_trials)
+    study.set_user_attr("command", settings.command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(["score"])
     return study
 
 
@@ -4180,6 +4410,7 @@ def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) 
             config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
             write_toml(folder / "config.toml", config)
             trainer.try_out(folder / "config.toml")
+            shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
     except TrialFailed as error:
         raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
 
@@ -4242,6 +4473,9 @@ def show_results(study: optuna.Study, output_dir: Path) -> None:
             say(describe_best(study, output_dir))
     except (OSError, SearchStopped) as error:
         say(f"\nwarning: not all of {output_dir / 'results'} is written: {one_line(error)}")
+    with only_warning("optuna-dashboard does not show all notes and contact sheets"):
+        write_notes(study)
+        restore_artifacts(study, output_dir)
 
 
 def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
@@ -4299,6 +4533,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     args = make_parser().parse_args(argv)
+    words = [sys.executable, *sys.argv] if argv is None else [Path(__file__).name, *argv]
+    args.command = shlex.join(map(hide_password, words))
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it

@@ -12,7 +12,7 @@ import optuna
 import pytest
 import toml
 from conftest import REPOSITORY, Demo
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from test_study import SAFE, TERMS, failing, good_training, open_study, run, settings_for
 
 import optuna_hyperparameter_search as search
@@ -94,10 +94,29 @@ def test_the_disk_is_reckoned_from_the_size_of_the_loras(demo: Demo) -> None:
 # --- results/ ----------------------------------------------------------------------------------------
 
 
+def assert_is_labelled_copy(copy: Path, checkpoint: Path, best: FrozenTrial) -> None:
+    """The same tensors in the same bytes and order, all of the trainer's metadata, and whose LoRA it is."""
+    ours, theirs = search.read_safetensors_header(copy), search.read_safetensors_header(checkpoint)
+    study = {name: value for name, value in ours["__metadata__"].items() if name.startswith("optuna_")}
+    assert ours.pop("__metadata__") == {**theirs.pop("__metadata__"), **study}
+    assert list(ours.items()) == list(theirs.items())
+    assert tensor_bytes(copy) == tensor_bytes(checkpoint)
+    assert float(study.pop("optuna_score")) == best.value and int(study.pop("optuna_trial")) == best.number
+    assert int(study.pop("optuna_epoch")) == best.user_attrs["best_epoch"]
+    assert study.keys() == {"optuna_study"} and study["optuna_study"] in ("demo", "test")
+
+
+def tensor_bytes(file: Path) -> bytes:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0 and len(data) > 8 + length
+    return data[8 + length :]
+
+
 def test_the_best_lora_is_the_chosen_checkpoint_of_the_best_trial(demo: Demo) -> None:
     best = study_of(demo).best_trial
     chosen = demo.output_dir / best.user_attrs["folder"] / best.user_attrs["checkpoint"]
-    assert (demo.output_dir / "results" / "best_lora.safetensors").read_bytes() == chosen.read_bytes()
+    assert_is_labelled_copy(demo.output_dir / "results" / "best_lora.safetensors", chosen, best)
     parameters = search.read_json(demo.output_dir / "results" / "best_parameters.json")
     assert parameters["trial"] == best.number and parameters["score"] == best.value
     assert parameters["parameters"] == best.user_attrs["training_params"]
@@ -175,7 +194,7 @@ def test_the_best_lora_is_found_in_the_folder_of_the_program_that_made_it(tmp_pa
         output_dir = there.output_dir.rename(tmp_path / "elsewhere")
     search.write_results(study, output_dir if moved else here.output_dir)
     results = (output_dir if moved else here.output_dir) / "results"
-    assert (results / "best_lora.safetensors").read_bytes() == b"weights of trial_0001"
+    assert tensor_bytes(results / "best_lora.safetensors") == b"trial_0001"
     assert search.read_json(results / "best_parameters.json")["trial"] == 1
 
 

@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from safetensors.numpy import save
 from sqlalchemy import event
 
 import optuna_hyperparameter_search as search
@@ -74,8 +76,13 @@ def open_study(settings: search.Settings) -> optuna.Study:
 Step = Callable[[Path], None]
 
 
+def weights_of(name: str) -> bytes:
+    """A safetensors file that no other trial has."""
+    return save({"weight": np.frombuffer(name.encode(), dtype=np.uint8)}, {"ss_output_name": name})
+
+
 def good_training(folder: Path) -> None:
-    (folder / "lora.safetensors").write_bytes(b"weights of " + folder.name.encode())
+    (folder / "lora.safetensors").write_bytes(weights_of(folder.name))
 
 
 def good_scoring(folder: Path) -> None:
@@ -429,7 +436,7 @@ def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
     assert second.user_attrs["trained_in"] == str(settings.output_dir / "trial_0000")
     assert second.user_attrs["training_seconds"] == 7.0
     for folder in ("trial_0000", "trial_0001"):
-        assert (settings.output_dir / folder / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+        assert (settings.output_dir / folder / "lora.safetensors").read_bytes() == weights_of("trial_0000")
 
 
 def test_an_interrupted_scoring_is_scored_again_after_any_number_of_interruptions(tmp_path: Path) -> None:
@@ -604,7 +611,7 @@ def test_a_retry_that_dies_before_it_has_the_checkpoints_loses_no_training(
             run(settings, [good_training], [failing(search.ScoringFailed("no encoder"))])
     study = run(settings, never)
     assert [ended for _, ended in endings(study)] == ["crashed", "interrupted", "scored"]
-    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == weights_of("trial_0000")
 
 
 def failing_link(source: Path, folder: Path) -> None:
@@ -617,7 +624,7 @@ def test_checkpoints_are_copied_where_they_can_not_be_linked(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "link", no_links)
     run(settings_for(tmp_path, 1), [], [failing(search.ScoringFailed("no encoder"))])
-    assert (tmp_path / "out" / "trial_0001" / "lora.safetensors").read_bytes() == b"weights of trial_0000"
+    assert (tmp_path / "out" / "trial_0001" / "lora.safetensors").read_bytes() == weights_of("trial_0000")
 
 
 def test_enqueued_values_survive_a_death_before_they_were_suggested(

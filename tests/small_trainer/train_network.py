@@ -7,7 +7,7 @@ and exit statuses; but made for Stable Diffusion 1.x folders so tiny that a trai
 with nothing beside PyTorch, diffusers, transformers, peft and accelerate. The demo and the tests use it.
 
 It really trains: noise prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
-change nothing here (attention kernels, gradient checkpointing, loader workers, TensorBoard, model hub) and
+change nothing here (attention kernels, gradient checkpointing, loader workers, model hub) and
 those that it leaves out (buckets, augmentation, regularisation images, other losses, validation, samples,
 saved states, optimizer_args, network_args) are accepted and ignored.
 """
@@ -382,6 +382,7 @@ class Training:
 
         args, average = self.args, AverageLoss()
         describe_run(args, self.sets, self.epochs)
+        self.accelerator.init_trackers("network_train")
         with tqdm(total=args.max_train_steps, smoothing=0, desc="steps") as bar:
             if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
                 raise RuntimeError("expected m1 and m2 to have the same dtype, but got: c10::Half != float")
@@ -390,8 +391,13 @@ class Training:
                 print(f"\nepoch {epoch}/{self.epochs}\n")
                 log.info("epoch is incremented. current_epoch: %d, epoch: %d", epoch - 1, epoch)
                 for number, loss in enumerate(self._train_epoch()):
+                    mean = average.add(number, loss)
                     bar.update(self.step - bar.n)
-                    bar.set_postfix(avr_loss=average.add(number, loss))
+                    bar.set_postfix(avr_loss=mean)
+                    text, unet = self.schedule.get_last_lr()
+                    logs = {"loss/current": loss, "loss/average": mean, "lr/textencoder": text, "lr/unet": unet}
+                    self.accelerator.log(logs, step=self.step)
+                self.accelerator.log({"loss/epoch_average": mean}, step=epoch)
                 every = args.save_every_n_epochs
                 if every and epoch % every == 0 and epoch < self.epochs:
                     self._save(f"{args.output_name}-{epoch:06d}.safetensors")
@@ -576,8 +582,12 @@ def make_training(args: argparse.Namespace, sets: list[TrainingSet]) -> Training
 
     torch.set_num_threads(1)  # the model is too small to share out
     log.info("preparing accelerator")
+    logs = args.logging_dir and f"{args.logging_dir}/{args.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with="tensorboard" if logs else None,  # without effect where it is not installed
+        project_dir=logs,
     )
     print("accelerator device:", accelerator.device)
     set_seed(random.getrandbits(32) if args.seed is None else args.seed)
