@@ -800,9 +800,9 @@ def test_a_database_that_can_grow_no_more_stops_the_search_which_loses_nothing(
     padding = "x" * 20_000  # more than the last page has room for
     record = search.record_metrics
 
-    def record_much(trial: optuna.Trial, metrics: search.Metrics) -> None:
+    def record_much(trial: optuna.Trial, metrics: search.Metrics, folder: Path) -> None:
         trial.set_user_attr("padding", padding)
-        record(trial, metrics)
+        record(trial, metrics, folder)
 
     with monkeypatch.context() as patched:
         patched.setattr(search, "record_metrics", record_much)
