@@ -137,7 +137,7 @@ def test_the_program_names_its_metric_and_keeps_its_command_without_the_password
     assert f"--demo --n-trials 2 --output-dir {demo.output_dir}" in study.user_attrs["command"]
     assert study.user_attrs["command"] in get_note(study) and "2 of 2 trials trained." in get_note(study)
     assert len(list((demo.output_dir / "artifacts").iterdir())) == 2
-    assert "contact sheet" not in demo.resumed and "warning" not in demo.resumed
+    assert "contact sheet" not in demo.resumed and "optuna-dashboard" not in demo.resumed
 
 
 def test_a_password_in_the_command_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
