@@ -132,7 +132,7 @@ def test_the_program_names_its_metric_and_keeps_its_command_without_the_password
     study = search.load_study(search.default_storage(demo.output_dir), "demo")
     with served(program("optuna-dashboard"), search.default_storage(demo.output_dir)) as get:
         (summary,) = json.loads(get("/api/studies"))["study_summaries"]
-        assert json.loads(get(f"/api/studies/{summary['study_id']}"))["metric_names"] == ["score"]
+        assert json.loads(get(f"/api/studies/{summary['study_id']}"))["objective_names"] == ["score"]
     assert study.user_attrs["n_trials"] == 2
     assert f"--demo --n-trials 2 --output-dir {demo.output_dir}" in study.user_attrs["command"]
     assert study.user_attrs["command"] in get_note(study) and "2 of 2 trials trained." in get_note(study)
