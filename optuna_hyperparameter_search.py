@@ -33,7 +33,9 @@ Sections, each using only names defined above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
+import concurrent.futures
 import contextlib
 import csv
 import ctypes
@@ -61,6 +63,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.parse
 import warnings
 import zipfile
 import zlib
@@ -2647,7 +2650,7 @@ def make_contact_sheet(folder: Path) -> Path:
     if plan is None or metrics is None:
         raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
     scores, best = folder / "scores", metrics["best_epoch"]
-    screen, confirm = (_sheet_columns(plan[stage]) for stage in FIRST_SEEDS)
+    screen, confirm = (first_seeds(plan[stage], SHEET_COLUMNS) for stage in FIRST_SEEDS)
     height = SHEET_HEIGHT // (len(metrics["screen"]) + 2) - 2 * SHEET_LINE
     tile = min(_tile_for(screen), height)
     strips = [_prompt_strip(screen, tile)]
@@ -2662,10 +2665,10 @@ def make_contact_sheet(folder: Path) -> Path:
     return scores / CONTACT_SHEET
 
 
-def _sheet_columns(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first seed of each prompt, of at most SHEET_COLUMNS ones over the whole plan; the subject's first."""
+def first_seeds(jobs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """The first seed of each prompt, of at most `count` ones over a stage's whole plan; the subject's first."""
     first = [job for job in jobs if job["name"].endswith("-s0")]
-    return sorted(_evenly(first, SHEET_COLUMNS), key=lambda job: not job["subject"])
+    return sorted(_evenly(first, count), key=lambda job: not job["subject"])
 
 
 def _tile_for(columns: Sequence[Any]) -> int:
@@ -3219,8 +3222,16 @@ def delete_spare_checkpoints(study: optuna.Study, settings: Settings) -> None:
                     file.unlink(missing_ok=True)
 
 
+def seconds_in(attrs: Mapping[str, Any]) -> float:
+    """From a trial's first file to its last sign of life, whenever it is closed; 0 where nothing was begun."""
+    folder = Path(attrs.get("output_dir", "")) / attrs.get("folder", "")
+    written = [file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*")) if attrs.get("folder")]
+    return round(max(written) - min(written), 1) if written else 0.0
+
+
 def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
     trial.set_user_attr("ended", ended)
+    trial.set_user_attr("lost_seconds", seconds_in(trial.user_attrs))
     trial.set_user_attr("rejection_reason" if ended == "rejected" else "reason", one_line(reason))
     study.tell(trial, state=state)
 
@@ -3433,6 +3444,7 @@ def run_study(
     """
     failures: list[tuple[str, Params]] = []
     waiting = False
+    idle_since = started
     while True:
         close_unclaimed_trials(study, settings)
         queue_retries(study, settings)
@@ -3466,7 +3478,9 @@ def run_study(
         if is_surplus(study, trial.number, settings.n_trials):
             finish_trial(study, trial, "interrupted", "other programs train the last ones", TrialState.FAIL)
             continue
+        trial.set_user_attr("waited_seconds", round(time.monotonic() - idle_since, 1))
         failures = run_trial(study, trial, objective, settings, failures)
+        idle_since = time.monotonic()
         stop_after_equal_failures(failures)
 
 
@@ -3562,6 +3576,7 @@ def format_seconds(seconds: float) -> str:
 TERMS = ("fidelity", "text", "preservation", "variety", "usable")
 OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the best score
 QUALITY_FAILURE_BELOW = 0.9  # share of usable images
+ALPHA_BANDS = {"low": ("0.25-0.40", "30%"), "mid": ("0.45-0.70", "40%"), "high": ("0.75-0.90", "30%")}  # the guide's
 
 
 def write_results(study: optuna.Study, output_dir: Path) -> None:
@@ -3569,9 +3584,17 @@ def write_results(study: optuna.Study, output_dir: Path) -> None:
     results = output_dir / "results"
     write_trials_csv(study, results / "trials.csv")
     ranked = scored_trials(study)
-    if not ranked:
-        return
-    best = ranked[0]
+    try:
+        if ranked:
+            _write_best(ranked[0], study, output_dir)
+    finally:
+        with only_warning(f"{results / REPORT_NAME} is not written"):
+            write_report(study, output_dir)
+
+
+def _write_best(best: FrozenTrial, study: optuna.Study, output_dir: Path) -> None:
+    """The best LoRA, its parameters, and the config that trains it again."""
+    results = output_dir / "results"
     folder = folder_of(best, output_dir)
     checkpoint = folder / best.user_attrs["checkpoint"]
     if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
@@ -3687,6 +3710,7 @@ def describe_best(study: optuna.Study, output_dir: Path) -> str:
         f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}",
         f"  base model's    {output_dir / 'reference' / 'confirm'}",
         f"  all trials      {results / 'trials.csv'}",
+        f"  why, to look at {results / REPORT_NAME}",
     ]
     return "\n".join(lines)
 
@@ -3719,43 +3743,391 @@ def _why_nothing_was_scored(study: optuna.Study, ended: str) -> str:
     return f"{ended}." + (f" The last one: {said[-1]}" if said else "")
 
 
-def describe_improvements(study: optuna.Study) -> list[str]:
-    """The guide's expected improvements beside what this study measured, a line each."""
+def alpha_band(params: Params) -> str:
+    ratio = params["network_alpha_ratio"]
+    return "low" if ratio in LOW_ALPHA else "mid" if ratio in MID_ALPHA else "high"
+
+
+def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]:
+    """The guide's expected improvements: name, part and whole as this study measured them, and the target."""
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     proposals = [t for t in trials if not t.user_attrs.keys() & {"retry_of", "enqueued"}]
+    rejected = [t for t in proposals if t.user_attrs.get("ended") == "rejected"]
     trained = [t for t in trials if is_trained(t)]
     scored = [t for t in trained if t.state == TrialState.COMPLETE]
-    best = max(t.value or 0.0 for t in scored)
-    ratios = [t.user_attrs["training_params"]["network_alpha_ratio"] for t in trained]
-    bands = [sum(r in band for r in ratios) for band in (LOW_ALPHA, MID_ALPHA, HIGH_ALPHA)]
-    rows = [
-        (
-            "rejected proposals",
-            sum(t.user_attrs.get("ended") == "rejected" for t in proposals),
-            len(proposals),
-            "< 10%",
-        ),
+    failures = [t for t in scored if t.user_attrs["terms"]["usable"] < QUALITY_FAILURE_BELOW]
+    best = max((t.value or 0.0 for t in scored), default=0.0)
+    optimal = [t for t in scored if (t.value or 0.0) >= OPTIMAL_SHARE_OF_BEST * best]
+    bands = Counter(alpha_band(t.user_attrs["training_params"]) for t in trained)
+    return [
+        ("rejected proposals", len(rejected), len(proposals), "< 10%"),
         ("stable trainings", len(scored), len(trained), "80-90%"),
-        (
-            "quality failures (usable < 0.9)",
-            sum(t.user_attrs["terms"]["usable"] < QUALITY_FAILURE_BELOW for t in scored),
-            len(trained),
-            "< 10%",
-        ),
-        (
-            "optimal (within 5% of the best)",
-            sum((t.value or 0.0) >= OPTIMAL_SHARE_OF_BEST * best for t in scored),
-            len(trained),
-            "30-40%",
-        ),
-        ("low alpha (0.25-0.40)", bands[0], len(trained), "30%"),
-        ("mid alpha (0.45-0.70)", bands[1], len(trained), "40%"),
-        ("high alpha (0.75-0.90)", bands[2], len(trained), "30%"),
+        ("quality failures (usable < 0.9)", len(failures), len(trained), "< 10%"),
+        ("optimal (within 5% of the best)", len(optimal), len(trained), "30-40%"),
+        *((f"{name} alpha ({low})", bands[name], len(trained), share) for name, (low, share) in ALPHA_BANDS.items()),
     ]
+
+
+def describe_improvements(study: optuna.Study) -> list[str]:
+    """The guide's expected improvements beside what this study measured, a line each."""
     return [
         f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})"
-        for name, part, whole, target in rows
+        for name, part, whole, target in measure_improvements(study)
     ]
+
+
+# --- the report: one page that needs no network, whatever the study's state ---
+
+REPORT_NAME = "report.html"
+DATA_SET_PICTURES = "data_set"  # in reference/
+SHOWN_PICTURES = 8
+PICTURED_TRIALS = 20  # the best ones; with 4.8 MB of plotly.js, PICTURE_BYTES of each keep the page below 12 MB
+PICTURE_BYTES = 240_000  # of a trial's small pictures; base64 makes 320 kB of them
+WINNER_BYTES = 500_000
+ROW_PROMPTS, GRID_PROMPTS, GRID_EPOCHS, WINNER_PROMPTS = 8, 12, 10, 16
+# Longest side in pixels and WebP quality, the first that fits into a number of bytes.
+_SMALL_SIZES = (
+    (320, 75),
+    (256, 70),
+    (192, 65),
+    (160, 60),
+    (128, 55),
+    (112, 50),
+    (96, 45),
+    (80, 40),
+    (64, 35),
+    (40, 25),
+)
+CURVE_POINTS = 200
+Picture = dict[str, Any]
+
+
+def write_report(study: optuna.Study, output_dir: Path) -> None:
+    """results/report.html, made anew from the study and the folders."""
+    import jinja2
+    import plotly.offline
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "configs"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template(REPORT_NAME).render(
+        describe_report(study, output_dir), plotly_js=plotly.offline.get_plotlyjs()
+    )
+    write_atomically(output_dir / "results" / REPORT_NAME, page.encode(errors="replace"))
+
+
+def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
+    """All that the page shows, as its template's variables."""
+    trials = study.get_trials(deepcopy=False)
+    plan = read_json(output_dir / "reference" / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
+    columns = first_seeds(plan["confirm"], ROW_PROMPTS)
+    ranked = scored_trials(study)
+    entries = [
+        _report_entry(study, trial, rank, plan, columns, output_dir) for rank, trial in enumerate(ranked, start=1)
+    ]
+    reference = output_dir / "reference" / "confirm"
+    base = _pictures([(reference / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in columns],
+                     output_dir, PICTURE_BYTES)  # fmt: skip
+    return {
+        "study_name": study.study_name,
+        "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "trained": sum(map(is_trained, trials)),
+        "planned": study.user_attrs.get("n_trials"),
+        "running": [trial.number for trial in trials if trial.state == TrialState.RUNNING],
+        "terms": TERMS,
+        "pictured_trials": PICTURED_TRIALS,
+        "columns": columns,
+        "base": base,
+        "entries": entries,
+        "winner": _report_winner(ranked[0], plan, output_dir) if ranked else None,
+        "others": [_report_other(t) for t in trials if t.state in (TrialState.PRUNED, TrialState.FAIL)],
+        "plots": [plot for plot in _report_plots(study) if plot] if len(ranked) > 1 else [],
+        "improvements": measure_improvements(study),
+        "times": where_time_went(trials),
+        "made": _how_it_was_made(study, output_dir),
+        "subject": plan.get("subject", ""),
+    }
+
+
+def _report_winner(best: FrozenTrial, plan: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
+    """The best trial's pictures beside the base model's of the same prompts and seeds, and the data set's."""
+    jobs = first_seeds(plan["confirm"], WINNER_PROMPTS)
+    scores, reference = folder_of(best, output_dir) / "scores", output_dir / "reference"
+    wanted = [(scores / "confirm" / f"{job['name']}.png", f"with the best LoRA: {job['prompt']}") for job in jobs]
+    wanted += [(reference / "confirm" / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in jobs]
+    data = sorted((reference / DATA_SET_PICTURES).glob("*.png"))
+    wanted += [(file, f"picture {number} of the data set") for number, file in enumerate(data, start=1)]
+    made = _pictures(wanted, output_dir, WINNER_BYTES)
+    results = output_dir / "results"
+    return {
+        "pairs": list(zip(jobs, made[: len(jobs)], made[len(jobs) : 2 * len(jobs)], strict=True)),
+        "data": made[2 * len(jobs) :],
+        "lora": results / "best_lora.safetensors",
+        "command": f"python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}",
+    }
+
+
+def _report_entry(
+    study: optuna.Study,
+    trial: FrozenTrial,
+    rank: int,
+    plan: Mapping[str, Any],
+    columns: Sequence[Mapping[str, Any]],
+    output_dir: Path,
+) -> dict[str, Any]:
+    """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
+    attrs, folder = trial.user_attrs, folder_of(trial, output_dir)
+    metrics = read_json(folder / "metrics.json") or {}
+    screen = metrics.get("screen", [])
+    entry = {
+        "number": trial.number,
+        "rank": rank,
+        "score": trial.value,
+        "terms": attrs["terms"],
+        "epoch": attrs["best_epoch"],
+        "params": attrs["training_params"],
+        "minutes": (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60,
+        "folder": folder.name,
+        "link": _link(folder, output_dir),
+        "copies": len(metrics.get("copies", {}).get("images", [])),
+        "epochs": [{**result, "is_best": result["epoch"] == attrs["best_epoch"]} for result in screen],
+        "curves": _curves(trial, screen, folder, output_dir),
+        "row": [],
+        "grid": [],
+    }
+    if rank > PICTURED_TRIALS:
+        return entry
+    shown = [result["epoch"] for result in entry["epochs"]]
+    shown = sorted({*_evenly(shown, GRID_EPOCHS - 2), *shown[-1:], *{attrs["best_epoch"]} & {*shown}})
+    entry["epochs"] = [result for result in entry["epochs"] if result["epoch"] in shown]
+    jobs = first_seeds(plan["screen"], GRID_PROMPTS)
+    wanted = [(folder / "scores" / "confirm" / f"{job['name']}.png", f"trial {trial.number}: {job['prompt']}")
+              for job in columns]  # fmt: skip
+    wanted += [
+        (folder / "scores" / f"epoch-{epoch:06d}" / f"{job['name']}.png", f"epoch {epoch}: {job['prompt']}")
+        for job in jobs
+        for epoch in shown
+    ]
+    made = _pictures(wanted, output_dir, PICTURE_BYTES)
+    entry["row"] = made[: len(columns)]
+    cells = iter(made[len(columns) :])
+    entry["grid"] = [(job, [next(cells) for _ in shown]) for job in jobs]
+    return entry
+
+
+def _report_other(trial: FrozenTrial) -> dict[str, Any]:
+    attrs = trial.user_attrs
+    return {
+        "number": trial.number,
+        "ended": attrs.get("ended", trial.state.name.lower()),
+        "reason": attrs.get("rejection_reason") or attrs.get("reason") or "",
+        "params": attrs.get("training_params") or trial.params,
+    }
+
+
+def _link(path: Path, output_dir: Path) -> str:
+    return urllib.parse.quote(os.path.relpath(path, output_dir / "results"), errors="replace")
+
+
+def _pictures(wanted: Sequence[tuple[Path, str]], output_dir: Path, limit: int) -> list[Picture]:
+    """Small pictures with links to the whole ones; `src` is None where there is no file."""
+    dated = tuple((path, path.stat().st_mtime_ns if path.is_file() else None) for path, _ in wanted)
+    sources = _small_pictures(dated, limit)
+    return [
+        {"src": source, "link": _link(path, output_dir), "alt": alt}
+        for (path, alt), source in zip(wanted, sources, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4 * PICTURED_TRIALS)  # a trial's pictures don't change when the next one is added
+def _small_pictures(dated: tuple[tuple[Path, int | None], ...], limit: int) -> list[str | None]:
+    """Data URIs of WebP pictures, as large and good as `limit` bytes for all of them allow."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
+        opened = list(pool.map(_open_small, [path if date else None for path, date in dated]))
+        there = [image for image in opened if image is not None]
+        sample = there[:: max(1, len(there) // 8)]
+        encoded: list[bytes] = []
+        for side, quality in _SMALL_SIZES:
+            encode = functools.partial(_encode_small, side=side, quality=quality)
+            if sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample):
+                continue
+            encoded = list(pool.map(encode, there))
+            if sum(map(len, encoded)) <= limit:
+                break
+    texts = (f"data:image/webp;base64,{base64.b64encode(data).decode('ascii')}" for data in encoded)
+    return [None if image is None else next(texts, None) for image in opened]
+
+
+def _open_small(path: Path | None) -> Any | None:
+    """A picture of at most the largest of the small sizes; None where there is none, or a torn one."""
+    from PIL import Image
+
+    side = _SMALL_SIZES[0][0]
+    try:
+        if path:
+            with Image.open(path) as image:
+                image.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+                return image.convert("RGB")
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _encode_small(image: Any, side: int, quality: int) -> bytes:
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, format="WEBP", quality=quality, method=2)
+    return file.getvalue()
+
+
+def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
+    """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
+    losses: dict[int, float | None] = {}
+    steps = 0
+    with contextlib.suppress(OSError):
+        for bar in re.split(r"[\r\n]", log_file.read_text(encoding="utf-8", errors="replace")):
+            if (at := _STEP_BAR.search(bar)) and (loss := _AVERAGE_LOSS.search(bar)):
+                steps = int(at[2])
+                losses[int(at[1])] = float(loss[1]) if math.isfinite(float(loss[1])) else None
+    points = [(round(step / steps * epochs, 3), loss) for step, loss in losses.items()]
+    return _evenly(points, CURVE_POINTS)
+
+
+def _curves(trial: FrozenTrial, screen: Sequence[Mapping[str, Any]], folder: Path, output_dir: Path) -> dict[str, Any]:
+    """A plotly figure: the loss above, score and terms below, both over the epochs."""
+    trained_in = find_training(trial.user_attrs.get("trained_in"), output_dir) or folder
+    loss = loss_curve(trained_in / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
+    epochs = [result["epoch"] for result in screen]
+    lines = [
+        {"x": epochs, "y": [result["terms"][term] for result in screen], "name": term, "line": {"width": 1}}
+        for term in TERMS
+    ]
+    score = {"x": epochs, "y": [result["score"] for result in screen], "name": "score", "line": {"width": 4}}
+    above = {"x": [epoch for epoch, _ in loss], "y": [value for _, value in loss], "name": "loss", "yaxis": "y2"}
+    return {
+        "data": [above, *lines, score],
+        "layout": {
+            "xaxis": {"title": {"text": "epoch"}},
+            "yaxis": {"domain": [0, 0.6], "range": [0, 1.03], "title": {"text": "score and terms"}},
+            "yaxis2": {"domain": [0.68, 1], "title": {"text": "loss"}},
+            "height": 460,
+        },
+    }
+
+
+def _report_plots(study: optuna.Study) -> Iterator[dict[str, Any] | None]:
+    """Optuna's own plots, and two of the guide's questions; None for one that can't be drawn yet."""
+    import optuna.visualization as optunas
+    from optuna.importance import PedAnovaImportanceEvaluator
+
+    ranked = scored_trials(study)
+    yield _plot("History of the best", "", lambda: optunas.plot_optimization_history(study))
+    yield _plot(
+        "Parameter importances",
+        f"By {len(ranked)} trials, which are few: a parameter without any effect may come first. Take "
+        "it as a hint, and look at the plots below.",
+        lambda: optunas.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
+    )
+    yield _plot(
+        "Parallel coordinates",
+        "A line is a trial. Drag along an axis to see only the trials that pass there.",
+        lambda: optunas.plot_parallel_coordinate(study, params=list(SEARCH_SPACE)),
+    )
+    yield {
+        "title": "Score against learning rate",
+        "note": "learning_rate x sqrt(network_alpha / network_dim): what a step moves the weights by, for AdamW.",
+        "figure": _strength_figure(ranked),
+    }
+    yield {"title": "Alpha bands", "note": "", "figure": _bands_figure(ranked)}
+
+
+def _plot(title: str, note: str, make: Callable[[], Any]) -> dict[str, Any] | None:
+    """One of Optuna's plots, without its title and colours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental in 4.x, and too few trials of a kind, which the page says
+            figure = json.loads(make().to_json())
+    except (ValueError, RuntimeError, ZeroDivisionError):  # as of scores that are all equal
+        return None
+    for name in ("template", "title"):
+        figure["layout"].pop(name, None)
+    return {"title": title, "note": note, "figure": figure}
+
+
+def _by_band(ranked: Sequence[FrozenTrial]) -> Iterator[tuple[str, list[FrozenTrial]]]:
+    for band, (ratios, _) in ALPHA_BANDS.items():
+        yield f"{band} ({ratios})", [t for t in ranked if alpha_band(t.user_attrs["training_params"]) == band]
+
+
+def _strength_figure(ranked: Sequence[FrozenTrial]) -> dict[str, Any]:
+    data = []
+    for name, found in _by_band(ranked):
+        params = [trial.user_attrs["training_params"] for trial in found]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"alpha {name}",
+                "marker": {"size": 10},
+                "x": [p["learning_rate"] * math.sqrt(p["network_alpha"] / p["network_dim"]) for p in params],
+                "y": [trial.value for trial in found],
+                "text": [f"trial {trial.number}" for trial in found],
+            }
+        )
+    axes = {"xaxis": {"title": {"text": "learning_rate x sqrt(alpha / dim)"}, "exponentformat": "e"}}
+    return {"data": data, "layout": {**axes, "yaxis": {"title": {"text": "score"}}}}
+
+
+def _bands_figure(ranked: Sequence[FrozenTrial]) -> dict[str, Any]:
+    data = [
+        {
+            "type": "box",
+            "boxpoints": "all",
+            "name": f"{name}: {len(found)}",
+            "y": [trial.value for trial in found],
+            "text": [f"trial {trial.number}" for trial in found],
+        }
+        for name, found in _by_band(ranked)
+    ]
+    return {"data": data, "layout": {"yaxis": {"title": {"text": "score"}}, "showlegend": False}}
+
+
+def where_time_went(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Seconds of training and scoring that led to scores, between trials, and in trials that led to nothing."""
+
+    def total(name: str, *, scored: bool) -> float:
+        return sum(t.user_attrs.get(name) or 0 for t in trials if (t.state == TrialState.COMPLETE) == scored)
+
+    reused = sum(t.user_attrs["training_seconds"] for t in trials
+                 if t.state == TrialState.COMPLETE and "trained_in" in t.user_attrs)  # fmt: skip
+    return {
+        "training": total("training_seconds", scored=True),
+        "scoring": total("scoring_seconds", scored=True),
+        "waiting": total("waited_seconds", scored=True) + total("waited_seconds", scored=False),
+        "wasted": max(0.0, total("lost_seconds", scored=False) - reused),
+    }
+
+
+def _how_it_was_made(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
+    """Command, tools, hashes and settings, as texts."""
+    attrs = study.user_attrs
+    fingerprint = attrs.get("fingerprint", {})
+    hashes = {name: value for name, value in fingerprint.items() if not isinstance(value, dict)}
+    data_set = fingerprint.get("data set (--dataset-config)", {})
+    hashes |= {f"data set: {name}": data_set[name] for name in ("pictures", "captions") if name in data_set}
+    settings = {name: value for name, value in fingerprint.items() if isinstance(value, dict)}
+    files = {"the data set's file": output_dir / "reference" / "dataset.toml",
+             "the best trial's config": output_dir / "results" / "best_config.toml"}  # fmt: skip
+    texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items() if path.is_file()}
+    texts |= {name: toml.dumps(value) for name, value in settings.items()}
+    return {
+        "command": attrs.get("command") or "",
+        "tools": {**attrs.get("environment", {}), "written with Optuna": optuna.__version__},
+        "hashes": hashes,
+        "texts": texts,
+    }
 
 
 # ======================================================================================================
@@ -4338,8 +4710,14 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
+
+        def before_trial() -> None:
+            check_room(settings, inputs)
+            with only_warning(f"not all of {settings.results} is written"):
+                write_results(study, settings.output_dir)
+
         try:
-            run_study(study, objective, settings, started, lambda: check_room(settings, inputs))
+            run_study(study, objective, settings, started, before_trial)
         finally:
             show_results(study, settings.output_dir)
 
@@ -4369,7 +4747,23 @@ def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
     """What trainer and scorer read, the same for all trials of the study."""
     write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
     write_toml(settings.reference / "dataset.toml", inputs.data_set.config)
+    with only_warning("the report will show no pictures of the data set"):
+        keep_data_set_pictures(inputs.data_set, settings.reference / DATA_SET_PICTURES)
     remember_options(inputs.trainer, trainer_options_cache(settings))
+
+
+def keep_data_set_pictures(data_set: DataSet, folder: Path) -> None:
+    """A few of the data set's pictures, for a report that may be made where the data set is not."""
+    from PIL import Image
+
+    for number, image in enumerate(_evenly(data_set.subject_images, SHOWN_PICTURES)):
+        file = folder / f"{number:02d}.png"
+        if not file.is_file():
+            with Image.open(image.path) as picture:
+                picture.thumbnail((512, 512))
+                content = io.BytesIO()
+                picture.convert("RGB").save(content, format="PNG")
+            write_atomically(file, content.getvalue())
 
 
 def make_reference(settings: Settings, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
