@@ -26,8 +26,8 @@ Sections, each using only names defined above it:
 """
 
 # ======================================================================================================
-# 1. Imports and constants. torch, diffusers, transformers and Pillow are imported by the functions that
-#    use them, so that --help, --check and errors answer at once.
+# 1. Imports and constants. torch, diffusers, transformers, Pillow and rich are imported by the functions
+#    that use them, so that --help, --check and errors answer at once.
 # ======================================================================================================
 
 from __future__ import annotations
@@ -155,13 +155,169 @@ def printable(text: object) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
-def say(text: str = "") -> None:
-    """Print to the screen and, once there is an output folder, to its search.log."""
+@dataclass(frozen=True)
+class Row:
+    """A line of the live region: pieces of text, of which a narrow terminal drops the last ones, and perhaps a bar."""
+
+    pieces: Sequence[str] = ("-",)
+    share: float | None = None  # of the bar, 0 to 1
+
+    def fit(self, width: int) -> str:
+        pieces = list(self.pieces)
+        while len(pieces) > 1 and len("  ".join(pieces)) > width:
+            pieces.pop()
+        return "  ".join(pieces)
+
+
+REDRAWS_PER_SECOND = 8
+LABEL_WIDTH = 7
+ECHO_WIDTH = 4  # left free at the right, so that a terminal's echo of two Ctrl-C wraps no line
+BAR_WIDTH = (4, 30)  # smallest, largest
+NARROW = 60  # columns; below, text is worth more than bars
+
+
+class Screen:
+    """What the user sees: lines that stay and, in a terminal while a search runs, four below them that change.
+
+    Without threads, because this program forks: whoever waits calls refresh().
+    """
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()  # near enough to the program's start
+        self._rows: dict[str, Callable[[], Row]] = dict.fromkeys(("study", "trial", "train", "score"), Row)
+        self._live: Any = None  # rich.live.Live, where there is a terminal
+        self._next_redraw = 0.0
+        self._drawing = False
+        self._held_signal = 0  # that came during a redraw
+
+    @property
+    def is_live(self) -> bool:
+        return self._live is not None
+
+    def show(self, name: str, row: Callable[[], Row]) -> None:
+        """What a line of the live region says from now on; asked for at every redraw."""
+        self._rows[name] = row
+
+    def begin(self, *pieces: str) -> None:
+        """Something new begins, a trial mostly; nothing of it is trained or scored yet."""
+        self._rows |= {"trial": lambda: Row(pieces), "train": Row, "score": Row}
+
+    def print(self, text: str, *, detail: bool = False) -> None:
+        """Lines that stay; details only where there is no live region."""
+        if self._live is None:
+            try:
+                print(text, flush=True)
+            except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
+                _print_no_more()
+        elif not detail:
+            from rich.text import Text
+
+            with self._undisturbed():
+                self._live.console.print(Text(text.strip("\n")), soft_wrap=True)
+
+    def refresh(self) -> None:
+        """Redraw the live region, if there is one and some time has passed."""
+        if self._live is not None and time.monotonic() >= self._next_redraw:
+            with self._undisturbed():
+                self._live.refresh()
+            self._next_redraw = time.monotonic() + 1 / REDRAWS_PER_SECOND
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, while the live region's clock goes on."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.refresh()
+            time.sleep(min(1.0, left))
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """With a live region, if this is a terminal that can show one; nothing of it is left afterwards."""
+        live = self._make_live() if sys.stdout and sys.stdout.isatty() else None
+        try:
+            if live:
+                self._live = live
+                with self._undisturbed():
+                    live.start(refresh=True)
+            yield
+        finally:
+            self._live = None
+            if live:
+                with self._undisturbed():
+                    live.stop()
+
+    def _make_live(self) -> Any:
+        """None where the terminal can't move its cursor (TERM=dumb). What users named is never taken for markup."""
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(force_terminal=True, force_jupyter=False, markup=False, highlight=False, emoji=False)
+        if not console.is_interactive:
+            return None
+        return Live(
+            get_renderable=lambda: self._draw(console),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def _draw(self, console: Any) -> Any:
+        """The four lines, none as long as the terminal is wide; their bars are equally long."""
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        rows = {name: row() for name, row in self._rows.items()}
+        room = console.width - ECHO_WIDTH - LABEL_WIDTH
+        smallest = BAR_WIDTH[0] + 2 if console.width >= NARROW else 0
+        texts = {name: row.fit(room - (0 if row.share is None else smallest)) for name, row in rows.items()}
+        widest = max((len(texts[name]) for name, row in rows.items() if row.share is not None), default=0)
+        bar_width = min(BAR_WIDTH[1], room - 2 - widest) if smallest else 0
+        lines = []
+        for name, row in rows.items():
+            line = Text(overflow="crop").append(f"{name:<{LABEL_WIDTH}}", "bold")
+            if row.share is not None and bar_width > 0:
+                bar = list(console.render(ProgressBar(1.0, row.share, bar_width)))
+                line.append_tokens((segment.text, segment.style) for segment in bar)
+                line.append(" " * (LABEL_WIDTH + bar_width + 2 - len(line)))
+            line.append(printable(texts[name]))
+            line.truncate(max(1, console.width - ECHO_WIDTH))
+            lines.append(line)
+        return Text("\n", no_wrap=True, overflow="crop").join(lines)
+
+    def interrupt(self, number: int, _frame: Any = None) -> None:
+        """Handles a signal: raises Interrupted, at once or when a redraw is done; half of one would stay."""
+        if self._drawing and not self._held_signal:
+            self._held_signal = number
+        else:
+            raise Interrupted(*[signal.Signals(number).name] if number != signal.SIGINT else [])
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Draw whole, whatever comes; a terminal that is gone ends no search."""
+        self._drawing = True
+        try:
+            yield
+        except OSError:
+            _print_no_more()
+        finally:
+            self._drawing = False
+        if self._held_signal:
+            number, self._held_signal = self._held_signal, 0
+            self.interrupt(number)
+
+
+def _print_no_more() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+screen = Screen()
+
+
+def say(text: str = "", *, detail: bool = False) -> None:
+    """Print to the screen (details only where no live region shows them) and, once there is one, to search.log."""
     text = "\n".join(map(printable, text.split("\n")))
-    try:
-        print(text, flush=True)
-    except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    screen.print(text, detail=detail)
     log.info(text)
 
 
@@ -984,6 +1140,20 @@ def describe_params(params: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def brief_params(params: Mapping[str, Any]) -> list[str]:
+    """The parameters for one line, the most telling first; the epochs are in the training's own line."""
+    ratio = params["network_alpha_ratio"]
+    return [
+        f"dim {params['network_dim']}",
+        f"alpha {params['network_alpha']} (ratio {ratio:.3f})",
+        f"lr {params['learning_rate']:.1e}/{params['text_encoder_lr']:.1e}",
+        params["optimizer_type"],
+        params["lr_scheduler"],
+        f"accumulation {params['gradient_accumulation_steps']}",
+        f"warm-up {params['lr_warmup_steps']}",
+    ]
+
+
 def search_space_digest() -> str:
     space = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
     return digest(json.dumps({name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}))
@@ -1223,6 +1393,7 @@ def _read_output(process: subprocess.Popen[bytes], watch: Callable[[], None]) ->
     while True:
         ended = process.poll() is not None
         watch()
+        screen.refresh()
         if select.select([process.stdout], [], [], 1.0)[0]:
             return os.read(process.stdout.fileno(), 1 << 16)
         if ended:
@@ -1312,7 +1483,7 @@ _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR 
 
 
 class TrainingProgress:
-    """Reads the trainer's output as it comes and shows one line of it on the screen."""
+    """Reads the trainer's output as it comes; says a line an epoch."""
 
     def __init__(self) -> None:
         self.epoch = self.epochs = self.step = self.steps = 0
@@ -1332,8 +1503,6 @@ class TrainingProgress:
         *lines, self._unfinished = re.split(r"[\r\n]", _ANSI.sub("", self._unfinished + text))
         for line in lines:
             self._read_line(line)
-        if lines:
-            self._show()
 
     def finish(self) -> None:
         self.read("\n")
@@ -1373,20 +1542,23 @@ class TrainingProgress:
             f"  loss {self.loss or '-'}  ETA {self.eta or '?'}"
         )
 
-    def _show(self) -> None:
-        """On a terminal, one line that changes."""
-        if self.epoch and sys.stdout.isatty():
-            print(f"\r\x1b[K{self}", end="", flush=True)
+    def row(self) -> Row:
+        """For the live region."""
+        if not self.epoch:
+            return Row(("starting: the model is loaded, latents are cached",), 0.0)
+        seconds = self.seconds_per_step()
+        pieces = [
+            f"epoch {self.epoch}/{self.epochs}",
+            f"step {self.step:{len(str(self.steps))}}/{self.steps}",
+            f"loss {self.loss or '-':<6}",
+            "- it/s" if not seconds else f"{1 / seconds:.3g} it/s" if seconds < 1 else f"{seconds:.3g} s/it",
+            f"ETA {self.eta or '?'}",
+        ]
+        return Row(pieces, self.step / max(1, self.steps))
 
     def _end_epoch(self) -> None:
-        """A line that stays, on the screen where none changes, and in search.log."""
-        if not self.epoch:
-            return
-        if sys.stdout.isatty():
-            log.info(str(self))
-            print(f"\r\x1b[K{self}", end="\r" if self.epoch < self.epochs else "\n", flush=True)
-        else:
-            say(str(self))
+        if self.epoch:
+            say(str(self), detail=True)
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -1574,6 +1746,7 @@ class KohyaTrainer:
 
     def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
         progress = TrainingProgress()
+        screen.show("train", progress.row)
         command = [self.python, str(self.script), "--config_file", str(config)]
         watch = TrainingWatch(progress, self.stall_minutes, usual_step)
         try:
@@ -2221,8 +2394,8 @@ class ImageScorer:
         finally:
             self.pipeline.unload_lora_weights()
 
-    def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda done: None) -> list[Any]:
-        """A PIL image for every job, in order; None where the latents were not finite."""
+    def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda made: None) -> list[Any]:
+        """A PIL image for every job, in order; None where the latents were not finite. Reports the size of batches."""
         images: dict[int, Any] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, job in enumerate(jobs):
@@ -2230,7 +2403,7 @@ class ImageScorer:
         for numbers in groups.values():
             for batch, made in self._in_batches(numbers, lambda batch: self._render_batch([jobs[n] for n in batch])):
                 images.update(zip(batch, made, strict=True))
-                report(len(images))
+                report(len(batch))
         return [images[number] for number in range(len(jobs))]
 
     def _in_batches(self, items: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> Iterator[tuple[Any, Any]]:
@@ -2442,6 +2615,33 @@ def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
     return checkpoints
 
 
+SECONDS_PER_COUNT = 0.5
+
+
+class ImageCount:
+    """Says how many of all images are made, on one line that ends with CR; the search's ScoringProgress reads it."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.made = 0
+        self._said = -math.inf
+        self.add(0)
+
+    def __str__(self) -> str:
+        return f"  images {self.made} of {self.total}"
+
+    def add(self, made: int) -> None:
+        self.made += made
+        if self.made >= self.total or time.monotonic() - self._said > SECONDS_PER_COUNT:
+            self._said = time.monotonic()
+            print(self, end="\r", flush=True)
+
+    def clear(self) -> None:
+        """Make room for the next line in a terminal, where the user looks at it."""
+        if sys.stdout.isatty():
+            print(" " * len(str(self)), end="\r", flush=True)
+
+
 Embeddings = dict[str, np.ndarray]
 
 
@@ -2481,8 +2681,9 @@ def make_reference_files(scorer: ImageScorer, reference: Path) -> dict[str, Any]
         "data": brightness_and_contrast(shown),
     }
     embeddings = {"data": data}
+    count = ImageCount(len(plan["screen"]) + len(plan["confirm"]))
     for stage in ("screen", "confirm"):
-        images = render_stage(scorer, plan[stage], reference / stage, f"base model, {stage}")
+        images = render_stage(scorer, plan[stage], reference / stage, count.add)
         embeddings[stage] = np.zeros((len(images), data.shape[1]))
         embeddings[f"{stage}_usable"] = np.array([is_usable(image, limits) for image in images])
         usable = [number for number, ok in enumerate(embeddings[f"{stage}_usable"]) if ok]
@@ -2493,6 +2694,7 @@ def make_reference_files(scorer: ImageScorer, reference: Path) -> dict[str, Any]
             )
         embeddings[stage][usable] = scorer.embed_images([images[number] for number in usable])
         anchors[stage] = base_anchors(scorer, plan[stage], images, usable, embeddings[stage], data)
+    count.clear()
     stored = io.BytesIO()
     np.savez(stored, **embeddings)
     write_atomically(reference / "embeddings.npz", stored.getvalue())
@@ -2523,18 +2725,15 @@ def base_anchors(
     }
 
 
-def render_stage(scorer: ImageScorer, jobs: Sequence[Mapping[str, Any]], folder: Path, what: str) -> list[Any]:
-    """Render and keep the images of a stage; says every ten seconds how far it is."""
+def render_stage(
+    scorer: ImageScorer,
+    jobs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    report: Callable[[int], None] = lambda made: None,
+) -> list[Any]:
+    """Render and keep the images of a stage."""
     for left_over in folder.glob("*.png"):  # of a scoring that was interrupted
         left_over.unlink()
-    last = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"  {what}: {done} of {len(jobs)} images", flush=True)
-
     images = scorer.render(jobs, report)
     for job, image in zip(jobs, images, strict=True):
         if image is not None:
@@ -2553,14 +2752,17 @@ def score_checkpoints(
 ) -> dict[str, Any]:
     """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by; for metrics.json."""
     screened = []
+    count = ImageCount(len(checkpoints) * len(scorer.plan["screen"]) + len(scorer.plan["confirm"]))
     for epoch, path in checkpoints:
         images = folder / "scores" / f"epoch-{epoch:06d}"
-        result = score_one(scorer, path, "screen", images, anchors, embeddings)
+        result = score_one(scorer, path, "screen", images, anchors, embeddings, count.add)
         screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+        count.clear()
         print(f"  epoch {epoch:3d}    {describe_terms(result)}", flush=True)
     best = max(screened, key=lambda result: result["score"])
     path = folder / best["checkpoint"]
-    confirmed = score_one(scorer, path, "confirm", folder / "scores" / "confirm", anchors, embeddings)
+    confirmed = score_one(scorer, path, "confirm", folder / "scores" / "confirm", anchors, embeddings, count.add)
+    count.clear()
     print(f"  epoch {best['epoch']:3d} is {describe_terms(confirmed)}   on other prompts and seeds", flush=True)
     return {
         "outcome": "scored",
@@ -2587,12 +2789,18 @@ def describe_terms(result: Mapping[str, Any]) -> str:
 
 
 def score_one(
-    scorer: ImageScorer, checkpoint: Path, stage: str, images_folder: Path, anchors: Mapping[str, Any], made: Embeddings
+    scorer: ImageScorer,
+    checkpoint: Path,
+    stage: str,
+    images_folder: Path,
+    anchors: Mapping[str, Any],
+    made: Embeddings,
+    report: Callable[[int], None] = lambda made: None,
 ) -> dict[str, Any]:
     """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
     jobs = scorer.plan[stage]
     with scorer.lora(checkpoint):
-        images = render_stage(scorer, jobs, images_folder, f"{checkpoint.name}, {stage}")
+        images = render_stage(scorer, jobs, images_folder, report)
     raw = measure(scorer, jobs, images, anchors, made["data"], made[stage], made[f"{stage}_usable"])
     terms = terms_of(raw, {**anchors, **anchors[stage]})
     return {"score": combine(terms, scorer.plan["weights"]), "terms": terms, "raw": raw}
@@ -2740,6 +2948,47 @@ def _small_jpeg(strips: Sequence[Any]) -> bytes:
 Metrics = dict[str, Any]
 
 
+_IMAGES_LINE = re.compile(r"^  images (\d+) of (\d+)\r$")
+SECONDS_PER_LINE = 10.0  # of how many images are made, where there is no bar
+
+
+class ScoringProgress:
+    """Reads the scoring process's output as it comes: says its lines, and counts the images that are made."""
+
+    def __init__(self) -> None:
+        self.made = self.images = 0
+        self.lines: list[str] = []
+        self.last_sign = self._said = time.monotonic()
+        self._unfinished = ""
+
+    def read(self, text: str) -> None:
+        """Take the next piece of output, cut anywhere; counts and bars end with CR, the rest with LF."""
+        self.last_sign = time.monotonic()
+        *whole, self._unfinished = re.split(r"(?<=[\r\n])", self._unfinished + text)
+        for line in whole:
+            if count := _IMAGES_LINE.match(line):
+                self._count(int(count[1]), int(count[2]))
+            elif line.endswith("\n"):
+                self._read_line(line[:-1])
+
+    def _count(self, made: int, images: int) -> None:
+        self.made, self.images = made, images
+        if time.monotonic() - self._said > SECONDS_PER_LINE:
+            self._said = time.monotonic()
+            say(f"  images {made} of {images}", detail=True)
+
+    def _read_line(self, line: str) -> None:
+        self.lines.append(line.removeprefix("stopped: "))
+        if self.lines[-1] == line:  # why it stopped is said by who waits for it
+            say(line, detail=not line.startswith("  note: "))
+
+    def row(self) -> Row:
+        """For the live region."""
+        if not self.images:
+            return Row(("starting: the models are loaded",), 0.0)
+        return Row((f"{self.made} of {self.images} images",), self.made / self.images)
+
+
 class ScoringProcess:
     """Scores a folder in a child process, so that this program never touches CUDA."""
 
@@ -2752,28 +3001,18 @@ class ScoringProcess:
         # The child sees one card alone, whose number is then 0.
         device = self.device.partition(":")[0]
         command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
-        lines: list[str] = []
-        unfinished = ""
-        last_sign = time.monotonic()
+        progress = ScoringProgress()
+        screen.show("score", progress.row)
 
         def watch() -> None:
             minutes = STARTING_ALLOWANCE * self.stall_minutes  # a batch on the CPU may take half an hour
-            if time.monotonic() - last_sign > 60 * minutes:
+            if time.monotonic() - progress.last_sign > 60 * minutes:
                 raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
-        def show(text: str) -> None:
-            nonlocal unfinished, last_sign
-            last_sign = time.monotonic()
-            *whole, unfinished = (unfinished + text).split("\n")
-            for line in whole:
-                lines.append(line.removeprefix("stopped: "))
-                if lines[-1] == line:  # why it stopped is said below
-                    say(line)
-
-        status = run_process(command, child_environment(self.device), show, folder, "scoring.log", watch)
+        status = run_process(command, child_environment(self.device), progress.read, folder, "scoring.log", watch)
         if status != 0:
-            refuse_full_disk(lines)
-            raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(lines)}")
+            refuse_full_disk(progress.lines)
+            raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(progress.lines)}")
 
 
 class LoraObjective:
@@ -2807,15 +3046,17 @@ class LoraObjective:
         is_valid, rejection_reason = check_safety_constraints(params)
         if not is_valid:
             say(f"\n❌ TRIAL REJECTED: {rejection_reason}")
-            say(f"Parameters: {json.dumps(params, indent=2)}\n")
+            say(f"Parameters: {json.dumps(params, indent=2)}\n", detail=True)
             raise optuna.TrialPruned(rejection_reason)
 
         folder = trial_folder(self.settings.output_dir, trial.number)
-        say(f"\nTrial {trial.number}: {folder}\n{describe_params(params)}")
+        screen.begin(str(trial.number), *brief_params(params))
+        say(f"\nTrial {trial.number}: {folder}\n{describe_params(params)}", detail=True)
         config = self._make_folder(folder, params)
         trained_in = find_training(trial.user_attrs.get("trained_in"), self.settings.output_dir)
         if trained_in:
-            say(f"  already trained in {trained_in.name}; only the scoring is done again")
+            screen.show("train", lambda: Row((f"already done in {trained_in.name}",)))
+            say(f"  already trained in {trained_in.name}; only the scoring is done again", detail=True)
             link_training(trained_in, folder)
         else:
             trained = self.trainer(config, usual_batch_seconds(trial.study))
@@ -3464,7 +3705,9 @@ def run_study(
             if not waiting:
                 say(f"Waiting for trials {running}, which other programs run in this study.")
             waiting = True
-            time.sleep(POLL_SECONDS)
+            screen.begin("of other programs:", *map(str, running))
+            show_study(study, settings.n_trials)
+            screen.wait(POLL_SECONDS)
             continue
         waiting = False
         with only_warning("the notes for optuna-dashboard are not all written"):
@@ -3519,6 +3762,7 @@ def run_trial(
     failures: list[tuple[str, Params]],
 ) -> list[tuple[str, Params]]:
     """Run one trial and tell the study how it ended; the failures in a row, with their parameters, up to now."""
+    show_study(study, settings.n_trials)
     try:
         value = objective(trial)
     except optuna.TrialPruned as pruned:
@@ -3550,17 +3794,62 @@ def state_after(study: optuna.Study, trial: optuna.Trial, error: TrialFailed) ->
 
 
 def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
+    """The line that stays of a trial; when all will be done, a live region says."""
     trials = study.get_trials(deepcopy=False)
-    done = [trial for trial in trials if is_trained(trial)]
-    scored = [t.user_attrs for t in done if t.state == TrialState.COMPLETE]
-    seconds = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    left = max(0, n_trials - len(done)) * seconds
-    ahead = f"; about {format_seconds(left)} to go" if len(done) < n_trials else ""
-    best = study.best_trial
+    trained = sum(map(is_trained, trials))
+    ahead = ""
+    if trained < n_trials and not screen.is_live:
+        ahead = f"; about {format_seconds((n_trials - trained) * (usual_trial_seconds(trials) or 0))} to go"
+    trial, best = trials[number], study.best_trial
     say(
-        f"Trial {number} scored {trials[number].value:.4f} (best: {best.value:.4f}, trial {best.number}); "
-        f"{len(done)} of {n_trials} trained{ahead}"
+        f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']} "
+        f"(best: {best.value:.4f}, trial {best.number}); {trained} of {n_trials} trained{ahead}"
     )
+
+
+def usual_trial_seconds(trials: Iterable[FrozenTrial]) -> float | None:
+    """The median of what training and scoring took; None before a trial is scored."""
+    scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
+    seconds = [attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]
+    return float(np.median(seconds)) if seconds else None
+
+
+def show_study(study: optuna.Study, n_trials: int) -> None:
+    """The live region's line of the study, as it stands now."""
+    if not screen.is_live:
+        return
+    trials = study.get_trials(deepcopy=False)
+    trained = sum(map(is_trained, trials))
+    best = next((f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(study)), "no score yet")
+    began = [trial.datetime_start for trial in trials if trial.state == TrialState.RUNNING and trial.datetime_start]
+    usual = usual_trial_seconds(trials)
+
+    def row() -> Row:
+        left = usual and seconds_left(usual, n_trials - trained, began)
+        elapsed = f"elapsed {format_elapsed(time.monotonic() - screen.started)}"
+        return Row((f"{trained}/{n_trials} trained", best, format_end(left), elapsed))
+
+    screen.show("study", row)
+
+
+def seconds_left(usual: float, trials: int, began: Sequence[datetime.datetime]) -> float:
+    """Until so many trials are trained, if a trial takes `usual` seconds and as many programs go on as run one now."""
+    used = [(datetime.datetime.now(start.tzinfo) - start).total_seconds() for start in began]
+    return max(0.0, usual * trials - sum(min(max(0.0, seconds), usual) for seconds in used)) / max(1, len(began))
+
+
+def format_end(left: float | None) -> str:
+    """The time of day in so many seconds, with the weekday if that is another day."""
+    if left is None:
+        return "end not known yet"
+    now = datetime.datetime.now()
+    end = now + datetime.timedelta(seconds=left)
+    return f"done ~{end:%H:%M}" if end.date() == now.date() else f"done ~{end:%a %H:%M}"
+
+
+def format_elapsed(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes:02}:{second:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def format_seconds(seconds: float) -> str:
@@ -4704,9 +4993,11 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         scorer = ScoringProcess(settings.device, settings.stall_minutes)
         script = settings.sd_scripts / "train_network.py"
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
-        write_reference_inputs(settings, inputs)
-        train_first_step(settings, inputs, trainer)
-        make_reference(settings, study, scorer)
+        with screen.live():
+            show_study(study, settings.n_trials)
+            write_reference_inputs(settings, inputs)
+            train_first_step(settings, inputs, trainer)
+            make_reference(settings, study, scorer)
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
@@ -4717,7 +5008,8 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
                 write_results(study, settings.output_dir)
 
         try:
-            run_study(study, objective, settings, started, before_trial)
+            with screen.live():
+                run_study(study, objective, settings, started, before_trial)
         finally:
             show_results(study, settings.output_dir)
 
@@ -4769,6 +5061,7 @@ def keep_data_set_pictures(data_set: DataSet, folder: Path) -> None:
 def make_reference(settings: Settings, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
     """The score's anchors, made once before trial 0 and the same for all trials of the study."""
     if read_json(settings.reference / "anchors.json") is None:
+        screen.begin("none yet: the reference is made")
         say("Making the reference: the base model's own images, once a study ...")
         try:
             scorer(settings.reference)
@@ -4799,6 +5092,7 @@ def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) 
             torn = on_disk and delete_torn_latents(inputs.data_set.images)
             if (folder / f"{LORA_NAME}.safetensors").is_file() and not torn:
                 return
+            screen.begin("none yet: the trainer is tried out")
             say("Trying the trainer out for one step, which also caches the latents, once a study ...")
             folder.mkdir(exist_ok=True)
             config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
@@ -4916,10 +5210,6 @@ def run(args: argparse.Namespace) -> None:
         run_search(*read_settings(demo_settings(args) if args.demo else args), only_check=args.check)
 
 
-def _interrupt(signum: int, _frame: Any) -> None:
-    raise Interrupted(signal.Signals(signum).name)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -4929,10 +5219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     words = [sys.executable, *sys.argv] if argv is None else [Path(__file__).name, *argv]
     args.command = shlex.join(map(hide_password, words))
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, _interrupt)
+            signal.signal(number, screen.interrupt)
     try:
         run(args)
     except RefusedInput as error:

@@ -741,7 +741,7 @@ def test_images_of_an_interrupted_scoring_do_not_stay(
 ) -> None:
     (tmp_path / "p99-s0.png").write_bytes(b"half an ima")
     monkeypatch.setattr(scorer, "render", lambda jobs, report: [None, noise(0, 256)])
-    search.render_stage(scorer, scorer.plan["screen"][:2], tmp_path, "test")
+    search.render_stage(scorer, scorer.plan["screen"][:2], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["p00-s1.png"]
 
 
