@@ -157,16 +157,17 @@ def printable(text: object) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the live region: pieces of text, of which a narrow terminal drops the last ones, and perhaps a bar."""
+    """A line of the live region: pieces of text, of which it drops what finds no room, and perhaps a bar."""
 
     pieces: Sequence[str] = ("-",)
     share: float | None = None  # of the bar, 0 to 1
 
     def fit(self, width: int) -> str:
-        pieces = list(self.pieces)
-        while len(pieces) > 1 and len("  ".join(pieces)) > width:
-            pieces.pop()
-        return "  ".join(pieces)
+        text, *more = self.pieces
+        for piece in more:
+            if len(text) + 2 + len(piece) <= width:
+                text += f"  {piece}"
+        return text
 
 
 REDRAWS_PER_SECOND = 8
@@ -224,10 +225,10 @@ class Screen:
 
     def wait(self, seconds: float) -> None:
         """Sleep, while the live region's clock goes on."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        times = math.ceil(seconds)
+        for _ in range(times):
             self.refresh()
-            time.sleep(min(1.0, left))
+            time.sleep(seconds / times)
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:

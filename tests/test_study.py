@@ -698,7 +698,7 @@ def test_another_programs_trial_is_waited_for(tmp_path: Path, monkeypatch: pytes
         trial.set_user_attr("ended", "scored")
         other.tell(trial, 0.5)
 
-    monkeypatch.setattr(search.time, "sleep", finish_meanwhile)
+    monkeypatch.setattr(search.screen, "wait", finish_meanwhile)
     assert endings(run(here)) == [(COMPLETE, "scored")] and waited == [0]
 
 
