@@ -4700,14 +4700,17 @@ def make_plan(
     )
 
 
+SCORING_TOOLS = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
 def check_scoring_tools() -> None:
     missing = [
         name
-        for name in ("torch", "diffusers", "transformers", "peft", "safetensors", "PIL", "optuna_dashboard")
+        for name in (*SCORING_TOOLS, "PIL", "optuna_dashboard", "rich", "jinja2", "plotly")
         if importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise RefusedInput(f"scoring: this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+        raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
 
 
 def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:

@@ -308,7 +308,7 @@ def test_no_row_is_as_long_as_the_terminal_is_wide(columns: int, monkeypatch: py
     with search.screen.live():
         terminal.feed(stdout.take())
         shown = region(terminal.lines())
-        assert shown and max(map(len, shown)) <= columns - search.ECHO_WIDTH
+        assert shown and max(map(len, shown)) <= columns - 4
     if columns >= 80:
         assert "alpha 70 (ratio 0.550)" in shown[1] and "AdamW8bit" in shown[1]
         assert re.search(r"train  [━╸╺]{4,}  epoch 12/20  step 1240/4000  loss 0.0862  \S+ it/s  ETA 1:02:11", shown[2])
