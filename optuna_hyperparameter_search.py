@@ -2907,24 +2907,34 @@ def _prompt_strip(jobs: Sequence[Mapping[str, Any]], tile: int) -> Any:
 def _picture_strip(
     jobs: Sequence[Mapping[str, Any]], pictures: Path, label: str, tile: int, colour: tuple[int, int, int]
 ) -> Any:
-    from PIL import Image, ImageOps
-
     strip, draw = _new_strip(len(jobs), tile, tile + SHEET_GAP + SHEET_LINE)
     draw.text((SHEET_GAP, 0), label, fill=colour)
-    for number, job in enumerate(jobs):
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
+        shown = list(pool.map(lambda job: _sheet_tile(pictures / f"{job['name']}.png", tile), jobs))
+    for number, picture in enumerate(shown):
         left, top = SHEET_GAP + number * (tile + SHEET_GAP), SHEET_LINE
         box = (left, top, left + tile - 1, top + tile - 1)
-        try:
-            with Image.open(pictures / f"{job['name']}.png") as picture:
-                enlarged = Image.Resampling.NEAREST if max(picture.size) < tile else Image.Resampling.LANCZOS
-                strip.paste(ImageOps.pad(picture.convert("RGB"), (tile, tile), enlarged, _WHITE), (left, top))
-        except OSError:  # not there, or torn
+        if picture:
+            strip.paste(picture, (left, top))
+        else:
             draw.rectangle(box, fill=_GREY)
             draw.line(box, fill=_BLACK)
             draw.line((box[0], box[3], box[2], box[1]), fill=_BLACK)
         if colour != _BLACK:
             draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
     return strip
+
+
+def _sheet_tile(path: Path, tile: int) -> Any | None:
+    """A picture as a square of `tile` pixels, with white beside it if it is none; None where there is none."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((tile, tile), reducing_gap=2.0)
+            return ImageOps.pad(picture.convert("RGB"), (tile, tile), Image.Resampling.NEAREST, _WHITE)
+    except OSError:  # not there, or torn
+        return None
 
 
 def _small_jpeg(strips: Sequence[Any]) -> bytes:
