@@ -71,7 +71,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -2326,6 +2326,7 @@ class ImageScorer:
         self.torch = torch
         self.plan = plan
         self.batch_size: int = plan["batch_size"]
+        self.shrunk: dict[Path, Any] = {}  # pictures that the contact sheet and the report show
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(
                 f"PyTorch {torch.__version__} sees no {device}; mend the installation or use --device cpu"
@@ -2600,7 +2601,8 @@ def _score_folder(folder: Path, device: str) -> None:
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
         if metrics["outcome"] == "scored":
             with only_warning("no contact sheet could be made"):
-                make_contact_sheet(folder)
+                make_contact_sheet(folder, scorer.shrunk)
+                keep_small_pictures(folder, scorer.shrunk)
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
@@ -2644,6 +2646,7 @@ class ImageCount:
 
 
 Embeddings = dict[str, np.ndarray]
+Metrics = dict[str, Any]  # the content of a trial's metrics.json
 
 
 def load_reference(scorer: ImageScorer, reference: Path) -> tuple[dict[str, Any], Embeddings]:
@@ -2741,6 +2744,8 @@ def render_stage(
             file = io.BytesIO()
             image.save(file, format="PNG")
             write_atomically(folder / f"{job['name']}.png", file.getvalue())
+            if job["name"].endswith("-s0"):
+                scorer.shrunk[folder / f"{job['name']}.png"] = shrink(image)
     return images
 
 
@@ -2841,7 +2846,113 @@ def measure(
     return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
 
 
-# --- the contact sheet: a trial at a glance; made from its files alone ---
+# --- what a trial's folder keeps for those who look: small pictures for the report, and a contact sheet ---
+
+SMALL_PICTURES = "small.json"  # in scores/
+SMALL_SIDE = 320  # pixels; the longest side of a small picture at most
+# Longest side and WebP quality of small pictures: the first that fits into a number of bytes.
+_SMALL_SIZES = (
+    (320, 75),
+    (256, 70),
+    (192, 65),
+    (160, 60),
+    (128, 55),
+    (112, 50),
+    (96, 45),
+    (80, 40),
+    (64, 35),
+    (40, 25),
+)
+PICTURE_BYTES = 240_000  # of a trial's small pictures; base64 makes 320 kB of them
+ROW_PROMPTS, GRID_PROMPTS, GRID_EPOCHS = 8, 12, 10
+
+
+def shrink(image: Any) -> Any:
+    from PIL import Image
+
+    small = image.convert("RGB")  # a copy
+    small.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.BICUBIC, reducing_gap=1.5)
+    return small
+
+
+def open_small(paths: Sequence[Path]) -> list[Any | None]:
+    """Pictures, shrunk; None where there is none, or a torn one."""
+    from PIL import Image
+
+    def open_one(path: Path) -> Any | None:
+        try:
+            with Image.open(path) as image:
+                return shrink(image)
+        except (OSError, ValueError):
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
+        return list(pool.map(open_one, paths))
+
+
+def small_pictures(opened: Sequence[Any | None], limit: int) -> list[str | None]:
+    """Data URIs of shrunk pictures in WebP, as large and good as `limit` bytes for all of them allow."""
+    there = [image for image in opened if image is not None]
+    sample = there[:: max(1, len(there) // 8)]
+    encoded: list[bytes] = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for side, quality in _SMALL_SIZES:
+            encode = functools.partial(_encode_small, side=side, quality=quality)
+            if sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample):
+                continue
+            encoded = list(pool.map(encode, there))
+            if sum(map(len, encoded)) <= limit:
+                break
+    texts = (f"data:image/webp;base64,{base64.b64encode(data).decode('ascii')}" for data in encoded)
+    return [None if image is None else next(texts, None) for image in opened]
+
+
+def _encode_small(image: Any, side: int, quality: int) -> bytes:
+    small = image.copy()
+    small.thumbnail((side, side))
+    file = io.BytesIO()
+    small.save(file, format="WEBP", quality=quality, method=2)
+    return file.getvalue()
+
+
+def pictured_epochs(metrics: Metrics) -> list[int]:
+    """The epochs that the report shows of a trial: at most GRID_EPOCHS, with the chosen and the last one."""
+    epochs = [result["epoch"] for result in metrics.get("screen", [])]
+    return sorted({*_evenly(epochs, GRID_EPOCHS - 2), *epochs[-1:], *{metrics.get("best_epoch")} & {*epochs}})
+
+
+def row_and_grid(plan: Mapping[str, Any], metrics: Metrics) -> tuple[list[str], list[list[str]]]:
+    """A trial's pictures in the report, by their names in scores/: its row, and a row of epochs for each prompt."""
+    row = [f"confirm/{job['name']}.png" for job in first_seeds(plan["confirm"], ROW_PROMPTS)]
+    jobs, epochs = first_seeds(plan["screen"], GRID_PROMPTS), pictured_epochs(metrics)
+    return row, [[f"epoch-{epoch:06d}/{job['name']}.png" for epoch in epochs] for job in jobs]
+
+
+def keep_small_pictures(folder: Path, known: Mapping[Path, Any] = MappingProxyType({})) -> dict[str, str | None]:
+    """Make scores/small.json of a trial: data URIs by the pictures' names. `known` are shrunk ones that are open."""
+    plan, metrics = _read_scored(folder)
+    row, grid = row_and_grid(plan, metrics)
+    names = [*row, *itertools.chain(*grid)]
+    opened = _opened([folder / "scores" / name for name in names], known)
+    sources = dict(zip(names, small_pictures(opened, PICTURE_BYTES), strict=True))
+    with contextlib.suppress(OSError):  # a folder that can only be read
+        write_json(folder / "scores" / SMALL_PICTURES, {"score": metrics["score"], "sources": sources})
+    return sources
+
+
+def _opened(paths: Sequence[Path], known: Mapping[Path, Any]) -> list[Any | None]:
+    """Shrunk pictures: those that are open already, and the others from their files."""
+    missing = [path for path in paths if path not in known]
+    found = {**known, **dict(zip(missing, open_small(missing), strict=True))}
+    return [found[path] for path in paths]
+
+
+def _read_scored(folder: Path) -> tuple[dict[str, Any], Metrics]:
+    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
+    if plan is None or metrics is None:
+        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
+    return plan, metrics
+
 
 CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
 SHEET_WIDTH, SHEET_HEIGHT, SHEET_BYTES = 1600, 2400, 500_000  # at most; pixels
@@ -2850,14 +2961,13 @@ SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, betwe
 _WHITE, _BLACK, _GREY, _GREEN = (255, 255, 255), (30, 30, 30), (200, 200, 200), (0, 140, 60)
 
 
-def make_contact_sheet(folder: Path) -> Path:
+def make_contact_sheet(folder: Path, known: Mapping[Path, Any] = MappingProxyType({})) -> Path:
     """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it.
 
     Read from metrics.json, the plan and the pictures; a picture that is not there is a grey tile with a cross.
+    `known` are shrunk ones that are open.
     """
-    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
-    if plan is None or metrics is None:
-        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
+    plan, metrics = _read_scored(folder)
     scores, best = folder / "scores", metrics["best_epoch"]
     screen, confirm = (first_seeds(plan[stage], SHEET_COLUMNS) for stage in FIRST_SEEDS)
     height = SHEET_HEIGHT // (len(metrics["screen"]) + 2) - 2 * SHEET_LINE
@@ -2866,10 +2976,10 @@ def make_contact_sheet(folder: Path) -> Path:
     for result in metrics["screen"]:
         label = f"epoch {result['epoch']}  score {result['score']:.4f}"
         label, colour = (f"{label}  best", _GREEN) if result["epoch"] == best else (label, _BLACK)
-        strips.append(_picture_strip(screen, scores / f"epoch-{result['epoch']:06d}", label, tile, colour))
+        strips.append(_picture_strip(screen, scores / f"epoch-{result['epoch']:06d}", label, tile, colour, known))
     label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
     tile = min(_tile_for(confirm), height)
-    strips += [_prompt_strip(confirm, tile), _picture_strip(confirm, scores / "confirm", label, tile, _GREEN)]
+    strips += [_prompt_strip(confirm, tile), _picture_strip(confirm, scores / "confirm", label, tile, _GREEN, known)]
     write_atomically(scores / CONTACT_SHEET, _small_jpeg(strips))
     return scores / CONTACT_SHEET
 
@@ -2905,36 +3015,31 @@ def _prompt_strip(jobs: Sequence[Mapping[str, Any]], tile: int) -> Any:
 
 
 def _picture_strip(
-    jobs: Sequence[Mapping[str, Any]], pictures: Path, label: str, tile: int, colour: tuple[int, int, int]
+    jobs: Sequence[Mapping[str, Any]],
+    pictures: Path,
+    label: str,
+    tile: int,
+    colour: tuple[int, int, int],
+    known: Mapping[Path, Any],
 ) -> Any:
+    from PIL import Image, ImageOps
+
     strip, draw = _new_strip(len(jobs), tile, tile + SHEET_GAP + SHEET_LINE)
     draw.text((SHEET_GAP, 0), label, fill=colour)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
-        shown = list(pool.map(lambda job: _sheet_tile(pictures / f"{job['name']}.png", tile), jobs))
-    for number, picture in enumerate(shown):
+    opened = _opened([pictures / f"{job['name']}.png" for job in jobs], known)
+    for number, picture in enumerate(opened):
         left, top = SHEET_GAP + number * (tile + SHEET_GAP), SHEET_LINE
         box = (left, top, left + tile - 1, top + tile - 1)
         if picture:
-            strip.paste(picture, (left, top))
-        else:
+            enlarged = Image.Resampling.NEAREST if max(picture.size) < tile else Image.Resampling.BICUBIC
+            strip.paste(ImageOps.pad(picture, (tile, tile), enlarged, _WHITE), (left, top))
+        else:  # not there, or torn
             draw.rectangle(box, fill=_GREY)
             draw.line(box, fill=_BLACK)
             draw.line((box[0], box[3], box[2], box[1]), fill=_BLACK)
         if colour != _BLACK:
             draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
     return strip
-
-
-def _sheet_tile(path: Path, tile: int) -> Any | None:
-    """A picture as a square of `tile` pixels, with white beside it if it is none; None where there is none."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            picture.thumbnail((tile, tile), reducing_gap=2.0)
-            return ImageOps.pad(picture.convert("RGB"), (tile, tile), Image.Resampling.NEAREST, _WHITE)
-    except OSError:  # not there, or torn
-        return None
 
 
 def _small_jpeg(strips: Sequence[Any]) -> bytes:
@@ -2955,9 +3060,6 @@ def _small_jpeg(strips: Sequence[Any]) -> bytes:
 # ======================================================================================================
 # 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
 # ======================================================================================================
-
-Metrics = dict[str, Any]
-
 
 _IMAGES_LINE = re.compile(r"^  images (\d+) of (\d+)\r$")
 SECONDS_PER_LINE = 10.0  # of how many images are made, where there is no bar
@@ -4082,22 +4184,8 @@ REPORT_NAME = "report.html"
 DATA_SET_PICTURES = "data_set"  # in reference/
 SHOWN_PICTURES = 8
 PICTURED_TRIALS = 20  # the best ones; with 4.8 MB of plotly.js, PICTURE_BYTES of each keep the page below 12 MB
-PICTURE_BYTES = 240_000  # of a trial's small pictures; base64 makes 320 kB of them
-WINNER_BYTES = 500_000
-ROW_PROMPTS, GRID_PROMPTS, GRID_EPOCHS, WINNER_PROMPTS = 8, 12, 10, 16
-# Longest side in pixels and WebP quality, the first that fits into a number of bytes.
-_SMALL_SIZES = (
-    (320, 75),
-    (256, 70),
-    (192, 65),
-    (160, 60),
-    (128, 55),
-    (112, 50),
-    (96, 45),
-    (80, 40),
-    (64, 35),
-    (40, 25),
-)
+WINNER_BYTES = 200_000  # of its pictures, and as many of the base model and of the data set
+WINNER_PROMPTS = 16
 CURVE_POINTS = 200
 Picture = dict[str, Any]
 
@@ -4123,12 +4211,9 @@ def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
     plan = read_json(output_dir / "reference" / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
     columns = first_seeds(plan["confirm"], ROW_PROMPTS)
     ranked = scored_trials(study)
-    entries = [
-        _report_entry(study, trial, rank, plan, columns, output_dir) for rank, trial in enumerate(ranked, start=1)
-    ]
+    entries = [_report_entry(trial, rank, plan, output_dir) for rank, trial in enumerate(ranked, start=1)]
     reference = output_dir / "reference" / "confirm"
-    base = _pictures([(reference / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in columns],
-                     output_dir, PICTURE_BYTES)  # fmt: skip
+    base = [(reference / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in columns]
     return {
         "study_name": study.study_name,
         "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -4138,7 +4223,7 @@ def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
         "terms": TERMS,
         "pictured_trials": PICTURED_TRIALS,
         "columns": columns,
-        "base": base,
+        "base": _small_files(base, output_dir, PICTURE_BYTES),
         "entries": entries,
         "winner": _report_winner(ranked[0], plan, output_dir) if ranked else None,
         "others": [_report_other(t) for t in trials if t.state in (TrialState.PRUNED, TrialState.FAIL)],
@@ -4154,28 +4239,21 @@ def _report_winner(best: FrozenTrial, plan: Mapping[str, Any], output_dir: Path)
     """The best trial's pictures beside the base model's of the same prompts and seeds, and the data set's."""
     jobs = first_seeds(plan["confirm"], WINNER_PROMPTS)
     scores, reference = folder_of(best, output_dir) / "scores", output_dir / "reference"
-    wanted = [(scores / "confirm" / f"{job['name']}.png", f"with the best LoRA: {job['prompt']}") for job in jobs]
-    wanted += [(reference / "confirm" / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in jobs]
-    data = sorted((reference / DATA_SET_PICTURES).glob("*.png"))
-    wanted += [(file, f"picture {number} of the data set") for number, file in enumerate(data, start=1)]
-    made = _pictures(wanted, output_dir, WINNER_BYTES)
+    with_it = [(scores / "confirm" / f"{job['name']}.png", f"with the best LoRA: {job['prompt']}") for job in jobs]
+    without = [(reference / "confirm" / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in jobs]
+    files = sorted((reference / DATA_SET_PICTURES).glob("*.png"))
+    data = [(file, f"picture {number} of the data set") for number, file in enumerate(files, start=1)]
+    shown = [_small_files(wanted, output_dir, WINNER_BYTES) for wanted in (with_it, without, data)]
     results = output_dir / "results"
     return {
-        "pairs": list(zip(jobs, made[: len(jobs)], made[len(jobs) : 2 * len(jobs)], strict=True)),
-        "data": made[2 * len(jobs) :],
+        "pairs": list(zip(jobs, *shown[:2], strict=True)),
+        "data": shown[2],
         "lora": results / "best_lora.safetensors",
         "command": f"python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}",
     }
 
 
-def _report_entry(
-    study: optuna.Study,
-    trial: FrozenTrial,
-    rank: int,
-    plan: Mapping[str, Any],
-    columns: Sequence[Mapping[str, Any]],
-    output_dir: Path,
-) -> dict[str, Any]:
+def _report_entry(trial: FrozenTrial, rank: int, plan: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
     """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
     attrs, folder = trial.user_attrs, folder_of(trial, output_dir)
     metrics = read_json(folder / "metrics.json") or {}
@@ -4196,24 +4274,37 @@ def _report_entry(
         "row": [],
         "grid": [],
     }
-    if rank > PICTURED_TRIALS:
-        return entry
-    shown = [result["epoch"] for result in entry["epochs"]]
-    shown = sorted({*_evenly(shown, GRID_EPOCHS - 2), *shown[-1:], *{attrs["best_epoch"]} & {*shown}})
-    entry["epochs"] = [result for result in entry["epochs"] if result["epoch"] in shown]
-    jobs = first_seeds(plan["screen"], GRID_PROMPTS)
-    wanted = [(folder / "scores" / "confirm" / f"{job['name']}.png", f"trial {trial.number}: {job['prompt']}")
-              for job in columns]  # fmt: skip
-    wanted += [
-        (folder / "scores" / f"epoch-{epoch:06d}" / f"{job['name']}.png", f"epoch {epoch}: {job['prompt']}")
-        for job in jobs
-        for epoch in shown
-    ]
-    made = _pictures(wanted, output_dir, PICTURE_BYTES)
-    entry["row"] = made[: len(columns)]
-    cells = iter(made[len(columns) :])
-    entry["grid"] = [(job, [next(cells) for _ in shown]) for job in jobs]
+    if rank <= PICTURED_TRIALS and metrics:
+        entry |= _row_and_grid(folder, plan, metrics, output_dir)
     return entry
+
+
+def _row_and_grid(
+    folder: Path, plan: Mapping[str, Any], metrics: Metrics, output_dir: Path
+) -> dict[str, Sequence[Any]]:
+    """A trial's pictures, from scores/small.json, which is made if it is not there or of an earlier scoring."""
+    kept = read_json(folder / "scores" / SMALL_PICTURES) or {}
+    sources = kept["sources"] if kept.get("score") == metrics["score"] else keep_small_pictures(folder)
+    epochs = pictured_epochs(metrics)
+    row, grid = row_and_grid(plan, metrics)
+
+    def shown(names: Sequence[str], texts: Sequence[str]) -> list[Picture]:
+        files = [(folder / "scores" / name, text) for name, text in zip(names, texts, strict=True)]
+        return _pictures(files, [sources.get(name) for name in names], output_dir)
+
+    columns, jobs = first_seeds(plan["confirm"], ROW_PROMPTS), first_seeds(plan["screen"], GRID_PROMPTS)
+    return {
+        "row": shown(row, [f"{folder.name}: {job['prompt']}" for job in columns]),
+        "grid": [
+            (job, shown(names, [f"epoch {epoch}: {job['prompt']}" for epoch in epochs]))
+            for job, names in zip(jobs, grid, strict=True)
+        ],
+        "epochs": [
+            {**result, "is_best": result["epoch"] == metrics["best_epoch"]}
+            for result in metrics["screen"]
+            if result["epoch"] in epochs
+        ],
+    }
 
 
 def _report_other(trial: FrozenTrial) -> dict[str, Any]:
@@ -4230,56 +4321,22 @@ def _link(path: Path, output_dir: Path) -> str:
     return urllib.parse.quote(os.path.relpath(path, output_dir / "results"), errors="replace")
 
 
-def _pictures(wanted: Sequence[tuple[Path, str]], output_dir: Path, limit: int) -> list[Picture]:
-    """Small pictures with links to the whole ones; `src` is None where there is no file."""
-    dated = tuple((path, path.stat().st_mtime_ns if path.is_file() else None) for path, _ in wanted)
-    sources = _small_pictures(dated, limit)
+def _pictures(files: Sequence[tuple[Path, str]], sources: Sequence[str | None], output_dir: Path) -> list[Picture]:
+    """(file, alt text) and what is shown of it, for the template; `src` is None where there is nothing."""
     return [
         {"src": source, "link": _link(path, output_dir), "alt": alt}
-        for (path, alt), source in zip(wanted, sources, strict=True)
+        for (path, alt), source in zip(files, sources, strict=True)
     ]
 
 
-@functools.lru_cache(maxsize=4 * PICTURED_TRIALS)  # a trial's pictures don't change when the next one is added
-def _small_pictures(dated: tuple[tuple[Path, int | None], ...], limit: int) -> list[str | None]:
-    """Data URIs of WebP pictures, as large and good as `limit` bytes for all of them allow."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
-        opened = list(pool.map(_open_small, [path if date else None for path, date in dated]))
-        there = [image for image in opened if image is not None]
-        sample = there[:: max(1, len(there) // 8)]
-        encoded: list[bytes] = []
-        for side, quality in _SMALL_SIZES:
-            encode = functools.partial(_encode_small, side=side, quality=quality)
-            if sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample):
-                continue
-            encoded = list(pool.map(encode, there))
-            if sum(map(len, encoded)) <= limit:
-                break
-    texts = (f"data:image/webp;base64,{base64.b64encode(data).decode('ascii')}" for data in encoded)
-    return [None if image is None else next(texts, None) for image in opened]
+def _small_files(files: Sequence[tuple[Path, str]], output_dir: Path, limit: int) -> list[Picture]:
+    dated = tuple((path, path.stat().st_mtime_ns if path.is_file() else 0) for path, _ in files)
+    return _pictures(files, _small_sources(dated, limit), output_dir)
 
 
-def _open_small(path: Path | None) -> Any | None:
-    """A picture of at most the largest of the small sizes; None where there is none, or a torn one."""
-    from PIL import Image
-
-    side = _SMALL_SIZES[0][0]
-    try:
-        if path:
-            with Image.open(path) as image:
-                image.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-                return image.convert("RGB")
-    except (OSError, ValueError):
-        pass
-    return None
-
-
-def _encode_small(image: Any, side: int, quality: int) -> bytes:
-    small = image.copy()
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, format="WEBP", quality=quality, method=2)
-    return file.getvalue()
+@functools.lru_cache(maxsize=16)  # the page is written after every trial
+def _small_sources(dated: tuple[tuple[Path, int], ...], limit: int) -> list[str | None]:
+    return small_pictures(open_small([path for path, _ in dated]), limit)
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
