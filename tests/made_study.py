@@ -250,6 +250,7 @@ def run_trials(
         search.claim_trial(trial, settings)
         trainer.end = end
         with contextlib.suppress(LeftRunning, search.Interrupted):
+            trial.set_user_attr("waited_seconds", 12.0)
             search.run_trial(study, trial, objective, settings, [])
         trainer.clock.spend(2)
         times[number] = (began, None if end == "running" else trainer.clock.now)
