@@ -70,8 +70,15 @@ def read(path: Path) -> Any:
     return search.read_json(path) if path.suffix == ".json" else toml.loads(path.read_text(encoding="utf-8"))
 
 
+def named_alike(text: str) -> str:
+    """Optuna names an artifact by a random UUID."""
+    return re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID", text)
+
+
 def same_structure(made: Any, real: Any) -> None:
-    made_lines, real_lines = (without(structure(value), *ACCIDENTS) for value in (made, real))
+    made_lines, real_lines = (
+        {named_alike(line) for line in without(structure(value), *ACCIDENTS)} for value in (made, real)
+    )
     assert made_lines == real_lines and made_lines
 
 
@@ -105,7 +112,7 @@ def test_trials_hold_what_the_real_ones_hold(made: Path, demo: Demo, number: int
     ours, real = (study.get_trials()[number] for study in (study_in(made), study_in(demo.output_dir, "demo")))
     assert ours.state == real.state and (ours.value is None) == (real.value is None)
     same_structure(ours.user_attrs, real.user_attrs)
-    assert without(structure(ours.system_attrs), *ACCIDENTS) == without(structure(real.system_attrs), *ACCIDENTS)
+    same_structure(ours.system_attrs, real.system_attrs)
     assert without(set(ours.params), *ACCIDENTS) == without(set(real.params), *ACCIDENTS)
     distributions = [
         {name: kind for name, kind in trial.distributions.items() if name not in ACCIDENTS} for trial in (ours, real)
@@ -117,7 +124,7 @@ def files_in(output_dir: Path) -> set[str]:
     """Every file with # for numbers; without the trainer's and the interrupted program's own leavings."""
     names = (path.relative_to(output_dir) for path in output_dir.rglob("*") if path.is_file())
     kept = [name for name in names if name.parts[0] != "inputs" and "logs" not in name.parts]
-    return {re.sub(r"\d+", "#", str(name)) for name in kept if name.name != search.PROCESS_FILE}
+    return {re.sub(r"\d+", "#", named_alike(str(name))) for name in kept if name.name != search.PROCESS_FILE}
 
 
 def test_the_same_files_lie_at_the_same_places(made: Path, demo: Demo) -> None:
@@ -192,6 +199,11 @@ def test_the_program_goes_on_with_it_and_has_nothing_left_to_do(tmp_path: Path) 
     assert len(study_in(output_dir).get_trials()) == 3 and files_in(output_dir) == before
 
 
+def weights_of(lora: Path) -> bytes:
+    data = lora.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
 def test_results_are_written_and_described(night: Path) -> None:
     study = study_in(night)
     for file in (night / "results").glob("*.*"):
@@ -200,9 +212,8 @@ def test_results_are_written_and_described(night: Path) -> None:
     described = search.describe_study(study)
     assert "best first" in described and "1 diverged" in described and "1 running" in described
     best = search.scored_trials(study)[0]
-    assert (night / "results" / "best_lora.safetensors").read_bytes() == (
-        night / best.user_attrs["folder"] / best.user_attrs["checkpoint"]
-    ).read_bytes()
+    checkpoint = night / best.user_attrs["folder"] / best.user_attrs["checkpoint"]
+    assert weights_of(night / "results" / "best_lora.safetensors") == weights_of(checkpoint)
     assert len((night / "results" / "trials.csv").read_text().splitlines()) == 18
 
 
