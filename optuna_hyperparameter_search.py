@@ -3808,12 +3808,7 @@ def run_study(
         running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
         if trained >= settings.n_trials:
             return
-        hours = (time.monotonic() - started) / 3600
-        if settings.timeout_hours is not None and hours >= settings.timeout_hours:
-            raise SearchStopped(
-                f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
-                "trials trained; the same command goes on"
-            )
+        check_timeout(settings, started, trained)
         if trained + len(running) >= settings.n_trials:  # other programs train the rest
             if not waiting:
                 say(f"Waiting for trials {running}, which other programs run in this study.")
@@ -3838,6 +3833,15 @@ def run_study(
         failures = run_trial(study, trial, objective, settings, failures)
         idle_since = time.monotonic()
         stop_after_equal_failures(failures)
+
+
+def check_timeout(settings: Settings, started: float, trained: int) -> None:
+    hours = (time.monotonic() - started) / 3600
+    if settings.timeout_hours is not None and hours >= settings.timeout_hours:
+        raise SearchStopped(
+            f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
+            "trials trained; the same command goes on"
+        )
 
 
 def is_surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
