@@ -115,5 +115,12 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     saved = sum(end - start for start, end in weights)
     assert 64 * search.inspect_base_model(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
 
+    curve = search.loss_curve(out / "trial_0000" / "training.log", epochs=12)
+    assert [epoch for epoch, _ in curve] == list(range(1, 13)) and all(loss > 0 for _, loss in curve)
+    assert "trial 0" in (out / "results" / "report.html").read_text(encoding="utf-8")
+    assert (out / "trial_0000" / "scores" / "contact_sheet.jpg").is_file()
+    runs = {file.parent.relative_to(out).parts[0] for file in out.rglob("events.out.tfevents.*")}
+    assert runs == {"trial_0000"}  # what TensorBoard shows
+
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "Trial 1" not in again.stdout
