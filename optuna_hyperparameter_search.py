@@ -4326,9 +4326,9 @@ def _link(path: Path, output_dir: Path) -> str:
 
 
 def _pictures(files: Sequence[tuple[Path, str]], sources: Sequence[str | None], output_dir: Path) -> list[Picture]:
-    """(file, alt text) and what is shown of it, for the template; `src` is None where there is nothing."""
+    """(file, alt text) and what is shown of it, for the template; `src` is None where there is none, `link` without a file."""
     return [
-        {"src": source, "link": _link(path, output_dir), "alt": alt}
+        {"src": source, "link": _link(path, output_dir) if path.is_file() else None, "alt": alt}
         for (path, alt), source in zip(files, sources, strict=True)
     ]
 
