@@ -2863,7 +2863,7 @@ _SMALL_SIZES = (
     (64, 35),
     (40, 25),
 )
-PICTURE_BYTES = 240_000  # of a trial's small pictures; base64 makes 320 kB of them
+PICTURE_BYTES = 210_000  # of a trial's small pictures; base64 makes 280 kB of them
 ROW_PROMPTS, GRID_PROMPTS, GRID_EPOCHS = 8, 12, 10
 
 
@@ -2898,7 +2898,8 @@ def small_pictures(opened: Sequence[Any | None], limit: int) -> list[str | None]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for side, quality in _SMALL_SIZES:
             encode = functools.partial(_encode_small, side=side, quality=quality)
-            if sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample):
+            too_much = sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample)
+            if too_much and side != _SMALL_SIZES[-1][0]:
                 continue
             encoded = list(pool.map(encode, there))
             if sum(map(len, encoded)) <= limit:
@@ -4190,7 +4191,7 @@ SHOWN_PICTURES = 8
 PICTURED_TRIALS = 20  # the best ones; with 4.8 MB of plotly.js, PICTURE_BYTES of each keep the page below 12 MB
 WINNER_BYTES = 200_000  # of its pictures, and as many of the base model and of the data set
 WINNER_PROMPTS = 16
-CURVE_POINTS = 200
+CURVE_POINTS = 100
 Picture = dict[str, Any]
 
 
@@ -4326,7 +4327,7 @@ def _link(path: Path, output_dir: Path) -> str:
 
 
 def _pictures(files: Sequence[tuple[Path, str]], sources: Sequence[str | None], output_dir: Path) -> list[Picture]:
-    """(file, alt text) and what is shown of it, for the template; `src` is None where there is none, `link` without a file."""
+    """(file, alt text) and what is shown of it, for the template; `src` or `link` is None where there is nothing."""
     return [
         {"src": source, "link": _link(path, output_dir) if path.is_file() else None, "alt": alt}
         for (path, alt), source in zip(files, sources, strict=True)
