@@ -4279,17 +4279,18 @@ def _report_entry(trial: FrozenTrial, rank: int, plan: Mapping[str, Any], output
         "row": [],
         "grid": [],
     }
-    if rank <= PICTURED_TRIALS and metrics:
-        entry |= _row_and_grid(folder, plan, metrics, output_dir)
+    if rank <= PICTURED_TRIALS:
+        entry |= _row_and_grid(f"trial {trial.number}", folder, plan, metrics, output_dir)
     return entry
 
 
 def _row_and_grid(
-    folder: Path, plan: Mapping[str, Any], metrics: Metrics, output_dir: Path
+    name: str, folder: Path, plan: Mapping[str, Any], metrics: Metrics, output_dir: Path
 ) -> dict[str, Sequence[Any]]:
     """A trial's pictures, from scores/small.json, which is made if it is not there or of an earlier scoring."""
     kept = read_json(folder / "scores" / SMALL_PICTURES) or {}
-    sources = kept["sources"] if kept.get("score") == metrics["score"] else keep_small_pictures(folder)
+    is_whole = not metrics or kept.get("score") == metrics["score"]
+    sources = kept.get("sources", {}) if is_whole else keep_small_pictures(folder)
     epochs = pictured_epochs(metrics)
     row, grid = row_and_grid(plan, metrics)
 
@@ -4299,14 +4300,15 @@ def _row_and_grid(
 
     columns, jobs = first_seeds(plan["confirm"], ROW_PROMPTS), first_seeds(plan["screen"], GRID_PROMPTS)
     return {
-        "row": shown(row, [f"{folder.name}: {job['prompt']}" for job in columns]),
+        "row": shown(row, [f"{name}: {job['prompt']}" for job in columns]),
         "grid": [
             (job, shown(names, [f"epoch {epoch}: {job['prompt']}" for epoch in epochs]))
             for job, names in zip(jobs, grid, strict=True)
+            if epochs
         ],
         "epochs": [
             {**result, "is_best": result["epoch"] == metrics["best_epoch"]}
-            for result in metrics["screen"]
+            for result in metrics.get("screen", [])
             if result["epoch"] in epochs
         ],
     }

@@ -634,13 +634,33 @@ def test_a_picture_that_is_gone_is_named(small: Path) -> None:
     before = rewritten(small).missing
     best = search.scored_trials(study_in(small))[0]
     job = search.read_json(small / "reference" / "plan.json")["confirm"][0]
-    (search.folder_of(best, small) / "scores" / "confirm" / f"{job['name']}.png").unlink()
+    scores = search.folder_of(best, small) / "scores"
+    (scores / "confirm" / f"{job['name']}.png").unlink()
+    (scores / search.SMALL_PICTURES).unlink()
     shown = rewritten(small)
     assert sorted(set(shown.missing) - set(before)) == [
         f"trial {best.number}: {job['prompt']}: no picture",
         f"with the best LoRA: {job['prompt']}: no picture",
     ]
     assert "no picture" in shown.text
+
+
+def test_the_small_picture_of_one_that_is_gone_is_shown_without_a_link(small: Path) -> None:
+    best = search.scored_trials(study_in(small))[0]
+    picture = search.folder_of(best, small) / "scores" / "confirm" / "p00-s0.png"
+    before = rewritten(small)
+    picture.unlink()
+    shown = rewritten(small)
+    assert len(shown.images) == len(before.images) - 1  # the winner's large one
+    assert f"{best.user_attrs['folder']}/scores/confirm/p00-s0.png" not in shown.source
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"score": 2.0, "sources": {}}'])
+def test_small_pictures_that_are_torn_or_of_another_scoring_are_made_again(small: Path, content: str) -> None:
+    before = rewritten(small)
+    for file in small.glob(f"trial_*/scores/{search.SMALL_PICTURES}"):
+        file.write_text(content)
+    assert rewritten(small).images == before.images and before.images
 
 
 def test_a_picture_that_is_gone_is_no_link(small: Path) -> None:
@@ -692,28 +712,24 @@ def test_a_password_is_not_in_the_page(tmp_path: Path, postgresql: Callable[[], 
 # --- its size -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trials", [1, 20, 50, 51, 120, 200])
-def test_all_parts_of_a_page_fit_into_its_size(trials: int) -> None:
+def test_all_parts_of_a_page_fit_into_its_size() -> None:
     import plotly.offline
 
-    pictured = min(trials, search.PICTURED_TRIALS) + 1  # and the base model
-    pictures = pictured * search.picture_bytes(trials) + search.WINNER_BYTES
-    rest = len(plotly.offline.get_plotlyjs().encode()) + 11_000 * trials  # 10.2 kB of texts and curves a trial
+    pictures = (search.PICTURED_TRIALS + 1) * search.PICTURE_BYTES + 3 * search.WINNER_BYTES  # and the base model's row
+    rest = len(plotly.offline.get_plotlyjs().encode()) + 11_000 * search.PICTURED_TRIALS  # texts and curves
     assert pictures * 4 / 3 + rest < MAX_PAGE_BYTES
 
 
 def test_pictures_are_shown_where_even_the_smallest_take_too_much(small: Path) -> None:
     file = next((small / "reference" / "data_set").glob("*.png"))
-    assert search._small_pictures(((file, 1),), 10)[0] is not None
+    assert search.small_pictures(search.open_small([file]), 10)[0] is not None
 
 
 @pytest.mark.parametrize("limit", [40_000, 200_000])
 def test_pictures_fit_into_their_bytes(tmp_path: Path, limit: int) -> None:
-    dated = []
-    for number in range(32):
-        path = tmp_path / f"{number}.png"
+    paths = [tmp_path / f"{number}.png" for number in range(32)]
+    for number, path in enumerate(paths):
         Image.effect_noise((512, 512), 8 * number).convert("RGB").save(path, compress_level=0)
-        dated.append((path, 1))
-    made = search._small_pictures(tuple(dated), limit)
-    sizes = [len(base64.b64decode(uri.removeprefix("data:image/webp;base64,"))) for uri in made]
+    made = search.small_pictures(search.open_small(paths), limit)
+    sizes = [len(base64.b64decode(str(uri).removeprefix("data:image/webp;base64,"))) for uri in made]
     assert len(sizes) == 32 and limit / 4 < sum(sizes) <= limit
