@@ -3737,15 +3737,20 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
             study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
 
 
-def write_notes(study: optuna.Study) -> None:
-    """What optuna-dashboard shows as the notes of the study and of its finished trials; a user's own are left alone."""
+def write_notes(study: optuna.Study, written: set[int]) -> None:
+    """What optuna-dashboard shows as the notes of the study and of its finished trials; a user's own are left alone.
+
+    `written` are the numbers of trials that have one; it grows.
+    """
     from optuna_dashboard import get_note, save_note
 
     for frozen in study.get_trials(deepcopy=False):
         # save_note takes no FrozenTrial, and an optuna.Trial would draw parameters anew; it reads these three alone.
         trial: Any = SimpleNamespace(storage=study._storage, study=study, _trial_id=frozen._trial_id)
-        if frozen.state.is_finished() and not get_note(trial):
-            save_note(trial, note_of_trial(frozen))
+        if frozen.state.is_finished() and frozen.number not in written:
+            if not get_note(trial):
+                save_note(trial, note_of_trial(frozen))
+            written.add(frozen.number)
     note, present = note_of_study(study), get_note(study)
     if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
         study.set_user_attr("own_notes", [digest(present), digest(note)])  # both, as a kill may come in between
@@ -3798,6 +3803,7 @@ def run_study(
     `started` is when the program was, in time.monotonic()'s seconds; `before_trial` may raise SearchStopped.
     """
     failures: list[tuple[str, Params]] = []
+    noted: set[int] = set()
     waiting = False
     idle_since = started
     while True:
@@ -3820,7 +3826,7 @@ def run_study(
             continue
         waiting = False
         with only_warning("the notes for optuna-dashboard are not all written"):
-            write_notes(study)
+            write_notes(study, noted)
         before_trial()
         trial = study.ask()
         try:
@@ -4348,13 +4354,20 @@ def _small_sources(dated: tuple[tuple[Path, int], ...], limit: int) -> list[str 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
+    try:
+        return _read_losses(log_file, log_file.stat().st_mtime_ns, epochs)
+    except OSError:
+        return []
+
+
+@functools.lru_cache(maxsize=1000)  # logs of trials that are over stay as they are, and the page comes after each
+def _read_losses(log_file: Path, _changed: int, epochs: int) -> list[tuple[float, float | None]]:
     losses: dict[int, float | None] = {}
     steps = 0
-    with contextlib.suppress(OSError):
-        for bar in re.split(r"[\r\n]", log_file.read_text(encoding="utf-8", errors="replace")):
-            if (at := _STEP_BAR.search(bar)) and (loss := _AVERAGE_LOSS.search(bar)):
-                steps = int(at[2])
-                losses[int(at[1])] = float(loss[1]) if math.isfinite(float(loss[1])) else None
+    for bar in re.split(r"[\r\n]", log_file.read_text(encoding="utf-8", errors="replace")):
+        if (at := _STEP_BAR.search(bar)) and (loss := _AVERAGE_LOSS.search(bar)):
+            steps = int(at[2])
+            losses[int(at[1])] = float(loss[1]) if math.isfinite(float(loss[1])) else None
     points = [(round(step / steps * epochs, 3), loss) for step, loss in losses.items()]
     return _evenly(points, CURVE_POINTS)
 
@@ -5240,7 +5253,7 @@ def show_results(study: optuna.Study, output_dir: Path) -> None:
     except (OSError, SearchStopped) as error:
         say(f"\nwarning: not all of {output_dir / 'results'} is written: {one_line(error)}")
     with only_warning("optuna-dashboard does not show all notes and contact sheets"):
-        write_notes(study)
+        write_notes(study, set())
         restore_artifacts(study, output_dir)
 
 

@@ -86,7 +86,8 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     link_study(source, target, best)
     copy, trial_id = before_the_last(study, best, target)
     search.write_report(copy, target)
-    search.write_notes(copy)
+    noted: set[int] = set()
+    search.write_notes(copy, noted)
     folder = search.folder_of(best, target)
     files = list((folder / "scores").glob("*/*-s0.png"))
     opened = dict(zip(files, search.open_small(files), strict=True))  # as they are while the pictures are made
@@ -97,7 +98,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     assert len(search.contact_sheets(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
     spent["page"] = seconds(search.write_report, copy, target)
-    spent["notes"] = seconds(search.write_notes, copy)
+    spent["notes"] = seconds(search.write_notes, copy, noted)
     return spent
 
 

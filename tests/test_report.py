@@ -51,12 +51,15 @@ class Browser:
 
     def open(self, page: Path, fragment: str = "") -> None:
         """Anew, 1280 pixels wide and in light colours."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
         self.driver.get("about:blank")
         self.resize(1280)
         self.prefer("light")
         for kind in ("browser", "performance"):
             self.driver.get_log(kind)
         self.driver.get(page.as_uri() + fragment)
+        WebDriverWait(self.driver, 60).until(lambda _: self.run("return document.readyState") == "complete")
 
     def resize(self, width: int) -> None:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -845,7 +845,8 @@ def test_a_trial_is_screened_confirmed_and_scored_the_same_in_every_process(
     flagged = [image["name"] for image in first["raw"]["images"] if image.get("nearest", -1) > anchors["copy"]]
     assert first["copies"] == {"limit": anchors["copy"], "images": flagged}
     names = {path.name for path in (folder / "scores").iterdir()}
-    assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm"}
+    kept = {search.CONTACT_SHEET, search.SMALL_PICTURES}
+    assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm", *kept}
 
 
 def test_a_checkpoint_that_is_not_finite_ends_as_diverged_without_an_image(output_dir: Path) -> None:
