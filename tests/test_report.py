@@ -39,7 +39,8 @@ class Browser:
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for name in ("headless", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                     "disable-component-update", "disable-sync", "disable-dev-shm-usage"):  # fmt: skip
+                     "disable-component-update", "disable-sync", "disable-dev-shm-usage",
+                     "enable-unsafe-swiftshader"):  # WebGL for parallel coordinates  # fmt: skip
             options.add_argument(f"--{name}")
         options.add_argument(f"--user-data-dir={profile}")
         if os.geteuid() == 0:  # whom Chromium's sandbox refuses
