@@ -737,3 +737,40 @@ def test_pictures_fit_into_their_bytes(tmp_path: Path, limit: int) -> None:
     made = search.small_pictures(search.open_small(paths), limit)
     sizes = [len(base64.b64decode(str(uri).removeprefix("data:image/webp;base64,"))) for uri in made]
     assert len(sizes) == 32 and limit / 4 < sum(sizes) <= limit
+
+
+# --- what it shows of the trials ----------------------------------------------------------------------
+
+
+def test_the_loss_curve_is_read_from_kohyas_bars(tmp_path: Path) -> None:
+    bars = [
+        f"\rsteps:  50%|#####     | {step}/4 [00:0{step}<00:01,  1.00it/s, avr_loss={loss}]"
+        for step, loss in ((1, "0.5"), (2, "nan"), (2, "0.25"), (3, "nan"), (4, "1e-3"))
+    ]
+    (tmp_path / "training.log").write_text("epoch 1/2\n" + "".join(bars) + "\nmodel saved.\n", encoding="utf-8")
+    curve = search.loss_curve(tmp_path / "training.log", epochs=2)
+    assert curve == [(0.5, 0.5), (1.0, 0.25), (1.5, None), (2.0, 0.001)]
+    assert search.loss_curve(tmp_path / "none.log", epochs=2) == []
+
+
+def test_the_time_is_shared_out_to_what_it_went_into(tmp_path: Path) -> None:
+    ends = {1: "crashed", 2: "interrupted"}
+    study = made_study.make_study(tmp_path / "out", trials=4, picture_size=32, ends=ends, **FEW)
+    trials = study.get_trials()
+    scored = [trial.user_attrs for trial in trials if trial.value is not None]
+    times = search.where_time_went(trials)
+    assert times["training"] == pytest.approx(sum(attrs["training_seconds"] for attrs in scored))
+    assert times["scoring"] == pytest.approx(sum(attrs["scoring_seconds"] for attrs in scored))
+    assert times["waiting"] == pytest.approx(sum(trial.user_attrs["waited_seconds"] for trial in trials))
+    lost = sum(trial.user_attrs["lost_seconds"] for trial in trials if trial.value is None)
+    assert times["wasted"] == pytest.approx(lost) and all("lost_seconds" not in attrs for attrs in scored)
+
+
+def test_a_trials_lost_seconds_end_with_its_last_sign_of_life(tmp_path: Path) -> None:
+    folder = tmp_path / "trial_0003"
+    folder.mkdir()
+    for second, name in ((100, "params.json"), (101, "config.toml"), (160.5, "training.log")):
+        (folder / name).touch()
+        os.utime(folder / name, (second, second))
+    assert search.seconds_in({"output_dir": str(tmp_path), "folder": "trial_0003"}) == 60.5
+    assert search.seconds_in({}) == 0.0  # rejected, or never begun
