@@ -4062,6 +4062,10 @@ def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
     config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
     retrained = results / f"retrained_{folder.name}"
     retrained.mkdir(exist_ok=True)
+    for earlier in results.glob("retrained_trial_*"):
+        if earlier != retrained:
+            with contextlib.suppress(OSError):  # of an earlier best, and used
+                earlier.rmdir()
     dataset_config = folder.parent / "reference" / "dataset.toml"
     if dataset_config.is_file():
         write_atomically(results / "dataset.toml", dataset_config.read_bytes())

@@ -774,3 +774,13 @@ def test_a_trials_lost_seconds_end_with_its_last_sign_of_life(tmp_path: Path) ->
         os.utime(folder / name, (second, second))
     assert search.seconds_in({"output_dir": str(tmp_path), "folder": "trial_0003"}) == 60.5
     assert search.seconds_in({}) == 0.0  # rejected, or never begun
+
+
+def test_only_folders_of_an_earlier_best_that_were_used_are_kept(small: Path) -> None:
+    used, empty = (small / "results" / f"retrained_trial_{number}" for number in ("0098", "0099"))
+    used.mkdir()
+    empty.mkdir()
+    (used / "lora.safetensors").touch()
+    search.write_results(study_in(small), small)
+    best = search.scored_trials(study_in(small))[0].user_attrs["folder"]
+    assert {path.name for path in used.parent.glob("retrained_*")} == {used.name, f"retrained_{best}"}
