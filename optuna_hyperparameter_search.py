@@ -1771,13 +1771,16 @@ def is_own_cache(file: Path) -> bool:
     return file.name.endswith("_sd.npz")
 
 
-def size_of_latents(file: Path) -> tuple[int, int] | None:
-    """Width and height of cached latents; None for a torn file, at which kohya stops."""
+def sizes_of_latents(file: Path) -> dict[str, tuple[int, int]] | None:
+    """Width and height of the latents in a cache, by their keys; None for a torn file, at which kohya stops.
+
+    sd-scripts before v0.10.2 keeps one size under `latents`, later ones each size under `latents_HEIGHTxWIDTH`.
+    """
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            height, width = arrays["latents"].shape[-2:]
-            return width, height
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            keys = [key for key in arrays.files if re.fullmatch(r"latents(_\d+x\d+)?", key)]
+            return {key: arrays[key].shape[:-3:-1] for key in keys}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
@@ -1792,13 +1795,14 @@ def check_latents(data_set: DataSet, base_model: Path) -> None:
     for image in data_set.images:
         if not (file := cached_latents(image)):
             continue
-        found = size_of_latents(file)
-        if found is None and not is_own_cache(file):
+        found = sizes_of_latents(file)
+        if not found and not is_own_cache(file):
             raise RefusedInput(f"--dataset-config: {file} is no cache of latents, as kohya takes it for; move it away")
         wanted = data_set.buckets[image.path]
-        if found and (found[0] * scale, found[1] * scale) not in wanted:
+        width, height = (side * scale for side in (found or {}).get("latents", (0, 0)))
+        if width and len(found or {}) == 1 and (width, height) not in wanted:
             sizes = " or ".join(f"{width} x {height}" for width, height in sorted(wanted))
-            wrong.append(f"{file} ({found[0] * scale} x {found[1] * scale} instead of {sizes})")
+            wrong.append(f"{file} ({width} x {height} instead of {sizes})")
     if wrong:
         raise RefusedInput(
             f"--dataset-config: the latents cached beside {len(wrong)} pictures are of another resolution, which kohya "
@@ -1807,9 +1811,12 @@ def check_latents(data_set: DataSet, base_model: Path) -> None:
 
 
 def delete_torn_latents(images: Iterable[TrainingImage]) -> bool:
-    """Delete caches that a killed trainer left half written, under the pictures' lock; whether there were any."""
+    """Delete caches that a killed trainer left half written, under the pictures' lock; whether there were any.
+
+    What can be read is never deleted: kohya completes it with the size that it lacks.
+    """
     caches = [file for image in images if (file := cached_latents(image)) and is_own_cache(file)]
-    files = [file for file in caches if size_of_latents(file) is None]
+    files = [file for file in caches if sizes_of_latents(file) is None]
     for file in files:
         file.unlink(missing_ok=True)
     if files:

@@ -418,7 +418,22 @@ def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -
     done = night.run(2)
     assert done.returncode == 0, done.stdout
     assert "Deleted 2 torn caches of latents" in done.stdout and "Trying the trainer out" in done.stdout
-    assert all(search.size_of_latents(cache) == (8, 8) for cache in caches)
+    assert all(search.sizes_of_latents(cache) == {"latents": (8, 8)} for cache in caches)
+
+
+@pytest.mark.parametrize("more", [{}, {"latents_16x8": (4, 16, 8)}], ids=["one size", "two sizes"])
+def test_latents_under_the_keys_of_newer_trainers_are_good(more: dict[str, tuple[int, ...]], night: Night) -> None:
+    """sd-scripts names each size in the keys from v0.10.2 on; a file may hold several."""
+    caches = sorted((night.world / "images").glob("*.npz"))
+    for cache in caches:
+        with np.load(cache) as old:
+            arrays = {f"{name}_8x8": old[name] for name in old.files}
+        np.savez(cache, **arrays, **{name: np.zeros(shape, np.float32) for name, shape in more.items()})
+    before = [cache.read_bytes() for cache in caches]
+    done = night.run(2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Deleted" not in done.stdout and "Trying the trainer out" not in done.stdout
+    assert [cache.read_bytes() for cache in caches] == before
 
 
 def test_a_file_that_only_looks_like_latents_is_refused_and_kept(night: Night) -> None:

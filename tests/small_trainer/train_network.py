@@ -205,7 +205,9 @@ def load_latents(sample: Sample, pipeline: StableDiffusionPipeline, to_disk: boo
     cache = sample.image.with_name(CACHE_NAME.format(stem=sample.image.stem, width=width, height=height))
     if to_disk and cache.is_file():
         with np.load(cache) as arrays:
-            return torch.from_numpy(arrays["latents"])
+            across, down = (side // 8 for side in sample.resolution)
+            sized = f"latents_{down}x{across}"  # from sd-scripts v0.10.2 on
+            return torch.from_numpy(arrays[sized if sized in arrays else "latents"])
     pixels = np.asarray(ImageOps.fit(image, sample.resolution), dtype=np.float32) / 127.5 - 1
     inputs = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(pipeline.vae.device)
     with torch.no_grad():
