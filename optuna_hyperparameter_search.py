@@ -42,6 +42,7 @@ import ctypes
 import datetime
 import difflib
 import errno
+import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -61,6 +62,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import urllib.parse
@@ -69,7 +71,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn
@@ -112,6 +114,24 @@ class RefusedInput(SearchError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class Problems:
+    """Collects what several checks refuse, so that all of it is reported at once."""
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
+
+    def of(self, check: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return check(*args)
+        except RefusedInput as error:
+            self.lines += [line for line in error.problems if line not in self.lines]
+            return None
+
+    def refuse(self) -> None:
+        if self.lines:
+            raise RefusedInput(*self.lines)
 
 
 class SearchStopped(SearchError):
@@ -484,7 +504,13 @@ _SCORING_SCHEMA: dict[str, dict[str, tuple[type, float | None]]] = {
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, as kohya does: what it can't read, the trainer can't either."""
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = (
+            json.loads(text) if path.suffix.lower() == ".json" and what == "--dataset-config" else toml.loads(text)
+        )
+        if not isinstance(content, dict):
+            raise ValueError("it is no table")
+        return content
     except FileNotFoundError:
         raise RefusedInput(f"{what}: no file {path}; check the path") from None
     except OSError as error:
@@ -492,7 +518,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
-        raise RefusedInput(f"{what}: {path} is not valid TOML ({one_line(error)}); mend it there") from error
+        remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "mend it there"
+        raise RefusedInput(f"{what}: {path} is not valid TOML ({one_line(error)}); {remedy}") from error
 
 
 def _wrong_value(value: Any, kind: type, smallest: float | None) -> str:
@@ -590,103 +617,102 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
 }
 
 
-_CAPTION_TEXTS = (
-    "caption_extension caption_extention caption_prefix caption_suffix caption_separator keep_tokens_separator "
-    "secondary_separator"
-).split()
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 
 
-def read_training_options(path: Path) -> dict[str, Any]:
-    """The fixed kohya options, flattened one level as kohya does; RefusedInput lists what may not stand there."""
+def load_training_options(path: Path) -> dict[str, Any]:
+    """The fixed kohya options, flattened one level as kohya does, unchecked; without what only spells out a default."""
     options: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
         options.update(value if isinstance(value, dict) else {key: value})
     for key, value in list(options.items()):
-        if key in FORBIDDEN_TRAINING_KEYS and (value is False or value == ""):
-            del options[key]  # kohya's default, spelled out as tools do that write such files
+        if value == [] or (key in FORBIDDEN_TRAINING_KEYS and (value is False or value == "")):
+            del options[key]  # as tools write it that save all options
         elif isinstance(value, str) and "/" in value and os.path.exists(value):  # noqa: PTH110 - Path raises
             options[key] = str(Path(value).resolve())  # the trial's config is used from other folders too
+    needed = {"save_model_as": "safetensors", "network_module": "networks.lora"}
+    return {**needed, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42, **options}
+
+
+def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """The fixed kohya options; RefusedInput lists what may not stand there.
+
+    `known` are the trainer's own options: each key must be one, and its value of its kind. kohya checks neither.
+    """
+    options, where = load_training_options(path), f"in {path}"
     problems = [
-        f"--training-config: '{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}"
+        f"--training-config: '{key}' {where} {FORBIDDEN_TRAINING_KEYS[key]}"
         for key in sorted(options.keys() & FORBIDDEN_TRAINING_KEYS.keys())
     ]
     for key, only in (("save_model_as", "safetensors"), ("network_module", "networks.lora")):
-        if options.setdefault(key, only) != only:
-            problems.append(f"--training-config: {key} = {options[key]!r} in {path} must be {only!r}, which is scored")
-    for key, value in options.items():
-        for file in value if isinstance(value, list) else [value]:
-            if isinstance(file, str) and Path(file).suffix.lower() in _PICKLE_SUFFIXES:
-                problems.append(f"--training-config: {key} = {file!r} in {path} is a pickle; use a safetensors file")
+        if options[key] != only:
+            problems.append(f"--training-config: {key} = {options[key]!r} {where} must be {only!r}, which is scored")
+    for key, low in (("save_every_n_epochs", 1), ("clip_skip", 1), ("seed", 0)):
+        if type(options[key]) is not int or not low <= options[key] < 2**32:
+            problems.append(f"--training-config: {key} = {options[key]!r} {where} must be a whole number from {low} on")
     for key, value in options.items():
         for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and Path(item).suffix.lower() in _PICKLE_SUFFIXES:
+                problems.append(f"--training-config: {key} = {item!r} {where} is a pickle; use a safetensors file")
             if not isinstance(item, (bool, int, str)) and not (isinstance(item, float) and math.isfinite(item)):
-                problems.append(
-                    f"--training-config: {key} = {value} in {path} must be a finite number, a text or a switch"
-                )
-    for key in _CAPTION_TEXTS:
-        if not isinstance(options.get(key, ""), str):
-            problems.append(f"--training-config: {key} = {options[key]!r} in {path} must be a text in quotes")
-    if not isinstance(options.get("resolution", ""), str):
-        problems.append(
-            f'--training-config: resolution in {path} must be in quotes, "512" or "512,768", as kohya reads it'
-        )
-    for key, default, low in (("save_every_n_epochs", 1, 1), ("clip_skip", 1, 1), ("seed", 42, 0)):
-        value = options.setdefault(key, default)
-        if type(value) is not int or not low <= value < 2**32:
-            problems.append(f"--training-config: {key} = {value!r} in {path} must be a whole number from {low} on")
+                problems.append(f"--training-config: {key} = {value} {where} must be a finite number, text or switch")
+        if known is None or key in FORBIDDEN_TRAINING_KEYS:
+            continue
+        if key not in known:
+            problems.append(f"--training-config: '{key}' {where} is no option of this sd-scripts{nearest(key, known)}")
+        elif wrong := _wrong_option(value, known[key]):
+            problems.append(f"--training-config: {key} = {value!r} {where} {wrong}")
     if problems:
-        raise RefusedInput(*problems)
+        raise RefusedInput(*dict.fromkeys(problems))
     return options
 
 
-# kohya's own keys for a DreamBooth data set and the types that it takes (sd-scripts, library/config_util.py).
-_SUBSET_KEYS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        "image_dir class_tokens caption_extension caption_prefix caption_suffix caption_separator "
-        "keep_tokens_separator secondary_separator resize_interpolation".split(),
-        (str,),
-    ),
-    **dict.fromkeys("num_repeats caption_dropout_every_n_epochs keep_tokens token_warmup_min".split(), (int,)),
-    **dict.fromkeys(
-        "is_reg alpha_mask cache_info color_aug enable_wildcard flip_aug random_crop shuffle_caption".split(), (bool,)
-    ),
-    **dict.fromkeys("caption_dropout_rate caption_tag_dropout_rate token_warmup_step".split(), (float, int)),
-    "custom_attributes": (dict,),
-    "face_crop_aug_range": (list,),
-}
-_DATASET_KEYS: dict[str, tuple[type, ...]] = {
-    **{key: kinds for key, kinds in _SUBSET_KEYS.items() if key not in ("image_dir", "is_reg", "alpha_mask")},
-    **dict.fromkeys("batch_size bucket_reso_steps max_bucket_reso min_bucket_reso validation_seed".split(), (int,)),
-    **dict.fromkeys("bucket_no_upscale enable_bucket".split(), (bool,)),
-    **dict.fromkeys("network_multiplier validation_split".split(), (float,)),
-    "resolution": (int, list),
-    "subsets": (list,),
-}
-_GENERAL_KEYS = {key: kinds for key, kinds in _DATASET_KEYS.items() if key != "subsets"}
-BUCKET_STEP = 64  # pixels; train_network.py takes its multiples only
-_IMAGE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
+def _wrong_option(value: Any, option: Mapping[str, Any]) -> str:
+    """What is wrong with a kohya option's value, by what its parser says of it, or nothing."""
+    kind, kinds = option["kind"], {"str": str, "Path": str, "int": int, "float": (int, float)}
+    if kind == "switch":
+        return "" if type(value) is bool else "is a switch; give true or false"
+    for item in value if isinstance(value, list) and option["is_list"] else [value]:
+        if option["choices"] and str(item) not in option["choices"]:
+            return f"must be one of {', '.join(option['choices'])}"
+        if type(item) is bool or not isinstance(item, kinds.get(kind, object)):
+            return f"must be of kind {kind}" + (', in quotes ("512,768")' if kinds.get(kind) is str else "")
+    return ""
+
+
+# Files that people take for pictures. Which of them are trained, sd-scripts says, and depends on its Python's plug-ins.
+_ALWAYS_TRAINED = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
+_PICTURE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()
+)
+_CAPTION_SUFFIXES = frozenset((".txt", ".caption", ".cap", ".tags", ".json"))
+SMALLEST_SIDE = 8  # pixels: one latent
+_FOLDERS = ("image_dir", "conditioning_data_dir", "metadata_file")  # keys of a subset that hold a path
 
 
 @dataclass(frozen=True)
 class TrainingImage:
+    """A picture as one [[datasets]] table trains it."""
+
     path: Path
-    caption: str  # "" where there is neither a caption file nor class_tokens
-    has_caption_file: bool
-    repeats: int
-    size: tuple[int, int]  # width, height in pixels
-    is_reg: bool
+    captions: tuple[str, ...]  # as they are trained, but for shuffling and dropout; several: one is drawn each time
+    has_caption: bool  # of its own; else class_tokens stand in, or nothing does
+    is_reg: bool = False
+    bucket: tuple[int, int] | None = None  # width, height in pixels at which it is trained
+    size: tuple[int, int] | None = None  # width, height in pixels, as kohya knows it
+    latents: Path | None = None  # where kohya caches them
+    arrays: tuple[str, ...] = ("latents",)  # that the cache must hold
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kohya data set: `config` has absolute folders; `batches_per_epoch` counts as kohya's buckets do."""
+    """A kohya data set; `config` has absolute folders. Images and batches are kohya's own count."""
 
     config: dict[str, Any]
     images: tuple[TrainingImage, ...]
-    batches_per_epoch: int
+    batches_per_epoch: int | None  # None: not known before the first step
     class_tokens: str | None
-    buckets: dict[Path, set[tuple[int, int]]]  # width, height in pixels at which each image is trained
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @property
     def subject_images(self) -> list[TrainingImage]:
@@ -694,298 +720,335 @@ class DataSet:
 
     def updates(self, params: Mapping[str, Any]) -> int:
         """Optimizer updates of a whole training, as kohya counts them (its bar shows the same number)."""
+        assert self.batches_per_epoch is not None
         per_epoch = math.ceil(self.batches_per_epoch / params["gradient_accumulation_steps"])
         return params["max_train_epochs"] * per_epoch
 
 
-def read_data_set(path: Path, options: Mapping[str, Any]) -> DataSet:
-    """The data set that kohya would train on; RefusedInput lists all that is wrong with it.
+def read_data_set_file(path: Path) -> dict[str, Any]:
+    """kohya's data set file, TOML or JSON, with the paths absolute that lead somewhere; RefusedInput if tables lack.
 
-    `options` are the fixed training options, kohya's defaults for what the data set's file leaves open.
-    A relative image_dir is looked for from the current folder (as kohya does), then beside the file.
+    A relative folder is looked for from the current folder (as kohya does), then beside the file.
     """
     config = read_toml(path, "--dataset-config")
-    problems: list[str] = []
-    images: list[TrainingImage] = []
-    batches = 0
-    buckets: dict[Path, set[tuple[int, int]]] = {}
-    tables = _tables(config, "datasets", _GENERAL_KEYS, path, problems)
-    for dataset in tables:
-        found: list[TrainingImage] = []
-        subsets = _tables(dataset, "subsets", _DATASET_KEYS, path, problems)
-        inherited = {**_dataset_defaults(options), **config.get("general", {}), **dataset}
-        problems += _dataset_problems(inherited, path)
-        for subset in subsets:
-            found += _read_subset(subset, inherited, path, problems)
-        folders = Counter(str(subset.get("image_dir")) for subset in subsets)
-        problems += [
-            f"--dataset-config: image_dir {folder!r} stands twice in one [[datasets]] of {path}, where kohya takes the "
-            "first alone; delete one, or raise its num_repeats"
-            for folder, count in folders.items()
-            if count > 1
-        ]
-        images += found
-        if not problems:
-            batches += _count_batches(found, inherited)
-            for image in found:
-                buckets.setdefault(image.path, set()).add(_bucket(image.size, inherited))
-    if problems:
-        raise RefusedInput(*problems)
-    if not any(not image.is_reg for image in images):
-        raise RefusedInput(f"--dataset-config: {path} has regularisation images only; add the character's own")
-    tokens = {
-        {**config.get("general", {}), **dataset, **subset}.get("class_tokens")
-        for dataset in tables
-        for subset in dataset["subsets"]
-        if not subset.get("is_reg")
-    } - {None}
-    return DataSet(config, tuple(images), batches, tokens.pop() if len(tokens) == 1 else None, buckets)
+    problems = Problems()
+    if not isinstance(config.setdefault("general", {}), dict):
+        problems.lines.append(f"--dataset-config: [general] in {path} must be a table")
+    for dataset in problems.of(_tables, config, "datasets", path) or []:
+        for subset in problems.of(_tables, dataset, "subsets", path) or []:
+            for key in _FOLDERS:
+                if isinstance(subset.get(key), str) and subset[key]:
+                    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long a name, nobody's home
+                        given = Path(subset[key]).expanduser()
+                        places = [place for place in (given, path.parent / given) if place.exists()]
+                        subset[key] = str(places[0].resolve()) if places else subset[key]
+    problems.refuse()
+    return config
 
 
-def _tables(
-    parent: dict[str, Any], name: str, valid: Mapping[str, tuple[type, ...]], path: Path, problems: list[str]
-) -> list[dict[str, Any]]:
-    """The [[name]] tables below `parent`, with unknown keys beside them and in [general] reported."""
-    at_top = name == "datasets"
-    if at_top and not isinstance(parent.setdefault("general", {}), dict):
-        problems.append(f"--dataset-config: [general] in {path} must be a table")
-        parent["general"] = {}
-    _check_keys(parent, {"general": (dict,), "datasets": (list,)} if at_top else valid, path, problems)
-    if at_top:
-        _check_keys(parent["general"], valid, path, problems)
+def _tables(parent: dict[str, Any], name: str, path: Path) -> list[dict[str, Any]]:
     tables = parent.get(name)
     if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
-        problems.append(
-            f"--dataset-config: {path} has no [[{name if at_top else 'datasets.subsets'}]]; "
-            "see configs/luca_human_dataset.toml"
-        )
-        return []
+        name = "datasets" if name == "datasets" else "datasets.subsets"
+        raise RefusedInput(f"--dataset-config: {path} has no [[{name}]]; see configs/luca_human_dataset.toml")
     return tables
 
 
-def _check_keys(table: dict[str, Any], valid: Mapping[str, tuple[type, ...]], path: Path, problems: list[str]) -> None:
-    """Report unknown keys and values of a wrong type; the latter are taken out, so that reading can go on."""
-    for key in list(table):
-        kind = dict if isinstance(table[key], dict) else type(table[key])  # an inline table is of a kind of its own
-        if key not in valid:
-            problems.append(f"--dataset-config: unknown key '{key}' in {path}{nearest(key, valid)}")
-        elif kind not in valid[key]:
-            kinds = " or ".join(kind.__name__ for kind in valid[key])
-            problems.append(f"--dataset-config: {key} = {table.pop(key)!r} in {path} must be of type {kinds}")
-
-
-def _dataset_problems(dataset: Mapping[str, Any], path: Path) -> list[str]:
-    """What would make kohya stop, or hold pictures back, before the first step."""
-    where = f"--dataset-config: {path}"
-    sides = dataset["resolution"] if isinstance(dataset["resolution"], list) else [dataset["resolution"]] * 2
-    if len(sides) != 2 or any(type(n) is not int or n < 1 for n in (*sides, dataset["batch_size"])):
-        return [f"{where} needs resolution (pixels, 512 for SD 1.x) and batch_size from 1 on"]
-    if dataset["validation_split"]:
-        return [f"{where}: validation_split takes pictures out of the training that are scored all the same; delete it"]
-    if not dataset["enable_bucket"]:
-        return []
-    names = ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso")
-    wrong = [f"{where}: {n} = {dataset[n]!r} must be a whole number" for n in names if type(dataset[n]) is not int]
-    step = dataset["bucket_reso_steps"]
-    if wrong or step < 1 or step % BUCKET_STEP:
-        return wrong or [f"{where}: bucket_reso_steps = {step} must be a multiple of {BUCKET_STEP}, else kohya stops"]
-    low, high = _bucket_limits(dataset)
-    if not step <= low <= min(sides) <= max(sides) <= high:
-        return [
-            f"{where}: resolution {sides} must lie between min_bucket_reso ({low}) and max_bucket_reso ({high}), "
-            f"and these from bucket_reso_steps ({step}) on"
-        ]
-    return []
-
-
-def _bucket_limits(dataset: Mapping[str, Any]) -> tuple[int, int]:
-    """The shortest and the longest side of a bucket, moved outwards to whole steps as kohya does."""
-    step = dataset["bucket_reso_steps"]
-    return dataset["min_bucket_reso"] // step * step, math.ceil(dataset["max_bucket_reso"] / step) * step
-
-
-def _dataset_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """kohya's argparse defaults for a data set, and those that the fixed training options set."""
-    defaults = {
-        "resolution": None, "batch_size": 1, "num_repeats": 1, "caption_extension": ".caption",
-        "enable_bucket": False, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-        "bucket_no_upscale": False, "validation_split": 0.0, "color_aug": False, "random_crop": False,
-        "caption_prefix": None, "caption_suffix": None, "caption_separator": ",", "keep_tokens_separator": None,
-        "secondary_separator": None, "cache_latents": options.get("cache_latents_to_disk", False),
-    }  # fmt: skip
-    names = {
-        "train_batch_size": "batch_size",
-        "dataset_repeats": "num_repeats",
-        "caption_extention": "caption_extension",
-    }
-    given = {names.get(key, key): value for key, value in options.items()}
-    sides = str(given.get("resolution")).split(",")  # "512" or "512,768", as on kohya's command line
-    if all(side.strip().isdecimal() for side in sides):
-        given["resolution"] = [int(side) for side in sides] if len(sides) > 1 else int(sides[0])
-    return {key: given.get(key, default) for key, default in defaults.items()}
-
-
-def _read_subset(
-    subset: dict[str, Any], inherited: Mapping[str, Any], path: Path, problems: list[str]
-) -> list[TrainingImage]:
-    """The images of one [[datasets.subsets]]; makes its image_dir absolute."""
-    where = f"--dataset-config: subset of {path}"
-    if "metadata_file" in subset:
-        problems.append(f"{where}: metadata_file is not supported; put a caption file beside every image")
-        return []
-    _check_keys(subset, _SUBSET_KEYS, path, problems)
-    settings = {**inherited, **subset}
-    if settings["cache_latents"] and (settings["color_aug"] or settings["random_crop"]):
-        problems.append(f"{where}: color_aug and random_crop can't go with cached latents, at which kohya stops")
-    folder, repeats = subset.get("image_dir"), settings["num_repeats"]
-    if type(repeats) is not int or repeats < 1:
-        problems.append(f"{where}: num_repeats = {repeats!r} must be a whole number from 1 on (kohya skips the folder)")
-        return []
-    if not re.fullmatch(r"\.?[^./\0][^/\0]*", settings["caption_extension"]):
-        problems.append(f"{where}: caption_extension = {settings['caption_extension']!r} is none; give e.g. '.txt'")
-        return []
-    if not (isinstance(folder, str) and folder):
-        problems.append(f"{where}: image_dir is missing; give the folder with its pictures")
-        return []
-    directory = None
-    with contextlib.suppress(OSError, RuntimeError):  # too long a name, nobody's home
-        given = Path(folder).expanduser()
-        candidates = [given, path.resolve().parent / given]
-        directory = next((c.resolve() for c in candidates if c.is_dir()), None)
-    if directory is None:
-        problems.append(f"--dataset-config: image_dir {folder!r} in {path} is no folder; correct it there")
-        return []
-    subset["image_dir"] = str(directory)
-    try:
-        files = sorted(file for file in directory.iterdir() if file.suffix in _IMAGE_SUFFIXES and file.name[0] != ".")
-    except OSError as error:
-        problems.append(f"--dataset-config: can't read image_dir {directory} ({error.strerror}); mend its rights")
-        return []
-    if not files:
-        problems.append(
-            f"--dataset-config: image_dir {directory} has no images (png, jpg, webp, bmp); kohya would "
-            "train nothing and say it succeeded"
+def path_remedy(text: str) -> str:
+    """What to do about a path that leads nowhere: Windows' paths are known by their drive or their backslashes."""
+    typed = text.translate(
+        {ord(letter): code for letter, code in zip("\n\t\b\f\r", (r"\n", r"\t", r"\b", r"\f", r"\r"), strict=True)}
+    )
+    if drive := re.match(r"([A-Za-z]):(?=[\\/])", typed):
+        return (
+            f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{typed[2:].replace(chr(92), '/')}'"
         )
-    return _read_images(files, settings, problems)
+    if "\\" in typed:
+        return "write / for each backslash, which TOML changes between double quotes"
+    return "correct it there"
 
 
-def _read_images(files: list[Path], settings: Mapping[str, Any], problems: list[str]) -> list[TrainingImage]:
-    """The pictures of a subset with their captions; `settings` are the subset's, inherited ones included."""
-    from PIL import Image
+def list_data_set(path: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> list[TrainingImage]:
+    """The pictures and captions that lie in a data set's folders, without kohya's knowledge; RefusedInput lists faults.
 
-    extension, tokens = settings["caption_extension"], settings.get("class_tokens")
-    is_reg = settings.get("is_reg", False)
-    images, without_caption = [], []
-    for file in files:
-        try:
-            str(file).encode()  # plan.json and the trainer want UTF-8
-            if not file.is_file():  # a pipe would be waited for
-                raise ValueError("it is no file")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of large pictures
-                with Image.open(file) as image:
-                    image.load()  # kohya stops at a truncated one, hours later perhaps
-                    size = image.size
-            caption = _read_caption(file, extension)
-        except Exception as error:  # Pillow raises all sorts on damaged files
-            problems.append(f"--dataset-config: can't use {file} ({one_line(error)}); mend or remove it")
-            continue
-        if caption is None and not tokens:
-            without_caption.append(file)
-        if settings["enable_bucket"] and settings["bucket_no_upscale"] and min(size) < settings["bucket_reso_steps"]:
-            problems.append(
-                f"--dataset-config: {file} ({size[0]} x {size[1]}) is smaller than bucket_reso_steps, at which "
-                "kohya stops; remove it, or bucket_no_upscale"
-            )
-        text = _as_prompt(caption or tokens or "", settings)
-        images.append(TrainingImage(file, text, caption is not None, settings["num_repeats"], size, is_reg))
-    if without_caption and not is_reg:
-        problems.append(
-            f"--dataset-config: {len(without_caption)} of {len(files)} images in {files[0].parent} have no "
-            f"{extension} caption and no class_tokens (the first is {without_caption[0].name}); write the captions, "
-            "or set caption_extension or class_tokens"
-        )
+    Finds what people meet most. It also stands in for sd-scripts where that does not tell what it trains.
+    """
+    problems = Problems()
+    images: list[TrainingImage] = []
+    for dataset, subset in _subsets(config):
+        known = {"caption_extension": ".caption", **options, **config["general"], **dataset, **subset}
+        for key in _FOLDERS:
+            problems.of(_check_place, path, key, subset.get(key, "" if key == "image_dir" else None), subset)
+        if isinstance(subset.get("metadata_file"), str):
+            images += problems.of(_list_metadata, Path(subset["metadata_file"]), subset.get("image_dir", "")) or []
+        elif isinstance(subset.get("image_dir"), str) and Path(subset["image_dir"]).is_dir():
+            images += problems.of(_list_folder, Path(subset["image_dir"]), known) or []
+    problems.refuse()
     return images
 
 
-def _as_prompt(caption: str, settings: Mapping[str, Any]) -> str:
-    """A caption with its prefix and suffix, and commas for whatever parts its tags."""
-    text = " ".join(filter(None, (settings["caption_prefix"], caption, settings["caption_suffix"])))
-    for name in ("keep_tokens_separator", "secondary_separator", "caption_separator"):
-        text = text.replace(settings[name] or ",", ",")
-    return ", ".join(tag.strip() for tag in text.split(",") if tag.strip())
+def _check_place(path: Path, key: str, text: Any, subset: Mapping[str, Any]) -> None:
+    """RefusedInput where a subset names no folder, or one that is not there; its type is kohya's to judge."""
+    if text == "" and "metadata_file" not in subset:
+        raise RefusedInput(f"--dataset-config: image_dir is missing in a subset of {path}; give its folder")
+    kind = "file" if key == "metadata_file" else "folder"
+    with contextlib.suppress(OSError, ValueError):
+        if not text or not isinstance(text, str) or (Path(text).is_file if kind == "file" else Path(text).is_dir)():
+            return
+    raise RefusedInput(f"--dataset-config: {key} {text!r} in {path} is no {kind}; {path_remedy(text)}")
 
 
-def _read_caption(image: Path, extension: str) -> str | None:
-    """The caption's first line, as kohya reads it; None where there is no file."""
-    file = image.with_suffix(extension if extension.startswith(".") else f".{extension}")
-    if not file.is_file():
-        return None
+def _list_folder(folder: Path, known: Mapping[str, Any]) -> list[TrainingImage]:
+    """A folder's pictures; `known` are its subset's settings, inherited ones included."""
+    extension, tokens = f".{known['caption_extension']}".replace("..", "."), known.get("class_tokens")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+    except OSError as error:
+        raise RefusedInput(
+            f"--dataset-config: can't read image_dir {folder} ({error.strerror}); mend its rights"
+        ) from error
+    if not any(file.suffix.lower() in _PICTURE_SUFFIXES for file in files):
+        raise RefusedInput(_no_images(folder))
+    problems = Problems()
+    pictures = [file for file in files if file.suffix in _ALWAYS_TRAINED]
+    found = [(picture, problems.of(_read_caption, picture, extension)) for picture in pictures]
+    missing = [picture for picture, caption in found if caption is None]
+    is_reg = known.get("is_reg") is True
+    if missing and not tokens and not is_reg and not problems.lines:
+        problems.lines.append(
+            f"--dataset-config: {len(missing)} of {len(pictures)} images in {folder} have no {extension} caption "
+            f"and no class_tokens (the first is {missing[0].name}); write the captions, or set caption_extension "
+            "or class_tokens"
+        )
+    problems.refuse()
+    return [
+        TrainingImage(picture, (as_tags(caption or str(tokens or "")),), caption is not None, is_reg)
+        for picture, caption in found
+    ]
+
+
+def _subsets(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(dataset, subset) for dataset in config["datasets"] for subset in dataset["subsets"]]
+
+
+def _list_metadata(file: Path, folder: str) -> list[TrainingImage]:
+    """The pictures of kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+        named = entries.items() if isinstance(entries, dict) else [(entry["image_path"], entry) for entry in entries]
+        pairs = [(Path(folder, name), ", ".join(filter(None, (e.get("caption"), e.get("tags"))))) for name, e in named]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RefusedInput(f"--dataset-config: can't use metadata_file {file} ({one_line(error)}); mend it") from error
+    return [TrainingImage(picture, (as_tags(caption),), True) for picture, caption in pairs]
+
+
+def _no_images(folder: Path) -> str:
+    """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file wants these folders."""
+    counts = {
+        inner.name: sum(file.suffix in _ALWAYS_TRAINED for file in inner.iterdir())
+        for inner in sorted(folder.iterdir())
+        if inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)
+    }
+    best = max(counts, key=lambda name: counts[name], default="")
+    if not counts.get(best):
+        remedy = "give the folder that holds them (kohya would train nothing and say it succeeded)"
+    else:
+        repeats = re.match(r"(\d+)_", best)
+        remedy = f"its folder {best!r} has {counts[best]}: give {str(folder / best)!r}"
+        remedy += f" and num_repeats = {repeats[1]}" if repeats else ""
+    return f"--dataset-config: image_dir {folder} has no images; {remedy}"
+
+
+def _read_caption(picture: Path, extension: str) -> str | None:
+    """The first line of a picture's caption, None where there is no file. RefusedInput for what stops kohya."""
+    parts = picture.stem.split("_")
+    names = [picture.stem, *(["_".join(parts[:-4])] if len(parts) > 4 else [])]  # without the place of a face
+    file = next((file for name in names if (file := picture.with_name(name + extension)).is_file()), None)
+    try:
+        text = file.read_text(encoding="utf-8") if file else None
     except UnicodeDecodeError:
-        raise ValueError(f"caption {file.name} is not UTF-8") from None
-    if not lines:
-        raise ValueError(f"caption {file.name} is empty")
-    return lines[0].strip()
+        raise RefusedInput(f"--dataset-config: caption {file} is not UTF-8; save it as UTF-8") from None
+    if text == "":
+        raise RefusedInput(f"--dataset-config: caption {file} is empty, at which kohya stops; write it, or delete it")
+    return text and text.split("\n")[0].strip()
 
 
-def _count_batches(images: Sequence[TrainingImage], dataset: Mapping[str, Any]) -> int:
-    """Batches an epoch: each bucket's images x repeats are batched by themselves, the last one part-filled.
+def as_tags(caption: str, *, weighted: bool = False) -> str:
+    """A caption with single spaces between its tags, without a byte order mark, without kohya's weights.
 
-    Regularisation images come with their own repeats, in order, until they are as many as the subject's; if
-    they are too few, one more of each in turn. So kohya does.
+    With weighted_captions `(curly hair:1.2)` is `curly hair`, `[beach]` is `beach`, and a backslash keeps a bracket.
     """
-    counts: Counter[tuple[int, int]] = Counter()
-    for image in images:
-        if not image.is_reg:
-            counts[_bucket(image.size, dataset)] += image.repeats
-    missing, regs = sum(counts.values()), [image for image in images if image.is_reg]
-    for position, image in enumerate(itertools.cycle(regs)):
-        if missing <= 0:
-            break
-        times = image.repeats if position < len(regs) else 1
-        counts[_bucket(image.size, dataset)] += times
-        missing -= times
-    return sum(math.ceil(count / dataset["batch_size"]) for count in counts.values())
+    if weighted:
+        caption = re.sub(r"\\([()\[\]\\])|:\s*[+-]?[.\d]+\s*(?=\))|[()\[\]]", lambda match: match[1] or "", caption)
+    return ", ".join(tag for tag in (" ".join(tag.split()) for tag in caption.strip("\ufeff\u200b").split(",")) if tag)
 
 
-def _bucket(size: tuple[int, int], dataset: Mapping[str, Any]) -> tuple[int, int]:
-    """The bucket (width, height) in which kohya puts an image: nearest aspect ratio of about the same area."""
-    reso = dataset["resolution"]
-    width, height = reso if isinstance(reso, list) else (reso, reso)
-    if not dataset["enable_bucket"]:
-        return width, height
-    step, area = dataset["bucket_reso_steps"], width * height
-    if dataset["bucket_no_upscale"]:
-        return _bucket_without_upscale(size, area, step)
-    low, high = _bucket_limits(dataset)
-    square = int(math.sqrt(area) // step) * step
-    buckets = {(square, square)}
-    for side in range(low, high + 1, step):
-        other = min(high, area // side // step * step)
-        if other >= low:
-            buckets |= {(side, other), (other, side)}
-    return size if size in buckets else min(sorted(buckets), key=lambda b: abs(b[0] / b[1] - size[0] / size[1]))
+def why_stopped(answer: Mapping[str, Any]) -> str:
+    """kohya's own words, without the Japanese half of its messages; nothing if it got as far as the card."""
+    if "stopped" not in answer:
+        return ""
+    errors = [message for level, message in answer["said"] if level in ("ERROR", "CRITICAL")]
+    texts = [*errors[-1:], answer["stopped"][0][1]]
+    return (
+        one_line("; ".join(re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", text) for text in texts if text)) or "no reason"
+    )
 
 
-def _bucket_without_upscale(size: tuple[int, int], area: int, step: int) -> tuple[int, int]:
-    """The image's own size in whole steps; a larger one is shrunk first, along the side that bends its aspect less."""
+def check_answer(path: Path, config: Mapping[str, Any], answer: Mapping[str, Any], with_left_out: bool) -> None:
+    """RefusedInput lists what kohya said against the data set: keys, types, folders that it leaves out."""
+    problems = []
+    for place, message in answer.get("stopped", []):
+        if not place:
+            continue
+        key = place[-1]
+        value: Any = config
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            for part in place:
+                value = value[part]
+        if "extra keys" in message:
+            known = ("general", "datasets", *answer.get("keys", ()))
+            problems.append(f"--dataset-config: unknown key {key!r} in {path}{nearest(key, known)}")
+        else:
+            problems.append(f"--dataset-config: {key} = {value!r} in {path}: kohya says '{message}'; it must be so")
+    problems += [
+        f"--dataset-config: {path}: kohya would {one_line(re.sub(r' / .*', '', said))}; mend that"
+        for level, said in answer.get("said", [])
+        if with_left_out and level == "WARNING" and said.startswith("ignore ")
+    ]
+    if problems:
+        raise RefusedInput(*problems)
 
-    def whole(length: float) -> int:
-        return int(length + 0.5) // step * step
 
-    width, height = size
-    if width * height > area:
-        aspect = width / height
-        across = whole(math.sqrt(area * aspect))
-        down = whole(area / math.sqrt(area * aspect))
-        by_width, by_height = (across, whole(across / aspect)), (whole(down * aspect), down)
-        if not all(by_width + by_height):  # narrower than one step: kohya divides by zero
-            return step, step
-        bends = [abs(w / h - aspect) for w, h in (by_width, by_height)]
-        width, height = by_width if bends[0] < bends[1] else by_height
-    return width // step * step, height // step * step
+def look_at_pictures(images: Sequence[TrainingImage], cached: bool) -> list[str]:
+    """Open each picture as scoring will. Returns notes; RefusedInput lists what kohya or scoring would stumble over."""
+    from PIL import Image
+
+    problems, turned = [], []
+    by_stem: dict[Path, Path] = {}
+    for image in {image.path: image for image in images}.values():
+        try:
+            str(image.path).encode()  # plan.json and the trainer want UTF-8
+            if not image.path.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of large pictures
+                with Image.open(image.path) as opened:
+                    opened.load()  # kohya stops at a truncated one, hours later perhaps
+                    size, orientation = opened.size, opened.getexif().get(0x0112, 1)
+        except Exception as error:  # Pillow raises all sorts on damaged files
+            remedy = "mend or remove it"
+            if image.path.suffix not in _ALWAYS_TRAINED:
+                remedy = "install Pillow's plug-in for it in this Python too, which scores with it, or convert it"
+            problems.append(f"--dataset-config: can't use {image.path} ({one_line(error)}); {remedy}")
+            continue
+        turned += [image.path] if orientation != 1 else []
+        other = by_stem.setdefault(image.path.with_suffix(""), image.path)
+        if cached and other != image.path:
+            problems.append(
+                f"--dataset-config: {other} and {image.path.name} would share one cache of latents, so kohya would "
+                "train a wrong picture from its second run on; rename one, with its caption"
+            )
+        if (
+            cached
+            and image.size
+            and image.latents
+            and max(abs(a - b) for a, b in zip(size, image.size, strict=True)) > 1
+        ):
+            problems.append(
+                f"--dataset-config: {image.latents} was made when {image.path.name} had {image.size[0]} x "
+                f"{image.size[1]} pixels; now it has {size[0]} x {size[1]}; delete that cache, else kohya trains it"
+            )
+    if problems:
+        raise RefusedInput(*problems)
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} pictures are stored turned, {turned[0].name} for one (EXIF); kohya trains them as they are "
+        "stored, not as viewers show them"
+    ]
+
+
+def left_out(config: Mapping[str, Any], images: Sequence[TrainingImage]) -> list[str]:
+    """What lies in the data set's folders and is not trained, with its number."""
+    notes = []
+    trained = {image.path: image for image in images}
+    stems = {path.with_suffix("") for path in trained}
+    for folder in dict.fromkeys(Path(subset["image_dir"]) for _, subset in _subsets(config) if subset.get("image_dir")):
+        files = sorted(file for file in folder.iterdir() if file.name[0] != "." and file not in trained)
+        pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file.is_file()]
+        captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES and file.with_suffix("") in stems]
+        unread = {file.with_suffix("") for file in captions} & {
+            p.with_suffix("") for p, i in trained.items() if not i.has_caption
+        }
+        kinds = Counter(file.suffix for file in pictures)
+        if pictures:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in kinds.items())
+            cache = folder / "metadata_cache.json"
+            why = f"{cache.name} is read instead (cache_info)" if cache.is_file() else "convert them, or let them lie"
+            notes.append(f"not trained in {folder}: {counts}, {pictures[0].name} for one; {why}")
+        for inner in files:
+            count = sum(file.suffix.lower() in _PICTURE_SUFFIXES for file in inner.iterdir()) if inner.is_dir() else 0
+            if count:
+                notes.append(f"not trained: the {count} pictures in {inner}; kohya looks into no folder of a folder")
+        if unread:
+            suffixes = ", ".join(sorted({file.suffix for file in captions if file.with_suffix("") in unread}))
+            notes.append(
+                f"not read: the {suffixes} captions of {len(unread)} pictures in {folder}: class_tokens stand in for "
+                "them; set caption_extension to read them"
+            )
+    return notes
+
+
+def read_data_set(
+    path: Path, config: Mapping[str, Any], options: Mapping[str, Any], answer: Mapping[str, Any]
+) -> DataSet:
+    """The data set of a file (`config`: its content) as sd-scripts' `answer` has it, else as it lies in its folders.
+
+    RefusedInput lists all that is wrong with it.
+    """
+    problems = Problems()
+    images = problems.of(list_data_set, path, config, options) or []
+    problems.of(check_answer, path, config, answer, not problems.lines)
+    weighted = options.get("weighted_captions") is True
+    if "images" in answer:
+        images = [
+            TrainingImage(
+                Path(found["path"]),
+                tuple(as_tags(text, weighted=weighted) for text in found["captions"]),
+                found["has_caption"],
+                found["is_reg"],
+                tuple(found["bucket"]),
+                tuple(found["size"]),
+                Path(found["latents"]),
+                tuple(found["arrays"]),
+            )
+            for found in answer["images"]
+        ]
+    if answer and not problems.lines and all(image.is_reg for image in images):
+        problems.lines.append(f"--dataset-config: {path} has no images but for regularisation; add the character's own")
+    smallest = min((min(image.bucket) for image in images if image.bucket), default=SMALLEST_SIDE)
+    if smallest < SMALLEST_SIDE:
+        problems.lines.append(f"--dataset-config: {path}: a resolution of {smallest} pixels is too small; raise it")
+    tokens = {
+        str({**config["general"], **dataset, **subset}.get("class_tokens") or "")
+        for dataset, subset in _subsets(config)
+        if not subset.get("is_reg")
+    } - {""}
+    class_tokens = tokens.pop() if len(tokens) == 1 else None
+    notes = problems.of(look_at_pictures, images, options.get("cache_latents_to_disk") is True) or []
+    if not problems.lines and answer.get("stopped"):
+        problems.lines.append(
+            f"--dataset-config: {path}: kohya stops before its first step: {why_stopped(answer)}; mend it"
+        )
+    problems.refuse()
+    notes += left_out(config, images)
+    if "images" not in answer and answer:
+        notes.append(
+            f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
+            "captions are taken as they lie in the folders, and its first step tells the number of batches"
+        )
+    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, tuple(notes))
 
 
 # Which model a safetensors file is, by a tensor that only this family has; the first match wins.
@@ -1759,69 +1822,88 @@ class KohyaTrainer:
         return status, progress
 
 
-def cached_latents(image: TrainingImage) -> Path | None:
-    """The file beside an image in which kohya has cached its latents, by its old or its new name."""
-    width, height = image.size
-    names = (f"{image.path.stem}.npz", f"{image.path.stem}_{width:04d}x{height:04d}_sd.npz")
-    return next((file for file in map(image.path.with_name, names) if file.is_file()), None)
-
-
 def is_own_cache(file: Path) -> bool:
     """Whether nothing but a trainer's cache has such a name."""
     return file.name.endswith("_sd.npz")
 
 
-def sizes_of_latents(file: Path) -> dict[str, tuple[int, int]] | None:
-    """Width and height of the latents in a cache, by their keys; None for a torn file, at which kohya stops.
+def sizes_of_latents(file: Path) -> dict[str, tuple[int, ...]] | None:
+    """Width and height of the arrays in a cache, by their names; None for a torn file, at which kohya stops.
 
     sd-scripts before v0.10.2 keeps one size under `latents`, later ones each size under `latents_HEIGHTxWIDTH`.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            keys = [key for key in arrays.files if re.fullmatch(r"latents(_\d+x\d+)?", key)]
-            return {key: arrays[key].shape[:-3:-1] for key in keys}
+            return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
-def check_latents(data_set: DataSet, base_model: Path) -> None:
-    """RefusedInput for latents that were cached at another resolution: kohya would train on them without a word.
+def state_of_latents(image: TrainingImage, trusted: Mapping[str, bool], scale: int) -> str:
+    """ "good", "missing" (kohya makes or completes it), "torn", "foreign", or "wrong": of another size, and trained on.
 
-    Also for a file of the cache's old name that is something else, at which kohya stops.
+    `trusted` says what this sd-scripts takes for a good cache: "sized" arrays, and a "plain" one of whatever size.
     """
-    vae = read_json(base_model / "vae" / "config.json") or {}
-    scale = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)  # pixels of a latent; 8 in Stable Diffusion
-    wrong = []
-    for image in data_set.images:
-        if not (file := cached_latents(image)):
-            continue
-        found = sizes_of_latents(file)
-        if not found and not is_own_cache(file):
-            raise RefusedInput(f"--dataset-config: {file} is no cache of latents, as kohya takes it for; move it away")
-        wanted = data_set.buckets[image.path]
-        width, height = (side * scale for side in (found or {}).get("latents", (0, 0)))
-        if width and len(found or {}) == 1 and (width, height) not in wanted:
-            sizes = " or ".join(f"{width} x {height}" for width, height in sorted(wanted))
-            wrong.append(f"{file} ({width} x {height} instead of {sizes})")
-    if wrong:
+    assert image.latents and image.bucket
+    if not image.latents.exists():
+        return "missing"
+    found = sizes_of_latents(image.latents)
+    if not found and not is_own_cache(image.latents):
+        return "foreign"
+    if found is None:
+        return "torn"
+    wanted = (image.bucket[0] // scale, image.bucket[1] // scale)
+    sized = "_{1}x{0}".format(*wanted) if trusted["sized"] else ""
+    if not all(name in found or name + sized in found for name in image.arrays):
+        return "missing"
+    if "latents" + sized in found and sized:
+        return "good"
+    return "good" if found["latents"] == wanted else "wrong" if trusted["plain"] else "missing"
+
+
+def check_latents(images: Sequence[TrainingImage], trusted: Mapping[str, bool], scale: int) -> None:
+    """RefusedInput for caches on which kohya would train wrong pictures without a word, or at which it would stop."""
+    states = {image: state_of_latents(image, trusted, scale) for image in images}
+    for image, state in states.items():
+        if state == "foreign":
+            raise RefusedInput(
+                f"--dataset-config: {image.latents} is no cache of latents, as kohya takes it for; move it away"
+            )
+        if state in ("missing", "torn") and not os.access(image.path.parent, os.W_OK):
+            raise RefusedInput(
+                f"--dataset-config: {image.path.parent} can't be written, where kohya would cache latents; make it "
+                "writable, or set cache_latents_to_disk = false in the training config"
+            )
+    sizes: dict[Path, set[Any]] = {}
+    for image in images:
+        sizes.setdefault(image.path, set()).add(image.bucket)
+    twice = [path for path, buckets in sizes.items() if len(buckets) > 1]
+    if twice and not trusted["sized"]:
+        raise RefusedInput(
+            f"--dataset-config: {twice[0]} is trained at {len(sizes[twice[0]])} sizes, and this sd-scripts keeps one "
+            "cache a picture; take v0.10.2 or later, or set cache_latents_to_disk = false in the training config"
+        )
+    if wrong := [image for image, state in states.items() if state == "wrong"]:
+        width, height = (side * scale for side in (sizes_of_latents(wrong[0].latents) or {})["latents"])
         raise RefusedInput(
             f"--dataset-config: the latents cached beside {len(wrong)} pictures are of another resolution, which kohya "
-            f"does not notice: {wrong[0]}; delete these .npz files, or use a copy of the pictures without them"
+            "does not notice: {} ({} x {} instead of {} x {}); delete these .npz files, or use a copy of the pictures "
+            "without them".format(wrong[0].latents, width, height, *wrong[0].bucket)
         )
 
 
-def delete_torn_latents(images: Iterable[TrainingImage]) -> bool:
-    """Delete caches that a killed trainer left half written, under the pictures' lock; whether there were any.
+def prepare_latents(images: Sequence[TrainingImage], trusted: Mapping[str, bool], scale: int) -> bool:
+    """Delete caches that a killed trainer left torn, under the pictures' lock. Whether all are there.
 
     What can be read is never deleted: kohya completes it with the size that it lacks.
     """
-    caches = [file for image in images if (file := cached_latents(image)) and is_own_cache(file)]
-    files = [file for file in caches if sizes_of_latents(file) is None]
-    for file in files:
+    states = {image.latents: state_of_latents(image, trusted, scale) for image in images}
+    torn = [file for file, state in states.items() if file and state == "torn"]
+    for file in torn:
         file.unlink(missing_ok=True)
-    if files:
-        say(f"Deleted {len(files)} torn caches of latents ({files[0]}); they are made again.")
-    return bool(files)
+    if torn:
+        say(f"Deleted {len(torn)} torn caches of latents ({torn[0]}); they are made again.")
+    return all(state == "good" for state in states.values())
 
 
 @contextlib.contextmanager
@@ -1838,94 +1920,26 @@ def locked_pictures(folders: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class TrainerFacts:
-    """What was found out about sd-scripts and the Python that runs it."""
-
-    version: str
-    options: dict[str, str]  # name: "" for a flag, "{a,b}" for a choice, else what argparse calls the value
-    torch: str
-    device_name: str  # "" without the device that was asked for
-    has_bitsandbytes: bool
-
-
-_PROBE = """
-import importlib.util, json, sys
-missing = [name for name in ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
-           if importlib.util.find_spec(name) is None]
-facts = {"missing": missing, "python": sys.version.split()[0]}
-if not missing:
-    import torch
-    facts["torch"] = torch.__version__
-    facts["card"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    facts["bitsandbytes"] = False
-    if facts["card"]:
-        try:
-            import bitsandbytes
-            facts["bitsandbytes"] = True
-        except Exception:
-            pass
-print("facts:" + json.dumps(facts))
-"""
-
-
-def capture(command: Sequence[str], device: str) -> tuple[int, str]:
-    """Status and output of a short program; RefusedInput if it can't be started."""
+def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple[int, str]:
+    """Status and output of a short program; RefusedInput if it can't be started, or takes longer than `seconds`."""
     output: list[str] = []
+    deadline = time.monotonic() + seconds
+
+    def watch() -> None:
+        if time.monotonic() > deadline:
+            said = meaningful_line("".join(output).splitlines())
+            name = shlex.join(command[:2])
+            raise RefusedInput(
+                f"{name} took longer than {seconds:g} s ({said}); see what it waits for, and start again"
+            )
+
     try:
-        status = run_process(command, child_environment(device), output.append)
+        status = run_process(command, child_environment(device), output.append, watch=watch)
     except OSError as error:
         raise RefusedInput(
             f"--trainer-python: can't run {command[0]} ({error.strerror}); give kohya's python"
         ) from error
     return status, "".join(output)
-
-
-def inspect_trainer(sd_scripts: Path, python: str, device: str, cache: Path) -> TrainerFacts:
-    """Version, options and abilities of the trainer; RefusedInput lists what is missing.
-
-    The options come from `train_network.py --help`, which takes seconds; `cache` (see remember_options) has them.
-    """
-    problems, facts = [], {}
-    try:
-        facts = _inspect_python(python, device)
-    except RefusedInput as error:
-        problems += error.problems
-    if not (sd_scripts / "train_network.py").is_file():
-        problems.append(f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts")
-    if problems:
-        raise RefusedInput(*problems)
-    version = _sd_scripts_version(sd_scripts)
-    known = read_json(cache) or {}
-    options = known["options"] if known.get("version") == version else _read_options(sd_scripts, python)
-    card = facts["card"] if device != "cpu" else "cpu"
-    return TrainerFacts(version, options, facts["torch"], card, facts["bitsandbytes"])
-
-
-def remember_options(trainer: TrainerFacts, cache: Path) -> None:
-    write_json(cache, {"version": trainer.version, "options": trainer.options})
-
-
-def _inspect_python(python: str, device: str) -> dict[str, Any]:
-    """What _PROBE found out about the trainer's Python."""
-    _, output = capture([python, "-c", _PROBE], device)
-    found = re.search(r"^facts:(\{.*\})$", output, re.MULTILINE)
-    try:
-        facts = json.loads(found[1]) if found else {}
-    except ValueError:
-        facts = {}
-    if "missing" not in facts:
-        said = meaningful_line(output.splitlines())
-        raise RefusedInput(f"--trainer-python: {python} is no working Python ({said}); give kohya's python")
-    if facts["missing"]:
-        missing = ", ".join(facts["missing"])
-        raise RefusedInput(f"--trainer-python: {python} has no {missing}; give the Python in which kohya is installed")
-    if device != "cpu" and not facts["card"]:
-        raise RefusedInput(
-            f"--device: PyTorch {facts['torch']} of {python} sees no {device}; kohya would train on "
-            "the CPU without a word; mend the installation or give --device cpu"
-        )
-    return facts
 
 
 def _sd_scripts_version(sd_scripts: Path) -> str:
@@ -1938,17 +1952,115 @@ def _sd_scripts_version(sd_scripts: Path) -> str:
     return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
 
 
-def _read_options(sd_scripts: Path, python: str) -> dict[str, str]:
+TRIED_VERSIONS = "v0.9.1, v0.10.1 and later"
+PROBE = HERE / "configs" / "kohya_probe.py"
+PROBE_SECONDS = 900.0  # it imports PyTorch and reads every picture's size, perhaps from a slow disk
+# One step of a small LoRA.
+FIRST_STEP_PARAMS: Params = {
+    "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
+    "max_train_steps": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainerFacts:
+    """sd-scripts, the Python that runs it, and what both answered to the probe."""
+
+    version: str
+    device_name: str  # "cpu", or the card's
+    answer: dict[str, Any]  # see configs/kohya_probe.py
+
+    @property
+    def has_bitsandbytes(self) -> bool:
+        return self.answer["bitsandbytes"]
+
+
+def inspect_trainer(
+    sd_scripts: Path,
+    python: str,
+    device: str,
+    options: Mapping[str, Any],
+    base_model: Path,
+    data_set: Mapping[str, Any],
+    cache: Path | None = None,
+) -> TrainerFacts:
+    """What kohya says of these inputs; RefusedInput for a trainer that does not work here.
+
+    The answer takes seconds; `cache` (see remember_answer) has it for inputs, files and version that have not changed.
+    """
     script = sd_scripts / "train_network.py"
-    status, output = capture([python, str(script), "--help"], "cpu")
-    options = dict(re.findall(r"^ +(?:-\w, )?--(\w+) ?((?:\S+(?: \S+)*)?)(?:  |$)", output, re.MULTILINE))
-    if status != 0 or not {"network_module", "dataset_config", "config_file"} <= options.keys():
-        said = meaningful_line(output.splitlines())
+    if not script.is_file():
         raise RefusedInput(
-            f"--sd-scripts: `{python} {script} --help` does not answer as kohya's trainer does ({said}); "
-            "check --sd-scripts and --trainer-python"
+            f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts"
         )
-    return options
+    version = _sd_scripts_version(sd_scripts)
+    about = [version, python, device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname(), dict(options)]
+    key = digest(json.dumps([*about, str(base_model), data_set, _files_of(data_set)], default=str))
+    known = read_json(cache) if cache else None
+    answer = known["answer"] if known and known["key"] == key and _has_same_packages(known["answer"]) else None
+    answer = answer or _ask_kohya(script, python, device, options, base_model, data_set)
+    if answer["missing"]:
+        missing = ", ".join(answer["missing"])
+        raise RefusedInput(f"--trainer-python: {python} has no {missing}; give the Python in which kohya is installed")
+    if "dataset_config" not in answer.get("options", {}):
+        raise RefusedInput(
+            f"--sd-scripts: {script} does not answer as kohya's trainer does ({why_stopped(answer)}); check "
+            "--sd-scripts and --trainer-python"
+        )
+    return TrainerFacts(version, answer["card"] if device != "cpu" else "cpu", {**answer, "key": key})
+
+
+def check_card(trainer: TrainerFacts, settings: Settings) -> None:
+    if not trainer.device_name:
+        raise RefusedInput(
+            f"--device: PyTorch {trainer.answer['torch']} of {settings.trainer_python} sees no {settings.device}; "
+            "kohya would train on the CPU without a word; mend the installation or give --device cpu"
+        )
+
+
+def remember_answer(trainer: TrainerFacts, cache: Path) -> None:
+    write_json(cache, {"key": trainer.answer["key"], "answer": trainer.answer})
+
+
+def _has_same_packages(answer: Mapping[str, Any]) -> bool:
+    """Whether nothing was installed or removed in the trainer's Python."""
+    folder, changed = answer["packages"]
+    return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
+
+
+def _files_of(data_set: Mapping[str, Any]) -> list[Any]:
+    """All files of a data set by name, size and time, without the caches of latents."""
+    named = {str(subset.get(key, "")) for _, subset in _subsets(data_set) for key in _FOLDERS}
+    places = [Path(name) for name in sorted(named) if name and os.path.exists(name)]  # noqa: PTH110 - Path raises
+    files = {file for place in places for file in (place.iterdir() if place.is_dir() else [place])}
+    for file in files:
+        if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
+            raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
+    about = ((str(file), file.stat()) for file in sorted(files) if file.suffix != ".npz" and file.exists())
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+
+
+def _ask_kohya(
+    script: Path,
+    python: str,
+    device: str,
+    options: Mapping[str, Any],
+    base_model: Path,
+    data_set: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run the probe in the trainer's Python; nothing is left of it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_toml(folder / "dataset.toml", data_set)
+        config = trial_config(FIRST_STEP_PARAMS, options, base_model, folder / "dataset.toml", folder / "out")
+        write_toml(folder / "config.toml", config)
+        files = [str(script), str(folder / "config.toml"), str(folder / "answer.json")]
+        _, output = capture([python, str(PROBE), *files], device, PROBE_SECONDS)
+        answer = read_json(folder / "answer.json")
+    if answer is None or "missing" not in answer:
+        said = meaningful_line(output.splitlines())
+        raise RefusedInput(f"--trainer-python: {python} is no working Python ({said}); give kohya's python")
+    return answer
 
 
 # ======================================================================================================
@@ -1966,28 +2078,53 @@ _PROMPT_OPTION = re.compile(r"(n) +(.+)|([whs]) +(0*[1-9]\d{0,3})|(d) +(\d{1,18}
 _OPTION_NAMES = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "cfg", "s": "steps"}
 
 
-def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
-    """The subject's name: as given, else class_tokens, else the first tag that all captions share.
+@functools.cache
+def common_tags() -> re.Pattern[str]:
+    """Tags that name nobody: of quality, rating, number, view, looks (configs/common_tags.txt)."""
+    lines = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
+    return re.compile("|".join(fnmatch.translate(line) for line in lines if line and line[0] != "#"))
 
-    A name that no caption holds was never trained: RefusedInput.
+
+def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
+    tags = [[tag.strip() for tag in re.split("[,，、]", caption)] for caption in captions] or [[]]
+    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag in others for others in tags)]
+    common = [
+        tag for tag in shared if common_tags().match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower())
+    ]
+    return [tag for tag in shared if tag not in common], common
+
+
+def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
+    """The subject's name: as given, else class_tokens, else the first tag that all captions share and that may be one.
+
+    A name that no caption holds was never trained: RefusedInput, which lists what the captions have in common.
     """
     name = (given or class_tokens or "").strip()
     if name and any(_name(name).search(caption) for caption in captions):
         return name
     if given:
         raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
-    tags = [[tag.strip() for tag in caption.split(",")] for caption in captions] or [[]]
-    shared = [tag for tag in tags[0] if tag and all(tag in others for others in tags)]
-    if not shared:
-        raise RefusedInput(
-            "--subject: the captions share no tag and there are no class_tokens; give the subject's name"
-        )
-    return shared[0]
+    candidates, common = shared_tags(captions)
+    if candidates:
+        return candidates[0]
+    words = [set(re.findall(r"[^\W\d_]{2,}", caption)) for caption in captions] or [set()]
+    in_all = sorted(word for word in set.intersection(*words) if not common_tags().match(word.lower()))
+    said = f"class_tokens {class_tokens!r} stand in no caption, and " if class_tokens else ""
+    said += f"the captions share {'only ' + ', '.join(common) if common else 'no tag'}"
+    said += f"; these words stand in all of them: {', '.join(in_all[:10])}" if in_all else ""
+    raise RefusedInput(f"--subject: {said}; give the subject's name as the captions have it, --subject NAME")
+
+
+# Letters of scripts that part words with spaces; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 
 
 def _name(subject: str) -> re.Pattern[str]:
     """The subject's name as a word of its own, in either case."""
-    return re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)", re.IGNORECASE)
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, subject) else ""
+    after = rf"(?!{_LETTER})" if re.match(_LETTER, subject[-1:]) else ""
+    return re.compile(f"{before}{re.escape(subject)}{after}", re.IGNORECASE)
 
 
 def without_subject(prompt: str, subject: str) -> str:
@@ -2021,7 +2158,7 @@ def build_scoring_plan(
         "base_model": base_model,
         "pipeline_config": settings.pipeline_config,
         "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
-        "images": [str(path) for path, _ in images],
+        "images": [str(path) for path in dict.fromkeys(path for path, _ in images)],
         "batch_size": settings.batch_size,
         "subject": subject,
         "clip_skip": clip_skip,
@@ -3397,7 +3534,7 @@ def make_fingerprint(
     settings: Settings, options: Mapping[str, Any], data_set: DataSet, base_model: BaseModel, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that a study's scores depend on, by name. A resumed study must have the same."""
-    captions = [(image.path.name, image.caption) for image in data_set.images]
+    captions = [(image.path.name, *image.captions) for image in data_set.images]
     pictures = [(image.path.name, digest_of_weights(image.path)) for image in data_set.images]
     folders = {str(image.path.parent) for image in data_set.images}
     without_folders = json.dumps(data_set.config)
@@ -4536,7 +4673,14 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} can't be a path ({why}); correct it") from None
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a path")
+    if sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text):
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a path here; {path_remedy(text)}")
     return path
+
+
+def _program(text: str) -> str:
+    """A program as a shell finds it: by its path if there is a slash, else on the PATH. A venv's link stays."""
+    return str(_path(text).absolute()) if "/" in text else shutil.which(text) or text
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -4583,9 +4727,11 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     where.add_argument("--storage", metavar="URL", help="any storage of Optuna (SQLite in the output folder)")
     where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
-    where.add_argument("--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts (default: $SD_SCRIPTS_DIR)")
     where.add_argument(
-        "--trainer-python", type=_path, metavar="EXE", help="the Python that kohya is installed in (this one)"
+        "--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)"
+    )
+    where.add_argument(
+        "--trainer-python", type=_program, metavar="EXE", help="the Python that kohya is installed in (this one)"
     )
 
     files = parser.add_argument_group("settings files")
@@ -4605,46 +4751,56 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def find_sd_scripts() -> Path:
+    """Where people have it: beside this script, in the current folder, at home; there perhaps inside kohya_ss."""
+    bases = dict.fromkeys((HERE, HERE.parent, Path.cwd(), Path.home()))
+    places = [base / name for base in bases for name in ("", "sd-scripts", "kohya_ss/sd-scripts")]
+    found = next((place for place in places if (place / "train_network.py").is_file()), None)
+    if found is None:
+        looked = ", ".join(map(str, bases))
+        raise RefusedInput(
+            f"--sd-scripts is missing; give kohya-ss/sd-scripts' folder (there is no sd-scripts/ or "
+            f"kohya_ss/sd-scripts/ in {looked})"
+        )
+    return found
+
+
 def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """The command line as Settings, and what is senseless in it; RefusedInput if there is too little to go on."""
-    sd_scripts = args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR")
-    missing = [
+    """The command line as Settings, and what is missing and senseless in it; what is missing is None."""
+    problems = Problems(
         f"{flag} is missing; {remedy}"
         for flag, value, remedy in (
             ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
             ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
             ("--output-dir", args.output_dir, "give a folder for the study"),
-            ("--sd-scripts", sd_scripts, "give kohya-ss/sd-scripts' folder"),
         )
         if not value
-    ]
+    )
     if sys.platform == "win32":
-        missing.append("native Windows is not supported; run it in WSL2")
+        problems.lines.append("native Windows is not supported; run it in WSL2")
     if wrong := _wrong_device(args.device):
-        missing.append(wrong)
-    problems = _senseless_values(args)
-    if sd_scripts:
-        try:
-            sd_scripts = _path(str(sd_scripts))
-        except argparse.ArgumentTypeError as error:
-            missing.append(f"--sd-scripts, or SD_SCRIPTS_DIR: {error}")
-    if missing:
-        raise RefusedInput(*missing, *problems)
-    output_dir = args.output_dir.resolve()
+        problems.lines.append(wrong)
+    problems.lines += _senseless_values(args)
+    sd_scripts = args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR")
+    try:
+        sd_scripts = _path(str(sd_scripts)) if sd_scripts else problems.of(find_sd_scripts)
+    except argparse.ArgumentTypeError as error:
+        sd_scripts = problems.lines.append(f"--sd-scripts, or SD_SCRIPTS_DIR: {error}")
+    output_dir = args.output_dir and args.output_dir.resolve()
     settings = Settings(
-        dataset_config=args.dataset_config.resolve(),
-        base_model=args.base_model.resolve(),
+        dataset_config=args.dataset_config and args.dataset_config.resolve(),
+        base_model=args.base_model and args.base_model.resolve(),
         output_dir=output_dir,
         study_name=args.study_name or DEFAULT_STUDY_NAME,
         n_trials=20 if args.n_trials is None else args.n_trials,
         device=args.device,
-        sd_scripts=sd_scripts.resolve(),
-        trainer_python=str(args.trainer_python or sys.executable),
+        sd_scripts=sd_scripts and sd_scripts.resolve(),
+        trainer_python=args.trainer_python or sys.executable,
         training_config=args.training_config or HERE / "configs" / "training.toml",
         scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
         eval_prompts=args.eval_prompts,
         subject=args.subject,
-        storage=args.storage or default_storage(output_dir),
+        storage=args.storage or (default_storage(output_dir) if output_dir else ""),
         seed=args.seed,
         enqueue=args.enqueue,
         timeout_hours=args.timeout,
@@ -4652,7 +4808,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         keep_checkpoints=args.keep_checkpoints,
         command=args.command,
     )
-    return settings, problems
+    return settings, problems.lines
 
 
 def _wrong_device(device: str) -> str:
@@ -4700,7 +4856,7 @@ class Inputs:
 
     def prefers(self, params: Params) -> bool:
         """A warm-up as long as the whole run would never reach the learning rate that was asked for."""
-        return params["lr_warmup_steps"] < self.data_set.updates(params)
+        return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
 
 
 def can_train_with(trainer: TrainerFacts, params: Mapping[str, Any]) -> bool:
@@ -4708,57 +4864,45 @@ def can_train_with(trainer: TrainerFacts, params: Mapping[str, Any]) -> bool:
     return params.get("optimizer_type") != "AdamW8bit" or (trainer.has_bitsandbytes and trainer.device_name != "cpu")
 
 
-class Problems:
-    """Collects what several checks refuse, so that all of it is reported at once."""
+def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
+    """Read and check everything before a GPU second or a database row is spent. Makes nothing.
 
-    def __init__(self, lines: Iterable[str] = ()) -> None:
-        self.lines = list(lines)
-
-    def of(self, check: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return check(*args)
-        except RefusedInput as error:
-            self.lines += [line for line in error.problems if line not in self.lines]
-            return None
-
-    def refuse(self) -> None:
-        if self.lines:
-            raise RefusedInput(*self.lines)
-
-
-def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
-    """Read and check everything before a GPU second or a database row is spent. Makes nothing."""
-    problems = Problems(senseless)
-    options = problems.of(read_training_options, settings.training_config)
+    What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
+    """
+    problems = Problems(known_problems)
+    raw = problems.of(load_training_options, settings.training_config)
     scoring = problems.of(read_scoring_settings, settings.scoring_config)
-    data_set = problems.of(read_data_set, settings.dataset_config, options or {})
-    base_model = problems.of(inspect_base_model, settings.base_model)
-    trainer_python, cache = settings.trainer_python, trainer_options_cache(settings)
-    trainer = problems.of(inspect_trainer, settings.sd_scripts, trainer_python, settings.device, cache)
+    base_model = settings.base_model and problems.of(inspect_base_model, settings.base_model)
+    config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
+    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, afresh)
+    answer = trainer.answer if trainer else {}
+    if trainer:
+        problems.of(check_card, trainer, settings)
+    options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
+    data_set = config and problems.of(read_data_set, settings.dataset_config, config, raw or {}, answer)
+    if settings.device == "cpu" and (options or {}).get("mixed_precision") == "fp16":
+        problems.lines.append(
+            f"--training-config: mixed_precision = 'fp16' in {settings.training_config} "
+            'needs a CUDA card; set it to "no" for --device cpu'
+        )
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
     plan = None
     if data_set and scoring and options:
         plan = problems.of(make_plan, settings, data_set, scoring, options)
-    if data_set and base_model and options and options.get("cache_latents_to_disk"):
-        problems.of(check_latents, data_set, base_model.path)
     problems.of(check_scoring_tools)
     if scoring:
         problems.of(check_encoders, scoring, settings.base_model)
-    if options and trainer:
-        problems.of(check_options, settings, options, trainer)
     enqueued = []
     if settings.enqueue:
         enqueued = problems.of(
             read_enqueue_file, settings.enqueue, lambda p: trainer is None or can_train_with(trainer, p)
         )
-    study = problems.of(find_study, settings)
-    above = nearest_folder(settings.output_dir)
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
-    if data_set and settings.output_dir in {image.path.parent for image in data_set.images}:
-        problems.lines.append(f"--output-dir: {settings.output_dir} holds the data set's pictures; give another folder")
-    problems.of(check_output_folder, settings, study)
+    study = None
+    if settings.output_dir:
+        study = problems.of(check_output, settings, data_set)
+    if data_set and base_model and cached_on_disk(options, answer):
+        problems.of(check_latents, data_set.images, answer["trusted"], latents_scale(settings.base_model))
     problems.refuse()
     fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
     if study:
@@ -4767,6 +4911,33 @@ def check_inputs(settings: Settings, senseless: Sequence[str] = ()) -> Inputs:
     problems.of(check_disk, settings, inputs)
     problems.refuse()
     return inputs
+
+
+def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
+    fixed = {key: value for key, value in options.items() if key not in FORBIDDEN_TRAINING_KEYS}
+    cache = settings.output_dir and not afresh and answer_cache(settings)
+    device = "cpu" if _wrong_device(settings.device) else settings.device
+    where = (settings.sd_scripts, settings.trainer_python, device)
+    return inspect_trainer(*where, fixed, settings.base_model, config or {"datasets": []}, cache or None)
+
+
+def cached_on_disk(options: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> bool:
+    """Whether kohya keeps latents beside the pictures, and says where."""
+    return bool(options and options.get("cache_latents_to_disk") and "trusted" in answer)
+
+
+def check_output(settings: Settings, data_set: DataSet | None) -> optuna.Study | None:
+    """The study to resume, or None; RefusedInput lists what is wrong with the output folder and the storage."""
+    problems = Problems()
+    study = problems.of(find_study, settings)
+    above = nearest_folder(settings.output_dir)
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
+    if data_set and settings.output_dir in {image.path.parent for image in data_set.images}:
+        problems.lines.append(f"--output-dir: {settings.output_dir} holds the data set's pictures; give another folder")
+    problems.of(check_output_folder, settings, study)
+    problems.refuse()
+    return study
 
 
 def find_study(settings: Settings) -> optuna.Study | None:
@@ -4781,15 +4952,15 @@ def find_study(settings: Settings) -> optuna.Study | None:
     return load_study(settings.storage, settings.study_name)
 
 
-def trainer_options_cache(settings: Settings) -> Path:
-    return settings.reference / "trainer_options.json"
+def answer_cache(settings: Settings) -> Path:
+    return settings.reference / "kohya_answer.json"
 
 
 def make_plan(
     settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     # A file that two [[datasets]] train at two resolutions is one picture.
-    images = list({image.path: (image.path, image.caption) for image in data_set.subject_images}.values())
+    images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
     captions = [caption for _, caption in images]
     subject = find_subject(captions, data_set.class_tokens, settings.subject)
     clip_skip, seed = options["clip_skip"], options["seed"]
@@ -4815,7 +4986,7 @@ def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
     """RefusedInput for an encoder or pipeline config that is neither a folder, nor cached, nor on a hub in reach."""
     encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
     wanted = {"dinov2": (scoring.dinov2, encoder), "clip": (scoring.clip, encoder)}
-    if base_model.is_file():
+    if base_model and base_model.is_file():
         wanted["pipeline_config"] = (scoring.pipeline_config, ("model_index.json", "tokenizer/vocab.json"))
     problems = Problems()
     for key, (name, files) in wanted.items():
@@ -4853,41 +5024,6 @@ def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
         raise RefusedInput(
             f"{where} is not whole on this machine and the hub does not give it ({type(error).__name__}); {fetch}"
         ) from error
-
-
-def check_options(settings: Settings, options: Mapping[str, Any], trainer: TrainerFacts) -> None:
-    """Every key that would be written must be an option of this sd-scripts, of its kind: kohya checks neither."""
-    params = dict.fromkeys([*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"])
-    written = trial_config(params, options, settings.base_model, settings.dataset_config, settings.output_dir)
-    problems = [
-        f"--training-config: '{key}' in {settings.training_config} is no option of sd-scripts {trainer.version}"
-        f"{nearest(key, trainer.options)}"
-        for key in written
-        if key not in trainer.options
-    ]
-    problems += [
-        f"--training-config: {key} = {value!r} in {settings.training_config} {wrong}"
-        for key, value in options.items()
-        if (wrong := _wrong_option(value, trainer.options.get(key)))
-    ]
-    if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
-        problems.append(
-            f"--training-config: mixed_precision = 'fp16' in {settings.training_config} "
-            'needs a CUDA card; set it to "no" for --device cpu'
-        )
-    if problems:
-        raise RefusedInput(*problems)
-
-
-def _wrong_option(value: Any, kind: str | None) -> str:
-    """What is wrong with a kohya option's value, by what --help says of it, or nothing."""
-    if kind == "" and type(value) is not bool:
-        return "is a switch; give true or false"
-    if kind and type(value) is bool:
-        return f"takes a value ({kind}); give one"
-    if kind and kind.startswith("{") and str(value) not in kind.strip("{}").split(","):
-        return f"must be one of {kind}"
-    return ""
 
 
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
@@ -4984,23 +5120,21 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
     data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
     regs = len(data.images) - len(data.subject_images)
     optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
-    epochs, accumulations = (SEARCH_SPACE[name].choices for name in ("max_train_epochs", "gradient_accumulation_steps"))
-    updates = [
-        data.updates({"max_train_epochs": epoch, "gradient_accumulation_steps": accumulation})
-        for epoch, accumulation in itertools.product(epochs, accumulations)
-    ]
-    fewer = " or ".join(str(data.updates({"max_train_epochs": 1, "gradient_accumulation_steps": n})) for n in (2, 4))
-    captions = sum(image.has_caption_file for image in data.subject_images)
+    others = shared_tags([text for image in data.subject_images for text in image.captions])[0]
+    others = [tag for tag in others if tag != plan["subject"]]
+    captions = sum(image.has_caption for image in data.subject_images)
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
     free = free_bytes(settings.output_dir)
     rows = {
         "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
         "data set": f"{len(data.subject_images)} images, {captions} captions"
         + (f", {regs} for regularisation" * (regs > 0)),
-        "subject": f"{plan['subject']!r} (--subject overrules it)",
-        "steps": f"{data.batches_per_epoch} an epoch ({fewer} with accumulation), {min(updates)} to {max(updates)} "
-        f"a training, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
-        "sd-scripts": f"{trainer.version} with PyTorch {trainer.torch}",
+        "subject": f"{plan['subject']!r}"
+        + (f"; all captions share {', '.join(map(repr, others[:5]))} too" if others and not settings.subject else "")
+        + " (--subject overrules it)" * (not settings.subject),
+        "steps": f"{describe_steps(data)}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
+        "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
+        f"(this search was tried with {TRIED_VERSIONS})",
         "device": trainer.device_name,
         "optimizers": ", ".join(optimizers)
         + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
@@ -5014,9 +5148,34 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
     )
 
 
+def describe_steps(data_set: DataSet) -> str:
+    """Batches an epoch and updates a training, over the accumulations that may be drawn."""
+    if data_set.batches_per_epoch is None:
+        return "to be told by the first step"
+    epochs, accumulations = (SEARCH_SPACE[name].choices for name in ("max_train_epochs", "gradient_accumulation_steps"))
+    per_epoch = [data_set.updates({"max_train_epochs": 1, "gradient_accumulation_steps": n}) for n in accumulations]
+    fewer = " or ".join(dict.fromkeys(map(str, per_epoch[1:])))
+    fewer = f" ({fewer} with accumulation)" if set(per_epoch) != {per_epoch[0]} else ""
+    return (
+        f"{per_epoch[0]} an epoch{fewer}, {min(per_epoch) * min(epochs)} to {max(per_epoch) * max(epochs)} a training"
+    )
+
+
 def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
     """What is allowed but not wise."""
-    lines = []
+    lines = [f"  note: {note}" for note in inputs.data_set.notes]
+    tokens, images = inputs.data_set.class_tokens, inputs.data_set.subject_images
+    if tokens and not any(_name(tokens).search(text) for image in images for text in image.captions):
+        lines.append(
+            f"  note: class_tokens {tokens!r} are trained nowhere: every picture has a caption, and none holds them"
+        )
+    if cached_on_disk(inputs.options, inputs.trainer.answer):
+        older = [image for image in inputs.data_set.images if _is_older(image.latents, image.path)]
+        if older:
+            lines.append(
+                f"  warning: {len(older)} pictures are newer than their cached latents, {older[0].path.name} for one; "
+                f"kohya trains what is cached: delete {older[0].latents} where the picture has changed"
+            )
     long_warmup, never_ends = warmup_shares(inputs)
     if long_warmup:
         lines.append(
@@ -5050,6 +5209,10 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
     return lines
 
 
+def _is_older(file: Path | None, than: Path) -> bool:
+    return bool(file and file.exists() and file.stat().st_mtime < than.stat().st_mtime)
+
+
 def why_unsafe(table: Params, inputs: Inputs) -> str:
     """The reason for which enqueued parameters would be rejected as the sampler completes them, or nothing."""
     study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.can_train))
@@ -5058,7 +5221,9 @@ def why_unsafe(table: Params, inputs: Inputs) -> str:
 
 
 def warmup_shares(inputs: Inputs, draws: int = 2000) -> tuple[float, float]:
-    """Shares of safe proposals whose warm-up takes over half of the run, and all of it."""
+    """Shares of safe proposals whose warm-up takes over half of the run, and all of it; 0 if its length is unknown."""
+    if inputs.data_set.batches_per_epoch is None:
+        return 0.0, 0.0
     rng = np.random.default_rng(0)
     drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(draws))
     shares = [
@@ -5074,7 +5239,7 @@ def environment_of(inputs: Inputs) -> dict[str, str]:
     return {
         "card": inputs.trainer.device_name,
         "sd-scripts": inputs.trainer.version,
-        "PyTorch": inputs.trainer.torch,
+        "PyTorch": inputs.trainer.answer["torch"],
         "Optuna": optuna.__version__,
     }
 
@@ -5083,7 +5248,7 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
     """The whole search, or only its checks."""
     started = time.monotonic()
     say("Checking the inputs ...")
-    inputs = check_inputs(settings, senseless)
+    inputs = check_inputs(settings, senseless, afresh=only_check)
     if only_check:
         say(describe_inputs(settings, inputs))
         return
@@ -5098,7 +5263,8 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         with screen.live():
             show_study(study, settings.n_trials)
             write_reference_inputs(settings, inputs)
-            train_first_step(settings, inputs, trainer)
+            inputs = train_first_step(settings, inputs, trainer)
+            study.sampler = make_sampler(settings, inputs)
             make_reference(settings, study, scorer)
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
@@ -5116,12 +5282,16 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
             show_results(study, settings.output_dir)
 
 
+def make_sampler(settings: Settings, inputs: Inputs) -> FeasibleTPESampler:
+    return FeasibleTPESampler(settings.seed, can_train=inputs.can_train, prefers=inputs.prefers)
+
+
 def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
     """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
     study = optuna.create_study(
         study_name=settings.study_name,
         storage=open_storage(settings.storage),
-        sampler=FeasibleTPESampler(settings.seed, can_train=inputs.can_train, prefers=inputs.prefers),
+        sampler=make_sampler(settings, inputs),
         direction="maximize",
         load_if_exists=True,
     )
@@ -5143,7 +5313,7 @@ def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
     write_toml(settings.reference / "dataset.toml", inputs.data_set.config)
     with only_warning("the report will show no pictures of the data set"):
         keep_data_set_pictures(inputs.data_set, settings.reference / DATA_SET_PICTURES)
-    remember_options(inputs.trainer, trainer_options_cache(settings))
+    remember_answer(inputs.trainer, answer_cache(settings))
 
 
 def keep_data_set_pictures(data_set: DataSet, folder: Path) -> None:
@@ -5173,36 +5343,59 @@ def make_reference(settings: Settings, study: optuna.Study, scorer: Callable[[Pa
     check_anchors(study, anchors)
 
 
-# One step of a small LoRA.
-FIRST_STEP_PARAMS: Params = {
-    "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
-    "max_train_steps": 1,
-}  # fmt: skip
-
-
-def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> None:
+def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> Inputs:
     """Let kohya train one step once before trial 0: it shows that the trainer works, and caches the latents.
 
     A run that has to make the cache draws other random numbers than one that finds it; after this all trials
-    find it, and equal parameters give equal weights.
+    find it, and equal parameters give equal weights. Returns the inputs with the number of batches that kohya printed.
     """
-    folder = settings.reference / FIRST_STEP
-    dataset_config = settings.reference / "dataset.toml"
+    folder, data_set = settings.reference / FIRST_STEP, inputs.data_set
     try:
-        with locked_pictures(image.path.parent for image in inputs.data_set.images):
-            on_disk = inputs.options.get("cache_latents_to_disk", False)
-            torn = on_disk and delete_torn_latents(inputs.data_set.images)
-            if (folder / f"{LORA_NAME}.safetensors").is_file() and not torn:
-                return
-            screen.begin("none yet: the trainer is tried out")
-            say("Trying the trainer out for one step, which also caches the latents, once a study ...")
-            folder.mkdir(exist_ok=True)
-            config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
-            write_toml(folder / "config.toml", config)
-            trainer.try_out(folder / "config.toml")
-            shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
+        with locked_pictures(image.path.parent for image in data_set.images):
+            answer, scale = inputs.trainer.answer, latents_scale(settings.base_model)
+            on_disk = cached_on_disk(inputs.options, answer)
+            if not is_whole_lora(folder) or (
+                on_disk and not prepare_latents(data_set.images, answer["trusted"], scale)
+            ):
+                screen.begin("none yet: the trainer is tried out")
+                say("Trying the trainer out for one step, which also caches the latents, once a study ...")
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                dataset_config = settings.reference / "dataset.toml"
+                config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
+                write_toml(folder / "config.toml", config)
+                trainer.try_out(folder / "config.toml")
+                shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
     except TrialFailed as error:
         raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
+    batches = printed_batches(folder / "training.log") or data_set.batches_per_epoch
+    if batches != data_set.batches_per_epoch:
+        say(f"kohya trains {batches} batches an epoch (counted before: {data_set.batches_per_epoch or 'none'}).")
+    return replace(inputs, data_set=replace(data_set, batches_per_epoch=batches))
+
+
+def is_whole_lora(folder: Path) -> bool:
+    """Whether the first step has left its LoRA, whole; its weights need not have moved."""
+    try:
+        check_lora(folder / f"{LORA_NAME}.safetensors", is_last=False)
+    except TrialFailed:
+        return False
+    return True
+
+
+def printed_batches(training_log: Path) -> int | None:
+    """The batches of an epoch, as kohya prints them before its first step; None where it says nothing."""
+    with contextlib.suppress(OSError):
+        said = training_log.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
+            return int(found[1])
+    return None
+
+
+def latents_scale(base_model: Path) -> int:
+    """Pixels of a latent: 8 in Stable Diffusion."""
+    vae = read_json(base_model / "vae" / "config.json") or {}
+    return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
 
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:

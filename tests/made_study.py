@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import demo_world
 import numpy as np
 import optuna
 import toml
@@ -180,13 +181,12 @@ def read_inputs(settings: search.Settings) -> search.Inputs:
     """What the search's own checks read, with a trainer and a card that are not there."""
     options = search.read_training_options(settings.training_config)
     scoring = search.read_scoring_settings(settings.scoring_config)
-    data_set = search.read_data_set(settings.dataset_config, options)
+    data_set = demo_world.read_data_set(settings.dataset_config, options)
     base_model = search.inspect_base_model(settings.base_model)
     plan = search.make_plan(settings, data_set, scoring, options)
     fingerprint = search.make_fingerprint(settings, options, data_set, base_model, plan)
-    names = (TESTS / "kohya" / "train_network_options.txt").read_text(encoding="utf-8").split()
-    known = {name.removeprefix("--"): "" for name in names}
-    trainer = search.TrainerFacts("v0.10.0 (made)", known, "2.6.0+cu124", "NVIDIA GeForce RTX 4080", True)
+    answer = {"torch": "2.6.0+cu124", "bitsandbytes": True, "packages": ["", 0], "key": ""}
+    trainer = search.TrainerFacts("v0.10.0 (made)", "NVIDIA GeForce RTX 4080", answer)
     return search.Inputs(options, data_set, base_model, plan, trainer, [], fingerprint, None)
 
 
@@ -201,7 +201,7 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     do_not_wait_for_the_disk(study)
     trainer, scorer = MadeTrainer(clock, settings.device), MadeScoring(clock, settings.device)
     search.write_reference_inputs(settings, inputs)
-    search.train_first_step(settings, inputs, trainer)
+    inputs = search.train_first_step(settings, inputs, trainer)
     search.make_reference(settings, study, scorer)
     objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
     times = run_trials(study, objective, settings, trainer, ends)

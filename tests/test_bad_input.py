@@ -35,7 +35,7 @@ PASSWORD = "s3cr3t"
 STORAGE = f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"
 BINARY = bytes(range(256)) * 4
 INDEX, PROCESSOR, UNET = "model_index.json", "preprocessor_config.json", "unet/diffusion_pytorch_model.safetensors"
-PLAN, OPTIONS = "reference/plan.json", "reference/trainer_options.json"
+PLAN, ANSWER = "reference/plan.json", "reference/kohya_answer.json"
 REMEDY = re.compile(r"; |\bmust be\b|\bneeds\b")
 Flags = dict[str, object]  # of a command line that is good otherwise
 Arguments = list[str]  # a whole command line
@@ -179,41 +179,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def good_trainer() -> tuple[dict[str, Any], dict[str, str]]:
-    """What the good trainer's probes answer, which takes seconds."""
-    return search._inspect_python(sys.executable, "cpu"), search._read_options(SMALL_TRAINER, sys.executable)
-
-
 @pytest.fixture
-def desk(
-    tmp_path: Path, world: Path, good_trainer: tuple[dict[str, Any], dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> Desk:
+def desk(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     """An empty folder, in which the program runs; without hub, and without ever starting a training."""
     import huggingface_hub
-
-    inspect_python, read_options = search._inspect_python, search._read_options
-    facts, options = good_trainer
-
-    def inspect(python: str, device: str) -> dict[str, Any]:
-        return dict(facts) if (python, device) == (sys.executable, "cpu") else inspect_python(python, device)
-
-    def read(sd_scripts: Path, python: str) -> dict[str, str]:
-        known = (sd_scripts, python) == (SMALL_TRAINER, sys.executable)
-        return dict(options) if known else read_options(sd_scripts, python)
 
     def accept(_trainer: search.KohyaTrainer, config: Path) -> None:
         raise Accepted(str(config))
 
-    monkeypatch.setattr(search, "_inspect_python", inspect)
-    monkeypatch.setattr(search, "_read_options", read)
     monkeypatch.setattr(search.KohyaTrainer, "try_out", accept)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
     here = tmp_path / "desk"
     here.mkdir()
     monkeypatch.chdir(here)
-    return Desk(here, world)
+    with demo_world.light_packages():
+        yield Desk(here, world)
 
 
 def command_line(desk: Desk, changes: Mapping[str, object]) -> Arguments:
@@ -558,7 +539,7 @@ PLACES = [
     bad("output of another study", "holds study 'other'", lambda d: d.in_output(PLAN, '{"study": "other"}')),
     bad("output of study ESC", "holds study", lambda d: d.in_output(PLAN, '{"study": "\\u001b[31m"}')),
     bad("output with odd plan", "--seed: -1", lambda d: d.in_output(PLAN, "[1]", seed=-1)),
-    bad("output with odd options", "--seed: -1", lambda d: d.in_output(OPTIONS, "[1]", seed=-1)),
+    bad("output with odd answer", "--seed: -1", lambda d: d.in_output(ANSWER, "[1]", seed=-1)),
     bad("output with odd trial", "--seed: -1", lambda d: d.in_output("trial_²/x", seed=-1)),
     bad("output with unknown trial", "trial_0007", lambda d: d.in_output("trial_0007/x")),
     bad("output's reference a file", "reference", lambda d: d.in_output("reference")),

@@ -438,9 +438,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def output_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with its plan, as a search makes it."""
+    import demo_world
+
     folder = tmp_path_factory.mktemp("out")
-    data = search.read_data_set(world / "dataset.toml", {})
-    images = [(image.path, image.caption) for image in data.images]
+    data = demo_world.read_data_set(world / "dataset.toml", {"cache_latents": True})
+    images = [(image.path, *image.captions) for image in data.images]
     settings = search.read_scoring_settings(world / "scoring.toml")
     plan = search.build_scoring_plan(images, "luca", settings, str(world / "base_model"), 2, 42, None)
     (folder / "reference").mkdir()

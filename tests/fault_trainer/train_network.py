@@ -77,20 +77,17 @@ def step_seconds() -> float:
     return float(os.environ.get("STEP_SECONDS", "0.002"))
 
 
-def cache_latents(sets: list[Any]) -> None:
+def cache_latents(group: Any) -> None:
     """What kohya leaves beside the pictures."""
-    from PIL import Image
-
-    for sample in {sample.image: sample for one in sets for sample in one.samples}.values():
-        with Image.open(sample.image) as opened:
-            width, height = opened.size
-        cache = sample.image.with_name(f"{sample.image.stem}_{width:04d}x{height:04d}_sd.npz")
+    strategy = small.LatentsCachingStrategy.get_strategy()
+    for info in [info for one in group.datasets for info in one.image_data.values()]:
+        cache = Path(strategy.get_latents_npz_path(info.absolute_path, info.image_size))
         if cache.is_file():
             with np.load(cache) as arrays:
                 assert any(arrays[name].ndim == 3 for name in arrays.files if name.startswith("latents"))
             continue
-        across, down = sample.resolution
-        np.savez(cache, latents=np.zeros((4, down // 8, across // 8), np.float32), original_size=[width, height])
+        across, down = info.bucket_reso
+        np.savez(cache, latents=np.zeros((4, down // 8, across // 8), np.float32), original_size=info.image_size)
 
 
 def make_weights(args: argparse.Namespace, epoch: int, broken: bool) -> dict[str, np.ndarray]:
@@ -133,17 +130,26 @@ def save(args: argparse.Namespace, name: str, epoch: int, step: int, broken: boo
     save_file(make_weights(args, epoch, broken), file, metadata={"ss_epoch": str(epoch), "ss_steps": str(step)})
 
 
-def train(args: argparse.Namespace, sets: list[Any]) -> None:
+class FaultTrainer(small.NetworkTrainer):
+    def prepare_accelerator(self, args: argparse.Namespace) -> Any:
+        """Only where it is imported already: a probe waits for this call, and the import takes seconds."""
+        return sys.modules["accelerate"].Accelerator() if "accelerate" in sys.modules else None
+
+    def train_on(self, accelerator: Any, args: argparse.Namespace, group: Any) -> None:
+        print("accelerator device: cpu")
+        train(args, group)
+
+
+def train(args: argparse.Namespace, group: Any) -> None:
     from tqdm import tqdm
 
     kind, fault_step = read_fault(args.output_dir)
-    print("accelerator device: cpu")
     if args.cache_latents_to_disk:
-        cache_latents(sets)
-    epochs = small.count_steps(args, small.sum_of_batches(sets))
-    small.describe_run(args, sets, epochs)
+        cache_latents(group)
+    epochs = small.count_steps(args, len(group))
+    small.describe_run(args, group, epochs)
     step, average = 0, small.AverageLoss()
-    per_epoch = -(-small.sum_of_batches(sets) // args.gradient_accumulation_steps)
+    per_epoch = -(-len(group) // args.gradient_accumulation_steps)
     with tqdm(total=args.max_train_steps, smoothing=0, desc="steps") as bar:
         for epoch in range(1, epochs + 1):
             print(f"\nepoch {epoch}/{epochs}\n")
@@ -165,12 +171,7 @@ def train(args: argparse.Namespace, sets: list[Any]) -> None:
 
 
 def main() -> int:
-    args = small.read_arguments(sys.argv[1:])
-    sets = small.read_training_sets(args)
-    if any(one.samples for one in sets):
-        train(args, sets)
-    else:
-        print("No data found. Please verify arguments", file=sys.stderr)
+    FaultTrainer().train(small.read_arguments(sys.argv[1:]))
     return 0
 
 

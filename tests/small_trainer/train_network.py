@@ -2,13 +2,13 @@
 
     python train_network.py --config_file config.toml
 
-The same options, config file, data set file, output, checkpoint names, weight names, metadata, latents cache
-and exit statuses; but made for Stable Diffusion 1.x folders so tiny that a training takes seconds on a CPU,
-with nothing beside PyTorch, diffusers, transformers, peft and accelerate. The demo and the tests use it.
+The same options, config file, data set file (library/config_util.py), output, checkpoint names, weight names,
+metadata, latents cache and exit statuses; but made for Stable Diffusion 1.x folders so tiny that a training takes
+seconds on a CPU, with nothing beside PyTorch, diffusers, transformers, peft and accelerate. Demo and tests use it.
 
 It really trains: noise prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
 change nothing here (attention kernels, gradient checkpointing, loader workers, model hub) and
-those that it leaves out (buckets, augmentation, regularisation images, other losses, validation, samples,
+those that it leaves out (augmentation, a weight for regularisation images, other losses, validation, samples,
 saved states, optimizer_args, network_args) are accepted and ignored.
 """
 
@@ -25,22 +25,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import toml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from library import config_util
+from library.strategy_base import LatentsCachingStrategy, suffix_of
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-OPTION_LISTS = Path(__file__).resolve().parent.parent / "kohya"  # names of the real trainer's options
-LISTS = {
-    "optimizer_args", "lr_scheduler_args", "text_encoder_lr", "network_args", "base_weights",
-    "base_weights_multiplier",
-}  # fmt: skip
+OPTIONS = Path(__file__).resolve().parent.parent / "kohya" / "train_network_options.json"  # the real trainer's
 # kohya's defaults of the options that this trainer honours. An option without one is None.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-6, "lr_scheduler": "constant", "lr_warmup_steps": 0, "lr_scheduler_num_cycles": 1,
@@ -49,13 +48,6 @@ DEFAULTS: dict[str, Any] = {
     "caption_extension": ".caption", "train_batch_size": 1, "dataset_repeats": 1, "output_name": "last",
     "save_model_as": "safetensors", "keep_tokens": 0,
 }  # fmt: skip
-TYPES: dict[str, type] = {
-    "unet_lr": float, "text_encoder_lr": float, "max_train_epochs": int, "save_every_n_epochs": int,
-    "clip_skip": int, "seed": int, "dataset_config": Path,
-}  # fmt: skip
-CHOICES = {"mixed_precision": ["no", "fp16", "bf16"], "save_precision": [None, "float", "fp16", "bf16"]}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-CACHE_NAME = "{stem}_{width:04d}x{height:04d}_sd.npz"  # by the picture's own size, whatever the resolution
 VAE_SCALE = 0.18215  # of Stable Diffusion 1.x: latents times this have about unit variance
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -65,28 +57,33 @@ Batch = dict[str, Any]  # latents (batch, 4, height / 8, width / 8) and captions
 log = logging.getLogger("trainer")
 
 
-# Options and data set
+# Options
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every option of the real trainer, by name; flags take no value, as there."""
-    names = (OPTION_LISTS / "train_network_options.txt").read_text(encoding="utf-8").split()
-    flags = (OPTION_LISTS / "train_network_flags.txt").read_text(encoding="utf-8").split()
+def int_or_float(value: str) -> int | float:
+    return int(value) if float(value) >= 1 else float(value)
+
+
+KINDS = {"str": str, "int": int, "float": float, "Path": Path, "int_or_float": int_or_float}
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Every option of the real trainer, with its kind and choices."""
     parser = argparse.ArgumentParser(prog="train_network.py")
-    for option in names:
-        name = option[2:]
-        if option in flags:
-            parser.add_argument(option, action="store_true")
-        elif name != "help":
-            kind = TYPES.get(name, type(DEFAULTS.get(name, "")))
-            nargs = "*" if name in LISTS else None
-            parser.add_argument(option, type=kind, default=DEFAULTS.get(name), nargs=nargs, choices=CHOICES.get(name))
+    for name, option in json.loads(OPTIONS.read_text(encoding="utf-8")).items():
+        if option["kind"] == "switch":
+            parser.add_argument(f"--{name}", action="store_true")
+            continue
+        kind = KINDS[option["kind"]]
+        choices = [None, *map(kind, option["choices"])] if option["choices"] else None
+        nargs = "*" if option["is_list"] else None
+        parser.add_argument(f"--{name}", type=kind, default=DEFAULTS.get(name), nargs=nargs, choices=choices)
     return parser
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Command line over config file over defaults; names and types in the file are not checked."""
-    parser = make_parser()
+    parser = setup_parser()
     args = parser.parse_args(argv)
     if args.config_file:
         file = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
@@ -102,119 +99,34 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One picture as often as an epoch shows it, with what its subset says about it."""
-
-    image: Path
-    caption: str
-    resolution: tuple[int, int]  # width, height in pixels
-    shuffle_caption: bool
-    keep_tokens: int
-
-    def draw_caption(self) -> str:
-        """A step's caption: with shuffle_caption, the tags after the first keep_tokens in a new order."""
-        if not self.shuffle_caption:
-            return self.caption
-        tags = [tag.strip() for tag in self.caption.split(",")]
-        kept, rest = tags[: self.keep_tokens], tags[self.keep_tokens :]
-        random.shuffle(rest)
-        return ", ".join([*kept, *rest])
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """One [[datasets]] table: its samples, repeats included, and how many make a batch."""
-
-    samples: list[Sample]
-    batch_size: int
-    folders: dict[str, tuple[int, int]]  # name: repeats, pictures
-
-    @property
-    def batches(self) -> int:
-        return math.ceil(len(self.samples) / self.batch_size)
-
-
-def read_training_sets(args: argparse.Namespace) -> list[TrainingSet]:
-    """What dataset_config describes; as in kohya, a folder without pictures is no error."""
-    log.info("Loading dataset config from %s", args.dataset_config)
-    config = toml.loads(Path(args.dataset_config).read_text(encoding="utf-8"))
-    tables = config.get("datasets")
-    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
-        raise ValueError("expected a list for dictionary value @ data['datasets']")
-    defaults = {
-        "resolution": args.resolution, "batch_size": args.train_batch_size,
-        "num_repeats": args.dataset_repeats, "caption_extension": args.caption_extension,
-        "shuffle_caption": args.shuffle_caption, "keep_tokens": args.keep_tokens,
-    }  # fmt: skip
-    return [read_training_set({**defaults, **config.get("general", {}), **table}) for table in tables]
-
-
-def read_training_set(table: dict[str, Any]) -> TrainingSet:
-    samples: list[Sample] = []
-    folders: dict[str, tuple[int, int]] = {}
-    for subset in table["subsets"]:
-        options = {**table, **subset}
-        folder = Path(options["image_dir"])
-        if not folder.is_dir():
-            log.warning("not directory: %s", folder)
-        files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        log.info("found directory %s contains %d image files", folder, len(files))
-        samples += [read_sample(file, options) for file in files for _ in range(options["num_repeats"])]
-        folders[folder.name] = (options["num_repeats"], len(files))
-    log.info("%d train images with repeats.", len(samples))
-    return TrainingSet(samples, table["batch_size"], folders)
-
-
-def read_sample(image: Path, options: dict[str, Any]) -> Sample:
-    caption = image.with_suffix(options["caption_extension"])
-    lines = caption.read_text(encoding="utf-8").splitlines() if caption.is_file() else []
-    if not lines and not options.get("class_tokens"):
-        log.warning("neither caption file nor class tokens are found. use empty caption for %s", image)
-    text = lines[0].strip() if lines else options.get("class_tokens") or ""
-    resolution = options["resolution"]
-    width, height = resolution if isinstance(resolution, list) else (int(resolution), int(resolution))
-    return Sample(image, text, (width, height), options["shuffle_caption"], options["keep_tokens"])
-
-
-def draw_batches(sets: Sequence[TrainingSet]) -> list[list[Sample]]:
-    """One epoch's batches: the samples of each data set in a new order, then the batches in a new order."""
-    batches = []
-    for one in sets:
-        order = random.sample(one.samples, len(one.samples))
-        batches += [order[start : start + one.batch_size] for start in range(0, len(order), one.batch_size)]
-    random.shuffle(batches)
-    return batches
-
-
 # The model
 
 
-def load_latents(sample: Sample, pipeline: StableDiffusionPipeline, to_disk: bool) -> torch.Tensor:
+def load_latents(info: config_util.ImageInfo, pipeline: StableDiffusionPipeline, to_disk: bool) -> torch.Tensor:
     """The picture's unscaled latents: from the cache beside it, else encoded, and cached there.
 
-    As in kohya, the cache is keyed by the picture's own size alone, and a cold run draws the encoder's noise.
+    As in kohya, a cold run draws the encoder's noise.
     """
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
-    with Image.open(sample.image) as opened:
-        image = opened.convert("RGB")
-    width, height = image.size
-    cache = sample.image.with_name(CACHE_NAME.format(stem=sample.image.stem, width=width, height=height))
+    strategy = LatentsCachingStrategy.get_strategy()
+    assert strategy
+    cache = Path(strategy.get_latents_npz_path(info.absolute_path, info.image_size))
     if to_disk and cache.is_file():
         with np.load(cache) as arrays:
-            across, down = (side // 8 for side in sample.resolution)
-            sized = f"latents_{down}x{across}"  # from sd-scripts v0.10.2 on
+            sized = f"latents{suffix_of(info.bucket_reso)}"  # from sd-scripts v0.10.2 on
             return torch.from_numpy(arrays[sized if sized in arrays else "latents"])
-    pixels = np.asarray(ImageOps.fit(image, sample.resolution), dtype=np.float32) / 127.5 - 1
+    with Image.open(info.absolute_path) as opened:
+        image = opened.convert("RGB")
+    pixels = np.asarray(ImageOps.fit(image, info.bucket_reso), dtype=np.float32) / 127.5 - 1
     inputs = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(pipeline.vae.device)
     with torch.no_grad():
         latents = pipeline.vae.encode(inputs).latent_dist.sample()[0].cpu()
     if to_disk:
-        corners = np.array([0, 0, *sample.resolution], dtype=np.float64)
-        np.savez(cache, latents=latents.numpy(), original_size=np.array([width, height]), crop_ltrb=corners)
+        corners = np.array([0, 0, *info.bucket_reso], dtype=np.float64)
+        np.savez(cache, latents=latents.numpy(), original_size=np.array(info.image_size), crop_ltrb=corners)
     return latents
 
 
@@ -307,10 +219,6 @@ def learning_rates(args: argparse.Namespace) -> tuple[float, float]:
     return (args.learning_rate if text is None else text), unet
 
 
-def sum_of_batches(sets: Sequence[TrainingSet]) -> int:
-    return sum(one.batches for one in sets)
-
-
 def count_steps(args: argparse.Namespace, batches: int) -> int:
     """Epochs to train; sets max_train_steps (optimizer updates of the whole run) if max_train_epochs is given.
 
@@ -360,13 +268,13 @@ class AverageLoss:
 class Training:
     """One run: the model, what trains it, and how far it is."""
 
-    def __init__(self, args: argparse.Namespace, sets: list[TrainingSet], accelerator: Accelerator) -> None:
+    def __init__(self, args: argparse.Namespace, group: config_util.DatasetGroup, accelerator: Accelerator) -> None:
         from diffusers import DDPMScheduler
 
-        self.args, self.sets, self.accelerator = args, sets, accelerator
+        self.args, self.group, self.accelerator = args, group, accelerator
         self.started, self.epoch, self.step = time.time(), 0, 0
         self.pipeline = load_pipeline(args, accelerator)
-        self.latents = cache_latents(args, sets, self.pipeline) if args.cache_latents else {}
+        self.latents = cache_latents(args, group, self.pipeline) if args.cache_latents else {}
         print(f"import network module: {args.network_module}")
         trainable = add_lora(self.pipeline, args)
         self.trainable = [parameter for group in trainable for parameter in group]
@@ -374,7 +282,7 @@ class Training:
         rates = learning_rates(args)
         groups = [{"params": group, "lr": rate} for group, rate in zip(trainable, rates, strict=True)]
         optimizer = make_optimizer(args, groups)
-        self.epochs = count_steps(args, sum_of_batches(sets))
+        self.epochs = count_steps(args, len(group))
         schedule = make_schedule(args, optimizer)
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
         self.noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -383,7 +291,7 @@ class Training:
         from tqdm import tqdm
 
         args, average = self.args, AverageLoss()
-        describe_run(args, self.sets, self.epochs)
+        describe_run(args, self.group, self.epochs)
         self.accelerator.init_trackers("network_train")
         with tqdm(total=args.max_train_steps, smoothing=0, desc="steps") as bar:
             if args.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
@@ -410,7 +318,9 @@ class Training:
         """Train on every batch once and yield its loss."""
         from torch.utils.data import DataLoader
 
-        batches = [self._make_batch(samples) for samples in draw_batches(self.sets)]
+        drawn = [(one, keys) for one in self.group.datasets for keys in one.draw_batches()]
+        random.shuffle(drawn)
+        batches = [self._make_batch(one, keys) for one, keys in drawn]
         loader = DataLoader(batches, batch_size=1, collate_fn=lambda one: one[0])
         args, accelerator, pipeline = self.args, self.accelerator, self.pipeline
         for batch in accelerator.prepare_data_loader(loader):
@@ -428,13 +338,16 @@ class Training:
             if self.step >= args.max_train_steps:
                 return
 
-    def _make_batch(self, samples: Sequence[Sample]) -> Batch:
+    def _make_batch(self, dataset: config_util.DreamBoothDataset, keys: Sequence[str]) -> Batch:
         import torch
 
-        latents = [self.latents.get(one.image) for one in samples]
+        infos = [dataset.image_data[key] for key in keys]
+        latents = [self.latents.get((info.absolute_path, info.bucket_reso)) for info in infos]
         if not self.latents:
-            latents = [load_latents(one, self.pipeline, to_disk=False) for one in samples]
-        return {"latents": torch.stack(latents), "captions": [one.draw_caption() for one in samples]}
+            latents = [load_latents(info, self.pipeline, to_disk=False) for info in infos]
+        subsets = [dataset.image_to_subset[key] for key in keys]
+        captions = [dataset.process_caption(s, info.caption) for s, info in zip(subsets, infos, strict=True)]
+        return {"latents": torch.stack(latents), "captions": captions}
 
     def _save(self, name: str) -> None:
         from safetensors.torch import save_file
@@ -458,24 +371,26 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 
 
 def cache_latents(
-    args: argparse.Namespace, sets: Sequence[TrainingSet], pipeline: StableDiffusionPipeline
-) -> dict[Path, torch.Tensor]:
+    args: argparse.Namespace, group: config_util.DatasetGroup, pipeline: StableDiffusionPipeline
+) -> dict[tuple[str, tuple[int, int]], torch.Tensor]:
     from tqdm import tqdm
 
     log.info("caching latents...")
-    samples = {sample.image: sample for one in sets for sample in one.samples}
+    infos = {(info.absolute_path, info.bucket_reso): info for one in group.datasets for info in one.image_data.values()}
     to_disk = args.cache_latents_to_disk
-    return {image: load_latents(sample, pipeline, to_disk) for image, sample in tqdm(samples.items())}
+    return {key: load_latents(info, pipeline, to_disk) for key, info in tqdm(infos.items())}
 
 
-def describe_run(args: argparse.Namespace, sets: Sequence[TrainingSet], epochs: int) -> None:
+def describe_run(args: argparse.Namespace, group: config_util.DatasetGroup, epochs: int) -> None:
     print("running training / 学習開始")
-    print(f"  num train images * repeats: {sum(len(one.samples) for one in sets)}")
-    print(f"  num batches per epoch: {sum_of_batches(sets)}")
-    print(f"  num epochs: {epochs}")
-    print(f"  batch size per device: {', '.join(str(one.batch_size) for one in sets)}")
-    print(f"  gradient accumulation steps = {args.gradient_accumulation_steps}")
-    print(f"  total optimization steps: {args.max_train_steps}")
+    print(
+        f"  num train images * repeats / 学習画像の数×繰り返し回数: {sum(o.num_train_images for o in group.datasets)}"
+    )
+    print(f"  num batches per epoch / 1epochのバッチ数: {len(group)}")
+    print(f"  num epochs / epoch数: {epochs}")
+    print(f"  batch size per device / バッチサイズ: {', '.join(str(one.batch_size) for one in group.datasets)}")
+    print(f"  gradient accumulation steps / 勾配を合計するステップ数 = {args.gradient_accumulation_steps}")
+    print(f"  total optimization steps / 学習ステップ数: {args.max_train_steps}")
 
 
 # What a checkpoint says about itself: kohya's names, all values text.
@@ -496,7 +411,7 @@ OPTIONS_IN_METADATA = (
 def make_metadata(training: Training, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     from safetensors.torch import save
 
-    args, sets = training.args, training.sets
+    args, group = training.args, training.group
     values = {f"ss_{name}": getattr(args, name) for name in OPTIONS_IN_METADATA}
     values["ss_debiased_estimation"] = args.debiased_estimation_loss
     if isinstance(args.text_encoder_lr, list):
@@ -509,37 +424,34 @@ def make_metadata(training: Training, weights: dict[str, torch.Tensor]) -> dict[
         "ss_optimizer": f"{kind.__module__}.{kind.__name__}", "ss_session_id": os.getpid(),
         "ss_training_started_at": training.started, "ss_training_finished_at": time.time(),
         "ss_epoch": training.epoch, "ss_steps": training.step, "ss_num_epochs": training.epochs,
-        "ss_num_batches_per_epoch": sum_of_batches(sets), "ss_num_reg_images": 0,
-        "ss_num_train_images": sum(len(one.samples) for one in sets), "ss_num_validation_images": 0,
+        "ss_num_batches_per_epoch": len(group), "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(one.num_train_images for one in group.datasets), "ss_num_validation_images": 0,
     }  # fmt: skip
-    values |= describe_sets(sets)
-    values |= describe_model(args, sets)
+    values |= describe_sets(group)
+    values |= describe_model(args, group)
     data = save(weights)
     values["sshs_model_hash"] = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     values["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     return {name: str(value) for name, value in values.items()}
 
 
-def describe_sets(sets: Sequence[TrainingSet]) -> dict[str, str]:
-    folders = {
-        name: {"n_repeats": repeats, "img_count": count}
-        for one in sets
-        for name, (repeats, count) in one.folders.items()
-    }
+def describe_sets(group: config_util.DatasetGroup) -> dict[str, str]:
+    folders: dict[str, dict[str, int]] = {}
     tags: dict[str, Counter[str]] = {}
-    for one in sets:
-        for sample in set(one.samples):
-            counts = tags.setdefault(sample.image.parent.name, Counter())
-            counts.update(tag.strip() for tag in sample.caption.split(","))
+    for one in group.datasets:
+        for key, info in one.image_data.items():
+            name = Path(key).parent.name
+            folder = folders.setdefault(name, {"n_repeats": info.num_repeats, "img_count": 0})
+            folder["img_count"] += 1
+            tags.setdefault(name, Counter()).update(tag.strip() for tag in info.caption.split(","))
     tables = [
         {
             "is_dreambooth": True,
             "batch_size_per_device": one.batch_size,
-            "num_train_images": len(one.samples),
-            "resolution": one.samples[0].resolution,
+            "num_train_images": one.num_train_images,
+            "resolution": (one.width, one.height),
         }
-        for one in sets
-        if one.samples
+        for one in group.datasets
     ]
     return {
         "ss_dataset_dirs": json.dumps(folders),
@@ -548,9 +460,9 @@ def describe_sets(sets: Sequence[TrainingSet]) -> dict[str, str]:
     }
 
 
-def describe_model(args: argparse.Namespace, sets: Sequence[TrainingSet]) -> dict[str, Any]:
+def describe_model(args: argparse.Namespace, group: config_util.DatasetGroup) -> dict[str, Any]:
     """The modelspec.* entries of Stability AI's metadata standard."""
-    width, height = next(sample.resolution for one in sets for sample in one.samples)
+    width, height = group.datasets[0].width, group.datasets[0].height
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -577,33 +489,44 @@ def set_up_logging() -> None:
     log.setLevel(logging.INFO)
 
 
-def make_training(args: argparse.Namespace, sets: list[TrainingSet]) -> Training:
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+class NetworkTrainer:
+    """As in kohya: inputs are read and checked before the card is asked for."""
 
-    torch.set_num_threads(1)  # the model is too small to share out
-    log.info("preparing accelerator")
-    logs = args.logging_dir and f"{args.logging_dir}/{args.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with="tensorboard" if logs else None,  # without effect where it is not installed
-        project_dir=logs,
-    )
-    print("accelerator device:", accelerator.device)
-    set_seed(random.getrandbits(32) if args.seed is None else args.seed)
-    return Training(args, sets, accelerator)
+    def train(self, args: argparse.Namespace) -> None:
+        group = config_util.load_data_set(args)
+        if not len(group):
+            log.error("No data found. Please verify arguments")  # and status 0, as in kohya
+            return
+        if args.cache_latents:
+            assert group.is_latent_cacheable(), "when caching latents, either color_aug or random_crop cannot be used"
+        group.verify_bucket_reso_steps(64)
+        log.info("preparing accelerator")
+        self.train_on(self.prepare_accelerator(args), args, group)
+
+    def prepare_accelerator(self, args: argparse.Namespace) -> Accelerator:
+        from accelerate import Accelerator
+
+        logs = args.logging_dir and f"{args.logging_dir}/{args.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with="tensorboard" if logs else None,  # without effect where it is not installed
+            project_dir=logs,
+        )
+
+    def train_on(self, accelerator: Accelerator, args: argparse.Namespace, group: config_util.DatasetGroup) -> None:
+        import torch
+        from accelerate.utils import set_seed
+
+        torch.set_num_threads(1)  # the model is too small to share out
+        print("accelerator device:", accelerator.device)
+        set_seed(random.getrandbits(32) if args.seed is None else args.seed)
+        Training(args, group, accelerator).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
-    args = read_arguments(sys.argv[1:] if argv is None else argv)
-    sets = read_training_sets(args)
-    if any(one.samples for one in sets):
-        make_training(args, sets).run()
-    else:
-        log.error("No data found. Please verify arguments")  # and status 0, as in kohya
+    NetworkTrainer().train(read_arguments(sys.argv[1:] if argv is None else argv))
     return 0
 
 

@@ -32,6 +32,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import demo_world
 from small_world import judge, scenes
 
 import optuna_hyperparameter_search as search
@@ -284,7 +285,7 @@ def value_of(result: dict[str, Any], name: str) -> float:
 
 def feasible(output_dir: Path, count: int) -> list[dict[str, Any]]:
     """What the program itself would propose before it has learnt anything, each with a training seed of its own."""
-    data_set = search.read_data_set(output_dir / "inputs" / "dataset.toml", {})
+    data_set = demo_world.read_data_set(output_dir / "inputs" / "dataset.toml", {"cache_latents": True})
     sampler = search.FeasibleTPESampler(
         11,
         can_train=lambda params: params.get("optimizer_type") != "AdamW8bit",

@@ -1,0 +1,249 @@
+"""Asks sd-scripts what it would train; optuna_hyperparameter_search.py runs this in the trainer's Python.
+
+    python kohya_probe.py SCRIPT CONFIG ANSWER
+
+Runs a training script of kohya-ss/sd-scripts, `SCRIPT --config_file CONFIG`, up to where it asks for the card, and
+writes to the file ANSWER, as JSON, what it would train. kohya's own code reads options, data set and captions, and its
+own complaints end it; this file only listens. Nothing else is written.
+
+    missing     packages that are not installed; then there is nothing else
+    torch, card, bitsandbytes, packages    the trainer's Python: versions, the first card's name, the folder of packages
+    options     {name: {kind, choices, is_list}} of the script's parser
+    keys        names that a data set's file may hold
+    images      path, captions (as trained), has_caption, is_reg, size, bucket, latents (a file), arrays (to be in it)
+    batches     of an epoch
+    trusted     which caches count as good: "plain" arrays of whatever size, "sized" ones (latents_64x64)
+    said        warnings and errors of kohya's log
+    stopped     [[place in the data set's file, message]] of what ended the script before the card
+    unknown     what this file looked for and a later sd-scripts has renamed
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+import random
+import runpy
+import sys
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "toml")
+found: dict[str, Any] = {"said": []}
+kohya: dict[str, Any] = {}  # its own objects: "args" and "group"
+
+
+class Reached(BaseException):
+    """The script has read its inputs and asks for the card."""
+
+
+def ask_for_card(*_args: Any, **_kwargs: Any) -> None:
+    raise Reached
+
+
+def describe_python() -> None:
+    import torch
+
+    folder = sysconfig.get_paths()["purelib"]
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    found.update(torch=torch.__version__, card=card, packages=[folder, Path(folder).stat().st_mtime_ns])
+    try:
+        found["bitsandbytes"] = bool(card and __import__("bitsandbytes"))
+    except Exception:  # it raises all sorts where it finds no CUDA library
+        found["bitsandbytes"] = False
+
+
+def listen_to_log() -> None:
+    make_record = logging.getLogRecordFactory()
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        if record.levelno >= logging.WARNING:
+            found["said"].append((record.levelname, record.getMessage()))
+        return record
+
+    logging.setLogRecordFactory(make)
+
+
+def listen_to_parser() -> None:
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        options = [action for action in parser._actions if action.option_strings]
+        found["options"] = {action.option_strings[-1].lstrip("-"): describe_option(action) for action in options}
+        kohya["args"] = parse_args(parser, *args, **kwargs)
+        return kohya["args"]
+
+    argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign, assignment]
+
+
+def describe_option(action: argparse.Action) -> dict[str, Any]:
+    kind = "switch" if action.nargs == 0 else getattr(action.type, "__name__", "str")
+    choices = [str(choice) for choice in action.choices or () if choice is not None]
+    return {"kind": kind, "choices": choices, "is_list": action.nargs in ("*", "+")}
+
+
+def listen_to_data_set() -> None:
+    """Have `found` hold the data set as soon as kohya has made it."""
+    from library import config_util  # of sd-scripts
+
+    sanitizer = config_util.ConfigSanitizer(True, True, True, True)
+    schemas = (sanitizer.general_schema, sanitizer.db_dataset_schema, sanitizer.db_subset_schema)
+    found["keys"] = sorted({str(key) for schema in schemas for key in schema})
+    generate = config_util.generate_dataset_group_by_blueprint
+
+    def make_group(blueprint: Any) -> Any:
+        write_no_cache_of_metadata(blueprint)
+        made = generate(blueprint)
+        kohya["group"] = made[0] if isinstance(made, tuple) else made  # training and validation; before v0.10 one
+        state, shuffle = random.getstate(), random.shuffle
+        random.shuffle = lambda items: None  # type: ignore[assignment]
+        try:
+            found.update(
+                images=describe_images(kohya["group"]), batches=len(kohya["group"]), trusted=find_trusted_caches()
+            )
+        except Exception as error:
+            found["unknown"] = f"{type(error).__name__}: {error}"
+        random.shuffle = shuffle
+        random.setstate(state)
+        return made
+
+    config_util.generate_dataset_group_by_blueprint = make_group
+
+
+def write_no_cache_of_metadata(blueprint: Any) -> None:
+    """cache_info reads a file beside the pictures, and writes it where there is none."""
+    for subset in [subset.params for dataset in blueprint.datasets for subset in dataset.subsets]:
+        if getattr(subset, "cache_info", False) and not (Path(subset.image_dir) / "metadata_cache.json").is_file():
+            subset.cache_info = False
+
+
+def describe_images(group: Any) -> list[dict[str, Any]]:
+    path_of_cache, _ = caching()
+    images = []
+    for dataset in group.datasets:
+        inner = getattr(dataset, "dreambooth_dataset_delegate", dataset)  # of a data set with masks
+        for key, info in inner.image_data.items():
+            subset = inner.image_to_subset[key]
+            path = Path(info.absolute_path)
+            if path.suffix == ".npz":  # metadata whose latents are cached already
+                path = Path(subset.image_dir or "") / key
+            needed = {"latents_flipped": subset.flip_aug, "alpha_mask": getattr(subset, "alpha_mask", False)}
+            images.append(
+                {
+                    "path": str(path.absolute()),
+                    "captions": captions_of(inner, subset, info.caption),
+                    "has_caption": info.caption not in ("", getattr(subset, "class_tokens", None)),
+                    "is_reg": info.is_reg,
+                    "size": list(info.image_size),
+                    "bucket": list(info.bucket_reso),
+                    "latents": path_of_cache(info.absolute_path, info.image_size),
+                    "arrays": ["latents", *[name for name, is_needed in needed.items() if is_needed]],
+                }
+            )
+    return images
+
+
+def captions_of(dataset: Any, subset: Any, caption: str) -> list[str]:
+    """A caption as trained, or its several lines: kohya parts and joins the tags, but none is shuffled or dropped."""
+    plain = copy.copy(subset)
+    plain.shuffle_caption, plain.caption_prefix, plain.caption_suffix = True, None, None
+    plain.caption_dropout_rate = plain.caption_tag_dropout_rate = plain.caption_dropout_every_n_epochs = 0
+    plain.token_warmup_step = 0
+    whole = " ".join(filter(None, (subset.caption_prefix, caption, subset.caption_suffix)))
+    made = []
+    for line in whole.split("\n") if subset.enable_wildcard else [whole]:
+        random.seed(line)  # of several alternatives always the same one
+        made.append(dataset.process_caption(plain, line))
+    return made
+
+
+def caching() -> tuple[Callable[..., str], Callable[..., bool]]:
+    """kohya's functions that name the file in which latents are cached, and that judge it."""
+    try:
+        from library.strategy_base import LatentsCachingStrategy
+    except ImportError:  # before v0.10
+        from library.train_util import is_disk_cached_latents_is_expected
+
+        return lambda path, _size: str(Path(path).with_suffix(".npz")), is_disk_cached_latents_is_expected
+    strategy = LatentsCachingStrategy.get_strategy()
+    return strategy.get_latents_npz_path, strategy.is_disk_cached_latents_expected
+
+
+def find_trusted_caches() -> dict[str, bool]:
+    """Show kohya a cache of one pixel, where it looks for 8 x 8, under either kind of names."""
+    import numpy as np
+
+    trusted = {}
+    arrays = {"latents": np.zeros((4, 1, 1)), "original_size": np.array((8, 8)), "crop_ltrb": np.array((0, 0, 8, 8))}
+    _, is_expected = caching()
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, suffix in (("plain", ""), ("sized", "_8x8")):
+            file = Path(folder) / f"{kind}.npz"
+            np.savez(file, **{name + suffix: array for name, array in arrays.items()})
+            trusted[kind] = bool(is_expected((64, 64), str(file), False, False))
+    return trusted
+
+
+def draw_an_epoch() -> None:
+    """What is not cached is read, cut and put together at each step; kohya may stop at any of them."""
+    if "group" not in kohya or kohya["args"].cache_latents:
+        return
+    try:
+        if hasattr(kohya["group"], "set_current_strategies"):
+            kohya["group"].set_current_strategies()
+        for dataset in kohya["group"].datasets:
+            for number in range(len(dataset)):
+                dataset[number]
+    except (AssertionError, ValueError, OSError) as error:
+        found["stopped"] = describe_error(error)
+    except Exception:  # a part of kohya that works in a training alone
+        pass
+
+
+def describe_error(error: BaseException) -> list[Any]:
+    parts = getattr(error, "errors", None)  # voluptuous lists all that is wrong with a file
+    if isinstance(parts, list):
+        return [[list(part.path), str(part.msg)] for part in parts]
+    if isinstance(error, (AssertionError, ValueError, OSError)) and str(error):
+        return [[[], str(error)]]
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return [[[], f"{type(error).__name__}: {error} at `{line}`"]]
+
+
+def run(script: str, config: str) -> None:
+    import accelerate
+
+    describe_python()
+    listen_to_log()
+    listen_to_parser()
+    accelerate.Accelerator.__init__ = ask_for_card
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        listen_to_data_set()
+    except (ImportError, AttributeError, TypeError) as error:
+        found["unknown"] = f"{type(error).__name__}: {error}"
+    sys.argv = [script, "--config_file", config]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Reached:
+        draw_an_epoch()
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or error.code:
+            found["stopped"] = describe_error(error)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this file's folder
+    found["missing"] = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    _, script, config, answer = sys.argv
+    if not found["missing"]:
+        run(script, config)
+    Path(answer).write_text(json.dumps(found), encoding="utf-8")
