@@ -586,6 +586,7 @@ _BY_PROGRAM = "is set by this program for every trial; delete it"
 _OTHER_MODEL = (
     "would train on another model than the one that is scored; delete it, and give that model as --base-model"
 )
+_STATE = "would write some six times a LoRA's size with every checkpoint, and nothing reads it; delete it"
 _SECRET = "is a secret, and this file is copied into results; delete it"
 FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
     **dict.fromkeys(
@@ -613,6 +614,7 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
         _BY_PROGRAM,
     ),
     **dict.fromkeys("v2 v_parameterization vae base_weights base_weights_multiplier".split(), _OTHER_MODEL),
+    **dict.fromkeys("save_state save_state_on_train_end save_state_to_huggingface".split(), _STATE),
     **dict.fromkeys("huggingface_token wandb_api_key huggingface_repo_id resume_from_huggingface".split(), _SECRET),
 }
 
