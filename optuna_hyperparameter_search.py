@@ -5037,9 +5037,8 @@ def mean_checkpoints(options: Mapping[str, Any]) -> int:
     return math.ceil(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)) / options["save_every_n_epochs"])
 
 
-def images_of_a_trial(inputs: Inputs) -> list[Mapping[str, Any]]:
-    """The jobs of a trial with a middling number of checkpoints."""
-    return mean_checkpoints(inputs.options) * inputs.plan["screen"] + inputs.plan["confirm"]
+def images_of_a_trial(inputs: Inputs, checkpoints: int) -> list[Mapping[str, Any]]:
+    return checkpoints * inputs.plan["screen"] + inputs.plan["confirm"]
 
 
 def bytes_per_dim(inputs: Inputs) -> float:
@@ -5047,15 +5046,15 @@ def bytes_per_dim(inputs: Inputs) -> float:
     return inputs.base_model.lora_bytes_per_dim * (1 if inputs.options.get("save_precision") in ("fp16", "bf16") else 2)
 
 
-def image_bytes(inputs: Inputs) -> float:
-    return sum(job["width"] * job["height"] for job in images_of_a_trial(inputs)) * PNG_BYTES_PER_PIXEL
+def image_bytes(inputs: Inputs, checkpoints: int) -> float:
+    return sum(job["width"] * job["height"] for job in images_of_a_trial(inputs, checkpoints)) * PNG_BYTES_PER_PIXEL
 
 
 def largest_trial_bytes(inputs: Inputs) -> float:
     """Disk for a trial while it runs: all checkpoints of the largest network_dim, and its images."""
     dim = max(SEARCH_SPACE["network_dim"].choices)
     checkpoints = math.ceil(max(SEARCH_SPACE["max_train_epochs"].choices) / inputs.options["save_every_n_epochs"])
-    return checkpoints * dim * bytes_per_dim(inputs) + image_bytes(inputs)
+    return checkpoints * dim * bytes_per_dim(inputs) + image_bytes(inputs, checkpoints)
 
 
 def needed_bytes(settings: Settings, inputs: Inputs) -> float:
@@ -5063,8 +5062,9 @@ def needed_bytes(settings: Settings, inputs: Inputs) -> float:
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
     left = max(0, settings.n_trials - trained)
     checkpoint = float(np.mean(SEARCH_SPACE["network_dim"].choices)) * bytes_per_dim(inputs)
-    kept = min(left, KEPT_TRIALS) if settings.keep_checkpoints == "best" else left * mean_checkpoints(inputs.options)
-    return kept * checkpoint + left * image_bytes(inputs) + (largest_trial_bytes(inputs) if left else 0)
+    saved = mean_checkpoints(inputs.options)
+    kept = min(left, KEPT_TRIALS) if settings.keep_checkpoints == "best" else left * saved
+    return kept * checkpoint + left * image_bytes(inputs, saved) + (largest_trial_bytes(inputs) if left else 0)
 
 
 def check_disk(settings: Settings, inputs: Inputs) -> None:
@@ -5141,7 +5141,8 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
         "optimizers": ", ".join(optimizers)
         + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
         "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
-        "disk": f"{format_bytes(needed_bytes(settings, inputs))} needed, {format_bytes(free)} free",
+        "disk": f"{format_bytes(needed_bytes(settings, inputs))} needed for average trials and the largest one, "
+        f"{format_bytes(free)} free",
         "study": f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, "
         f"in {hide_password(settings.storage)}",
     }
@@ -5186,7 +5187,8 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
             + (", all for longer than the run" if never_ends == 1 else "")
             + "; a larger num_repeats or a smaller batch_size gives more steps"
         )
-    sizes = (job["width"] * job["height"] * job["steps"] for job in images_of_a_trial(inputs))
+    jobs = images_of_a_trial(inputs, mean_checkpoints(inputs.options))
+    sizes = (job["width"] * job["height"] * job["steps"] for job in jobs)
     seconds = sum(sizes) / (512 * 512 * 25) * SECONDS_PER_IMAGE
     if seconds > LONG_SCORING_SECONDS and settings.device != "cpu":
         lines.append(

@@ -524,6 +524,20 @@ def test_room_is_looked_for_before_every_trial(
         search.check_room(settings, inputs)
 
 
+def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
+    command: Command, world: Path, tmp_path: Path
+) -> None:
+    options = toml.loads((world / "training.toml").read_text()) | {"save_every_n_epochs": 2}
+    (tmp_path / "training.toml").write_text(toml.dumps(options))
+    arguments = command(training_config=tmp_path / "training.toml")
+    inputs = search.check_inputs(search.read_settings(search.make_parser().parse_args(arguments))[0])
+    pixels = {stage: sum(job["width"] * job["height"] for job in inputs.plan[stage]) for stage in ("screen", "confirm")}
+    checkpoints = 20 // 2
+    images = search.PNG_BYTES_PER_PIXEL * (checkpoints * pixels["screen"] + pixels["confirm"])
+    weights = checkpoints * 256 * search.bytes_per_dim(inputs)
+    assert search.largest_trial_bytes(inputs) == pytest.approx(images + weights)
+
+
 def test_files_have_the_users_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
