@@ -3320,6 +3320,7 @@ class LoraObjective:
             link_training(trained_in, folder)
         else:
             trained = self.trainer(config, usual_batch_seconds(trial.study))
+            trial.set_user_attr("trained_in", None)  # not where nothing was left any more
             trial.set_user_attr("batch_seconds", trained.batch_seconds)
             trial.set_user_attr("training_seconds", round(trained.seconds, 1))
         return folder / f"{LORA_NAME}.safetensors"
@@ -3784,7 +3785,7 @@ def queue_retries(study: optuna.Study, settings: Settings) -> None:
         attrs: dict[str, Any] = {"retry_of": trial.number}
         if "training_seconds" in trial.user_attrs:
             own_folder = trial_folder(settings.output_dir, trial.number)
-            attrs["trained_in"] = trial.user_attrs.get("trained_in", str(own_folder))
+            attrs["trained_in"] = trial.user_attrs.get("trained_in") or str(own_folder)
             attrs["training_seconds"] = trial.user_attrs["training_seconds"]
         study.enqueue_trial(params=params, user_attrs=attrs)
 
@@ -4628,7 +4629,7 @@ def where_time_went(trials: Sequence[FrozenTrial]) -> dict[str, float]:
         return sum(t.user_attrs.get(name) or 0 for t in trials if (t.state == TrialState.COMPLETE) == scored)
 
     reused = sum(t.user_attrs["training_seconds"] for t in trials
-                 if t.state == TrialState.COMPLETE and "trained_in" in t.user_attrs)  # fmt: skip
+                 if t.state == TrialState.COMPLETE and t.user_attrs.get("trained_in"))  # fmt: skip
     return {
         "training": total("training_seconds", scored=True),
         "scoring": total("scoring_seconds", scored=True),

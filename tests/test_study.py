@@ -449,6 +449,19 @@ def test_an_interrupted_scoring_is_scored_again_after_any_number_of_interruption
     assert endings(run(settings, never))[-1] == (COMPLETE, "scored")
 
 
+def test_a_training_that_was_repeated_is_not_trained_a_third_time(tmp_path: Path) -> None:
+    """The first one's folder vanished, and the scoring of the second is interrupted too."""
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [], [failing(KeyboardInterrupt())])
+    shutil.rmtree(settings.output_dir / "trial_0000")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [good_training], [failing(KeyboardInterrupt())])
+    study = run(settings, [failing(AssertionError("trained a third time"))])
+    assert [ended for _, ended in endings(study)] == ["interrupted", "interrupted", "scored"]
+    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == weights_of("trial_0001")
+
+
 def test_three_equal_failures_of_different_parameters_stop_the_study(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 5)
     with pytest.raises(search.SearchStopped, match=r"three trials in a row ended alike.*no bitsandbytes"):
