@@ -3523,13 +3523,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a program holds an output folder."""
+    """Whether a program holds an output folder; only looks."""
+    import fcntl
+
     try:
-        with locked_folder(folder):
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except RefusedInput:
-        return True
-    except OSError:  # no such folder
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -3600,6 +3601,8 @@ def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: fl
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
     """RefusedInput names every difference between the study's inputs and the ones given now."""
     as_stored = json.loads(json.dumps(fingerprint))
+    except OSError:  # held, or not for this user to see
+        return True
     differences = fingerprint_differences(study.user_attrs.get("fingerprint", as_stored), as_stored)
     if differences:
         differences = [line for line in differences if TOGETHER not in line] or differences

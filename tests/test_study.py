@@ -848,6 +848,18 @@ def test_a_password_is_never_shown() -> None:
     assert "s3cr3t" not in str(caught.value)
 
 
+def test_asking_whether_a_folder_is_locked_only_looks(tmp_path: Path) -> None:
+    assert not search.is_locked(tmp_path) and not search.is_locked(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+    with search.locked_folder(tmp_path):
+        assert search.is_locked(tmp_path)
+    lock = tmp_path / ".lock"
+    lock.write_text("process 7 on elsewhere")
+    os.utime(lock, (1, 1))
+    assert not search.is_locked(tmp_path)
+    assert lock.read_text() == "process 7 on elsewhere" and lock.stat().st_mtime == 1
+
+
 def test_a_folder_belongs_to_one_program(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib, optuna_hyperparameter_search as s\n"
