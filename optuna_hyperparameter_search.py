@@ -3431,17 +3431,17 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
     Without the latter two programs that read before they write take the same enqueued trial (35 of 200 measured).
     """
-    if not url.startswith("sqlite"):
-        return optuna.storages.get_storage(url)
     from sqlalchemy import event
 
-    kwargs: dict[str, Any] = {"connect_args": {"timeout": SQLITE_LOCK_SECONDS}}
-    file = sqlite_file(url)
-    if file and url == default_storage(file.parent):
-        # In a URL, SQLAlchemy and Optuna would take %, ? and {} of the folder's name for something else.
+    file, kwargs = sqlite_file(url), {}
+    is_made = "alembic_version" in tables_of(url)  # then nothing is added to an older one's
+    if file:
+        # In a URL, SQLAlchemy and Optuna would take %, ? and {} of the file's name for something else.
         connect = functools.partial(sqlite3.connect, file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
         url, kwargs = "sqlite:///study.db", {"creator": connect}
-    storage = optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
+    storage = optuna.storages.RDBStorage(url, engine_kwargs=kwargs, skip_table_creation=is_made)
+    if file is None:
+        return storage
 
     @event.listens_for(storage.engine, "connect")
     def leave_transactions_to_us(connection: Any, _record: Any) -> None:
@@ -3455,51 +3455,120 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     return storage
 
 
-def hide_password(text: str) -> str:
-    """A text with the passwords of the URLs in it taken out, mistyped ones too; a password may hold an unescaped @."""
-    text = re.sub(r":(?!//)\S*@", ":***@", text)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
+def tables_of(url: str) -> set[str]:
+    """The tables in a database. Makes none, and no file."""
+    import sqlalchemy
 
-
-def load_study(storage: str, study_name: str) -> optuna.Study | None:
-    """A study that exists, or None; makes nothing. RefusedInput if the storage can't be read."""
-    file = sqlite_file(storage)
+    file = sqlite_file(url)
+    if file and not file.exists():
+        return set()
+    if file:
+        # Not read-only: what a killed program had not committed must be rolled back before anything can be read.
+        connect = functools.partial(sqlite3.connect, f"{file.resolve().as_uri()}?mode=rw", uri=True)
+        engine = sqlalchemy.create_engine("sqlite://", creator=connect)
+    else:
+        engine = sqlalchemy.create_engine(url)
     try:
-        if file and not _has_studies(file):
-            return None
-        return optuna.load_study(study_name=study_name, storage=open_storage(storage))
-    except KeyError:
-        return None
-    except Exception as error:
-        where = hide_password(storage)
-        said = one_line(hide_password(str(error)), 160)
-        if "updating optuna" in str(error):
-            raise RefusedInput(
-                f"--storage: {where} was made by a newer Optuna than {optuna.__version__}; pip install -U optuna, or "
-                "give another --output-dir"
-            ) from error
-        raise RefusedInput(
-            f"--storage: can't open {where} ({said}); check the address or move the file away"
-        ) from error
-
-
-def _has_studies(file: Path) -> bool:
-    """Whether Optuna has been in an SQLite file, which opening it as a storage would bring about."""
-    if not file.exists():
-        return False
-    with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and not tables >= {"studies", "trials", "version_info"}:
-        raise ValueError("it is the database of another program")
-    return bool(tables)
+        return set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
 
 
 def sqlite_file(url: str) -> Path | None:
     """The database's file, of a URL such as sqlite:///study.db or sqlite+pysqlite:////runs/study.db."""
     if url.startswith("sqlite:///") and url.endswith(f"/{DATABASE_NAME}"):  # our own, whatever the folder's name
         return Path(url.removeprefix("sqlite:///"))
-    found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(\?.*)?", url)
+    found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", url)
     return Path(found[1]) if found else None
+
+
+# An address whose parts can't be taken for each other. In any other, each part may be one of the password.
+_CLEAR_ADDRESS = re.compile(
+    r"(?P<kind>\w+(\+\w+)?://)(?P<who>[\w.~%-]+(:[\w.~%-]*)?@)?(?P<host>[\w.-]+)(:\d{1,5})?(?P<name>/[\w.-]+)"
+    r"(\?(sslmode|charset)=[\w-]+)?"
+)
+_KNOWN_KIND = re.compile(r"(sqlite|postgres|postgresql|mysql|mariadb|mssql|oracle|journal|grpc|redis)(?=[:+])")
+
+
+def show_storage(url: str) -> str:
+    """What may be shown of --storage: a file; kind, host and name of a database; the kind alone of an unclear one."""
+    file = sqlite_file(url) or re.fullmatch(r"[\w./~-]+", url)
+    if file and ("@" not in url or url.endswith(f"/{DATABASE_NAME}")):
+        return url
+    if clear := _CLEAR_ADDRESS.fullmatch(url):
+        return f"{clear['kind']}{'***@' if clear['who'] else ''}{clear['host']}{clear['name']}"
+    kind = _KNOWN_KIND.match(url)
+    return f"{kind[0]}://***" if kind else "***"
+
+
+def storage_error(url: str, error: BaseException) -> str:
+    """What an exception says of a storage; its type alone where the text may hold a part of a password."""
+    error = error.__cause__ or error
+    return type(error).__name__ if show_storage(url).endswith("***") else one_line(error, 160)
+
+
+@contextlib.contextmanager
+def refusing_storage(url: str) -> Iterator[None]:
+    """RefusedInput for whatever a storage raises while it is opened."""
+    from sqlalchemy.exc import ArgumentError
+
+    where = show_storage(url)
+    try:
+        yield
+    except RefusedInput:
+        raise
+    except Exception as error:
+        said = f"can't open {where} ({storage_error(url, error)}); "
+        if "storage upgrade" in str(error):
+            said = f"{where} was made by an older Optuna; optuna storage upgrade --storage {where}"
+        elif "updating optuna" in str(error):
+            said = f"{where} was made by a newer Optuna than {optuna.__version__}; pip install -U optuna, or "
+            said += "give another --output-dir"
+        elif sqlite_file(url):
+            said += "if another program holds it, wait; else restore the file or give another one"
+        elif isinstance(error, ArgumentError):
+            said = (
+                f"{where} is no address of a database; give sqlite:///FILE or, for several machines, postgresql+psycopg"
+            )
+            said += "://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40); no journal file, no gRPC"
+        elif isinstance(error, ImportError):
+            said += (
+                'pip install its driver, e.g. "psycopg[binary]" for postgresql+psycopg://, pymysql for mysql+pymysql://'
+            )
+        else:
+            said += "check the server and the address, whose password must be percent-encoded (@ is %40)"
+        raise RefusedInput(f"--storage: {said}") from error
+
+
+def load_study(storage: str, study_name: str) -> optuna.Study | None:
+    """A study that exists, or None; makes nothing. RefusedInput if it can't be read, or is not this program's."""
+    file = sqlite_file(storage)
+    with refusing_storage(storage):
+        for place in (file, file.parent) if file else ():
+            if place.exists() and not os.access(place, os.W_OK):
+                raise RefusedInput(
+                    f"--storage: {show_storage(storage)} is not for this user to write; give another file"
+                )
+        tables = tables_of(storage)
+        if file and tables and not tables >= {"studies", "trials", "version_info"}:
+            raise ValueError("it is the database of another program")
+        if "alembic_version" not in tables:
+            return None
+        opened = open_storage(storage)
+        try:
+            study = optuna.load_study(study_name=study_name, storage=opened)
+        except KeyError:
+            return None
+        refuse_foreign_study(study)
+        return study
+
+
+def refuse_foreign_study(study: optuna.Study) -> None:
+    """RefusedInput for another program's study. An empty one may be ours: a kill came before the fingerprint."""
+    is_new = not study.user_attrs and not study.get_trials(deepcopy=False)
+    is_ours = is_new or isinstance(study.user_attrs.get("fingerprint"), dict)
+    if not is_ours or study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
+        raise RefusedInput(f"--storage: study {study.study_name!r} is not this program's; give another --study-name")
 
 
 @contextlib.contextmanager
@@ -3532,6 +3601,8 @@ def is_locked(folder: Path) -> bool:
             return False
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # held, or not for this user to see
+        return True
 
 
 def make_fingerprint(
@@ -3601,8 +3672,6 @@ def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: fl
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
     """RefusedInput names every difference between the study's inputs and the ones given now."""
     as_stored = json.loads(json.dumps(fingerprint))
-    except OSError:  # held, or not for this user to see
-        return True
     differences = fingerprint_differences(study.user_attrs.get("fingerprint", as_stored), as_stored)
     if differences:
         differences = [line for line in differences if TOGETHER not in line] or differences
@@ -4693,7 +4762,11 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, with its errors in this program's form: one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(hide_password(message))}; see --help\n")
+        if words := message.partition("unrecognized arguments: ")[2].split():
+            # Flags alone: a part of a storage's address may be among the words, by a mistyped --storage or a space.
+            flags = [word.partition("=")[0] for word in words if word.startswith(("--", "\u2013", "\u2014"))]
+            message = f"unrecognized arguments: {' '.join(flags) or 'values without a flag'}"
+        self.exit(2, f"error: {printable(message)}; see --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4731,7 +4804,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of each scored trial the best one, of the study ten; or all (best)",
     )
     where.add_argument("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
-    where.add_argument("--storage", metavar="URL", help="any storage of Optuna (SQLite in the output folder)")
+    where.add_argument("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
     where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
     where.add_argument(
         "--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)"
@@ -4941,21 +5014,20 @@ def check_output(settings: Settings, data_set: DataSet | None) -> optuna.Study |
         problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
     if data_set and settings.output_dir in {image.path.parent for image in data_set.images}:
         problems.lines.append(f"--output-dir: {settings.output_dir} holds the data set's pictures; give another folder")
-    problems.of(check_output_folder, settings, study)
     problems.refuse()
     return study
 
 
 def find_study(settings: Settings) -> optuna.Study | None:
-    """The study to resume, or None; RefusedInput for a storage in which none could be kept."""
-    file = sqlite_file(settings.storage)
-    if settings.storage.startswith("sqlite") and (file is None or file.name == ":memory:"):
-        raise RefusedInput(
-            f"--storage: {hide_password(settings.storage)} keeps nothing; give sqlite:///FILE, or leave it out"
-        )
-    if file and not file.parent.is_dir() and not is_own_database(settings):
-        raise RefusedInput(f"--storage: there is no folder {file.parent}; make it, or leave --storage out")
-    return load_study(settings.storage, settings.study_name)
+    """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
+    file, where = sqlite_file(settings.storage), show_storage(settings.storage)
+    if settings.storage.startswith("sqlite") and file is None:
+        raise RefusedInput(f"--storage: {where} keeps nothing or has options; give sqlite:///FILE, or leave it out")
+    if file and not os.path.isdir(file.parent) and not is_own_database(settings):  # noqa: PTH112 - Path raises
+        raise RefusedInput(f"--storage: there is no folder for {where}; make it, or leave --storage out")
+    study = load_study(settings.storage, settings.study_name)
+    check_output_folder(settings, study)
+    return study
 
 
 def answer_cache(settings: Settings) -> Path:
@@ -5148,7 +5220,7 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
         "disk": f"{format_bytes(needed_bytes(settings, inputs))} needed for average trials and the largest one, "
         f"{format_bytes(free)} free",
         "study": f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, "
-        f"in {hide_password(settings.storage)}",
+        f"in {show_storage(settings.storage)}",
     }
     return "\n".join(
         [f"  {name:11s} {printable(value)}" for name, value in rows.items()] + describe_warnings(settings, inputs)
@@ -5296,21 +5368,22 @@ def make_sampler(settings: Settings, inputs: Inputs) -> FeasibleTPESampler:
 
 def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
     """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
-    study = optuna.create_study(
-        study_name=settings.study_name,
-        storage=open_storage(settings.storage),
-        sampler=make_sampler(settings, inputs),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    check_fingerprint(study, inputs.fingerprint)
-    if "fingerprint" not in study.user_attrs:
-        study.set_user_attr("fingerprint", inputs.fingerprint)
-        study.set_user_attr("environment", environment_of(inputs))
-    study.set_user_attr("n_trials", settings.n_trials)
-    study.set_user_attr("command", settings.command)
-    with warnings.catch_warnings():
+    with refusing_storage(settings.storage), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            study_name=settings.study_name,
+            storage=open_storage(settings.storage),
+            sampler=make_sampler(settings, inputs),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        refuse_foreign_study(study)
+        check_fingerprint(study, inputs.fingerprint)
+        if "fingerprint" not in study.user_attrs:
+            study.set_user_attr("fingerprint", inputs.fingerprint)
+            study.set_user_attr("environment", environment_of(inputs))
+        study.set_user_attr("n_trials", settings.n_trials)
+        study.set_user_attr("command", settings.command)
         study.set_metric_names(["score"])
     return study
 
@@ -5521,7 +5594,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     args = make_parser().parse_args(argv)
     words = [sys.executable, *sys.argv] if argv is None else [Path(__file__).name, *argv]
-    args.command = shlex.join(map(hide_password, words))
+    for number, word in enumerate(words):
+        flag, _, url = word.partition("=")
+        if flag == "--storage" and url:
+            words[number] = f"{flag}={show_storage(url)}"
+        elif word == "--storage":
+            words[number + 1] = show_storage(words[number + 1])
+    args.command = shlex.join(words)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
@@ -5537,7 +5616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: {printable(one_line(error, 1000))}", file=sys.stderr)
         return 1
     except optuna.exceptions.StorageInternalError as error:
-        said = one_line(hide_password(str(error.__cause__ or error)))
+        said = storage_error(args.storage or default_storage(Path()), error)
         log.error("stopped: %s", said)
         print(f"stopped: the study's database failed ({said}); the same command goes on", file=sys.stderr)
         return 1

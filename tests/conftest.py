@@ -144,7 +144,7 @@ def postgresql_server() -> Iterator[str]:
             time.sleep(0.1)
         yield f"searcher:s3cr3t@127.0.0.1:{port}"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # without waiting for connections that are still open
         server.wait(30)
         shutil.rmtree(top, ignore_errors=True)
 

@@ -18,12 +18,16 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import alembic.command
 import demo_world
+import optuna
 import pytest
 import toml
 from conftest import REPOSITORY
+from optuna.storages._rdb.storage import _VersionManager
 from PIL import Image
 from test_inputs import OTHER_MODELS, SD1, write_safetensors
 
@@ -158,6 +162,29 @@ class Desk:
         database = sqlite3.connect(self.folder("out") / search.DATABASE_NAME)
         database.execute(f"CREATE TABLE {table} (id INTEGER)")
         database.close()
+        return {}
+
+    def study(self, objective: Callable[[optuna.Trial], Any], n_trials: int = 2, **how: Any) -> Flags:
+        """An output folder whose database holds a study of that name by another script."""
+        self.out.mkdir()
+        storage = search.default_storage(self.out)
+        study = optuna.create_study(study_name=search.DEFAULT_STUDY_NAME, storage=storage, **how)
+        study.optimize(objective, n_trials)
+        return {}
+
+    def old_study(self) -> Flags:
+        """A database as Optuna 2.10 made it, by Optuna's own migrations."""
+        self.out.mkdir()
+        where: Any = SimpleNamespace(url=search.default_storage(self.out))
+        alembic.command.upgrade(_VersionManager._create_alembic_config(where), "v2.6.0.a")
+        with sqlite3.connect(self.out / search.DATABASE_NAME) as database:
+            database.execute("INSERT INTO version_info VALUES (1, 12, '2.10.1')")
+            database.execute("INSERT INTO studies VALUES (1, ?)", (search.DEFAULT_STUDY_NAME,))
+        return {}
+
+    def cut_database(self) -> Flags:
+        self.study(lambda trial: trial.suggest_float("x", 0, 1))
+        cut(self.out / search.DATABASE_NAME, 20_000)
         return {}
 
     def score(self, name: str, plan: str | None = None, *more: str) -> Arguments:
@@ -548,7 +575,24 @@ PLACES = [
     bad("database a folder", "can't open", lambda d: d.in_output(f"{search.DATABASE_NAME}/x")),
     bad("database of another program", "of another program", lambda d: d.database("songs")),
     bad("database of other studies", "of another program", lambda d: d.database("studies")),
-    bad("storage foo", "can't open foo", lambda d: {"storage": "foo"}),
+    bad("database cut short", "malformed", lambda d: d.cut_database()),
+    bad("storage foo", "foo is no address of a database", lambda d: {"storage": "foo"}),
+    bad("storage a journal", "study.log is no address of a database", lambda d: {"storage": "study.log"}),
+    bad("storage a journal's address", "no journal file", lambda d: {"storage": f"journal:///{d.here}/study.log"}),
+    bad("storage gRPC", "no gRPC", lambda d: {"storage": "grpc://127.0.0.1:13000"}),
+    bad("storage of another kind", "postgresql+psycopg://", lambda d: {"storage": "redis://127.0.0.1/x"}),
+    bad("storage without driver", "pip install its driver", lambda d: {"storage": "mssql+pymssql://me@h/x"}),
+    bad("storage read-only", "give sqlite:///FILE", lambda d: {"storage": f"sqlite:///{d.here}/x.db?mode=ro"}),
+    bad("storage file:", "give sqlite:///FILE", lambda d: {"storage": f"sqlite:///file:{d.here}/x.db?uri=true"}),
+    bad("storage too long a name", "can't open", lambda d: {"storage": f"sqlite:///{d.here}/{'x' * 300}.db"}),
+    bad("storage below too long a name", "no folder", lambda d: {"storage": f"sqlite:////{'x' * 300}/x.db"}),
+    bad("storage, no rights at all", "not for this", lambda d: {"storage": f"sqlite:///{d.file('x.db', '', 0o444)}"}),
+    bad("storage, no rights", "not for this user", lambda d: {"storage": f"sqlite:///{d.folder('mine', 0o555)}/x.db"}),
+    bad("study minimized", "not this program's", lambda d: d.study(lambda t: t.number, directions=["minimize"])),
+    bad("study of two scores", "not this program's", lambda d: d.study(lambda _: (0, 1), directions=["maximize"] * 2)),
+    bad("study of other parameters", "--study-name", lambda d: d.study(lambda t: t.suggest_int("x", 0, 9))),
+    bad("study of others, empty", "not this program's", lambda d: d.study(lambda _: 0, 0, directions=["minimize"])),
+    bad("study of an old Optuna", "; optuna storage upgrade --storage sqlite:///", lambda d: d.old_study()),
     bad("storage without file", "keeps nothing", lambda d: {"storage": "sqlite:///"}),
     bad("storage in memory", "keeps nothing", lambda d: {"storage": "sqlite:///:memory:"}),
     bad("storage nowhere", "there is no folder", lambda d: {"storage": "sqlite:////no/such/folder/x.db"}),
@@ -556,8 +600,8 @@ PLACES = [
     bad("storage with ESC", "--storage", lambda d: {"storage": f"foo{ESCAPE}"}),
     bad("storage with newline", "--storage", lambda d: {"storage": "foo\nbar"}),
     bad("storage with braces", "--storage", lambda d: {"storage": "foo{0}://bar"}),
-    bad("password", "me:***@127.0.0.1", lambda d: {"storage": STORAGE}),
-    bad("password with signs", "***@", lambda d: {"storage": f"postgresql://me:a@:/{PASSWORD}@127.0.0.1:1/x"}),
+    bad("password", "//***@127.0.0.1/x", lambda d: {"storage": STORAGE}),
+    bad("password with signs", "percent-enc", lambda d: {"storage": f"postgresql://me:a@:/{PASSWORD}@127.0.0.1:1/x"}),
     bad("password, one slash", "--storage", lambda d: {"storage": STORAGE.replace("://", ":/")}),
     bad("password, no kind", "--storage", lambda d: {"storage": STORAGE.partition("//")[2]}),
     bad("password of a cipher", "--storage", lambda d: {"storage": f"sqlite+pysqlcipher://:{PASSWORD}@/x.db"}),
@@ -576,7 +620,10 @@ OTHER_MODES = [
     bad("report a file", "no study", lambda d: (d.file("out"), d.report())[1]),
     bad("report an odd plan", "no study", lambda d: (d.in_output(PLAN, "[1]"), d.report())[1]),
     bad("report without folder", "--output-dir is missing", lambda d: ["--report"]),
-    bad("report with password", "me:***@", lambda d: d.report(f"--storage={STORAGE}")),
+    bad("report with password", "***@127.0.0.1", lambda d: d.report(f"--storage={STORAGE}")),
+    bad(
+        "report of others", "not this program's", lambda d: (d.study(lambda t: t.suggest_int("x", 0, 9)), d.report())[1]
+    ),
     bad("demo with a model", "--base-model", lambda d: d.demo("--base-model=x")),
     bad("demo -1", "--n-trials: -1", lambda d: d.demo("--n-trials=-1")),
     bad("demo 0", "--n-trials: 0", lambda d: d.demo("--n-trials=0")),
@@ -609,6 +656,85 @@ def test_refuses(
     assert listing(desk.here, desk.world) == before
     assert time.monotonic() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # KiB
+
+
+def test_of_a_database_that_can_not_be_read_only_that_is_said(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that its trials' folders are unknown, and what to do with them."""
+    desk.file("out/trial_0007/config.toml")
+    for storage in (f"sqlite:///{desk.file('text.db', 'my notes' * 99)}", STORAGE):
+        status, _, err = run([*command_line(desk, {"storage": storage}), "--check"], capsys)
+        (line,) = err.splitlines()
+        assert status == 2 and "can't open" in line and "trial_0007" not in line
+
+
+SECRET = "Sekr3tXyzw"
+BEFORE, AFTER = "postgresql+psycopg://me:", "@127.0.0.1:1/runs"
+PASSWORDS = {  # as somebody writes them into an address
+    "plain": SECRET, "an @ within": "Sekr@3tXyzw", "an @ before": f"a@{SECRET}", "a colon": f"a@b:{SECRET}",
+    "a space": "Sekr 3tXyzw", "a space at the end": f"{SECRET} ", "slashes": "/Sekr/3tXyzw", "a hash": "Sekr#3tXyzw",
+    "a question mark": "?Sekr?3tXyzw", "quotes": "'Sekr\"3tXyzw'", "a newline": "Sekr\n3tXyzw",
+    "a comma": "Sekr,3tXyzw;",
+    "percents": "Sekr%403tXyzw%", "brackets": "[Sekr]3tXyzw", "braces": "{Sekr}3tXyzw", "a backslash": "\\Sekr3tXyzw",
+    "an umlaut": "S\u00e4kr3tXyzw", "an ampersand": "Sekr&3tXyzw=1", "an ESC": "Sekr\x1b3tXyzw",
+}  # fmt: skip
+ADDRESSES = {
+    **{what: BEFORE + password + AFTER for what, password in PASSWORDS.items()},
+    "no host": f"{BEFORE}{SECRET}", "no host, a slash": f"{BEFORE}{SECRET}/runs",
+    "no user": f"postgresql://{SECRET}@h/x",
+    "one slash": f"postgresql:/me:{SECRET}@h/x", "no slash": f"postgresql:me:{SECRET}@h/x",
+    "no kind": f"me:{SECRET}@h/x",
+    "no colon": f"postgresql//me:{SECRET}@h/x", "another kind": f"postgres://me:{SECRET}@h/x",
+    "a space before": f" {BEFORE}{SECRET}{AFTER}", "quotes around": f"'{BEFORE}{SECRET}{AFTER}'",
+    "a port that is none": f"postgresql://h:{SECRET}/x", "a file": f"sqlite:///me:{SECRET}@h/x",
+    "a file's folder": f"sqlite:////nowhere/me:{SECRET}@h/x.db", "a cipher": f"sqlite+pysqlcipher://:{SECRET}@/x.db",
+    **{f"?{key}=": f"postgresql+psycopg://me@127.0.0.1:1/x?{key}={SECRET}&user=me"
+       for key in ("password", "pwd", "passwd", "sslpassword", "PASSWORD", "options")},
+}  # fmt: skip
+
+
+def pieces(password: str, length: int = 4) -> list[str]:
+    return [password[start : start + length] for start in range(len(password) - length + 1)]
+
+
+@pytest.mark.parametrize("what", ADDRESSES)
+def test_no_part_of_a_password_is_shown(what: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """However the address is written; nor by mistyped flags, where a shell has cut it at a space."""
+    good_inputs = command_line(desk, {})
+    given = ([f"--storage={ADDRESSES[what]}"], ["--storage", ADDRESSES[what]], [f"--storag={ADDRESSES[what]}"],
+             ["--storag", ADDRESSES[what]], f"--storage {ADDRESSES[what]}".split())  # fmt: skip
+    for storage in given:
+        for arguments in ([*good_inputs, *storage, "--check"], [*good_inputs, *storage], desk.report(*storage)):
+            status, out, err = run(arguments, capsys)
+            assert status == 2 and err.startswith("error: ") and "Traceback" not in err
+            assert not [piece for piece in pieces(SECRET) if piece in out + err], err
+    assert not desk.out.exists()
+
+
+@pytest.mark.parametrize("what", ADDRESSES)
+def test_the_command_that_is_kept_holds_no_part_of_a_password(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr(search, "run", lambda args: kept.append(args.command))
+    for storage in ([f"--storage={ADDRESSES[what]}"], ["--storage", ADDRESSES[what]]):
+        assert search.main(["--check", *storage, *storage, "--seed", "7"]) == 0
+    assert all(command.endswith("--seed 7") and command.count("--storage") == 2 for command in kept)
+    assert not [piece for piece in pieces(SECRET) if piece in str(kept)]
+
+
+def test_nothing_that_is_written_holds_a_part_of_the_password(
+    desk: Desk, capsys: pytest.CaptureFixture[str], postgresql: Callable[[], str]
+) -> None:
+    url = postgresql()
+    user, _, rest = url.partition(f":{PASSWORD}@")
+    for storage in (url, f"{user}@{rest}?password={PASSWORD}"):
+        for given in ([f"--storage={storage}"], ["--storage", storage]):
+            with pytest.raises(Accepted):
+                run([*command_line(desk, {}), *given], capsys)
+            shown = capsys.readouterr()
+            study = optuna.load_study(study_name=search.DEFAULT_STUDY_NAME, storage=url)
+            written = "".join(f.read_text(errors="replace") for f in desk.out.rglob("*") if f.is_file())
+            everything = shown.out + shown.err + written + str(study.user_attrs) + str(study._storage.get_all_studies())
+            assert "--storage" in study.user_attrs["command"] and (desk.out / "search.log").is_file()
+            assert not [piece for piece in pieces(PASSWORD) if piece in everything]
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -202,8 +202,8 @@ def test_an_output_folder_that_is_a_file_is_refused(
     [
         ("sqlite://", "keeps nothing"),
         ("sqlite:///:memory:", "keeps nothing"),
-        ("sqlite:////no/such/place/study.db", "there is no folder /no/such/place"),
-        ("nonsense", "can't open nonsense"),
+        ("sqlite:////no/such/place/study.db", "there is no folder for sqlite:////no/such/place/study.db"),
+        ("nonsense", "nonsense is no address of a database"),
     ],
 )
 def test_a_storage_that_can_not_be_is_refused(
@@ -270,7 +270,7 @@ def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         search.main(["--n-trails", "3"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --n-trails 3; see --help\n"
+    assert capsys.readouterr().err == "error: unrecognized arguments: --n-trails; see --help\n"
 
 
 def test_enqueued_parameters_that_will_be_rejected_are_warned_of(

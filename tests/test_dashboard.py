@@ -67,6 +67,7 @@ def searched(tmp_path: Path, n_trials: int = 1, trainings: list[Callable[[Path],
     settings = settings_for(tmp_path, n_trials, command="python search.py --storage 'x:***@y'")
     write_plan(settings.output_dir)
     study = run(settings, list(trainings), [score_with_pictures] * n_trials)
+    study.set_user_attr("fingerprint", {})  # as the program's own studies have
     study.set_user_attr("command", settings.command)
     study.set_user_attr("n_trials", n_trials)
     search.show_results(study, settings.output_dir)

@@ -841,11 +841,55 @@ def test_looking_for_a_study_makes_no_database(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_password_is_never_shown() -> None:
-    assert search.hide_password("postgresql://me:s3cr3t@host/db") == "postgresql://me:***@host/db"
-    with pytest.raises(search.RefusedInput) as caught:
-        search.load_study("postgresql://me:s3cr3t@127.0.0.1:1/db", "x")
-    assert "s3cr3t" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:s3cr3t@host/db", "postgresql://***@host/db"),
+        ("postgresql+psycopg://me:s3cr3t%40@host.lan:5432/db?sslmode=require", "postgresql+psycopg://***@host.lan/db"),
+        ("mysql+pymysql://127.0.0.1/db", "mysql+pymysql://127.0.0.1/db"),
+        ("sqlite:////runs/my studies #1.db", "sqlite:////runs/my studies #1.db"),
+        ("sqlite:////home/me@lab/out/optuna_study.db", "sqlite:////home/me@lab/out/optuna_study.db"),
+        ("postgresql://me:s3@cr3t@host/db", "postgresql://***"),
+        ("me:s3cr3t@host/db", "***"),
+    ],
+)
+def test_of_an_address_only_what_is_no_secret_is_shown(address: str, shown: str) -> None:
+    assert search.show_storage(address) == shown
+
+
+def test_what_a_server_says_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match=r"127\.0\.0\.1/db \(.*refused.*\); check the server") as caught:
+        search.load_study("postgresql+psycopg://me:s3cr3t@127.0.0.1:1/db", "x")
+    assert "s3cr3t" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_server_without_tables_is_left_so(postgresql: Callable[[], str]) -> None:
+    url = postgresql()
+    assert search.load_study(url, "x") is None and search.tables_of(url) == set()
+
+
+def test_a_study_that_was_only_created_is_gone_on_with(tmp_path: Path) -> None:
+    """Its program was killed before it wrote the fingerprint."""
+    settings = settings_for(tmp_path)
+    open_study(settings)
+    study = search.load_study(settings.storage, settings.study_name)
+    assert study is not None and study.get_trials() == []
+
+
+def test_what_a_killed_program_had_not_committed_is_rolled_back(tmp_path: Path) -> None:
+    """Killed in the middle of a commit, it leaves a journal, which nobody can read past without writing."""
+    settings = settings_for(tmp_path)
+    database = settings.output_dir / search.DATABASE_NAME
+    open_study(settings)
+    code = (
+        "import os, sqlite3, sys\nd = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "d.execute('PRAGMA cache_size=1'); d.execute('BEGIN IMMEDIATE')\nfor n in range(500):\n"
+        "    d.execute('INSERT INTO studies (study_name) VALUES (?)', (f'{n}' * 500,))\nos.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(database)])
+    assert database.with_name(f"{database.name}-journal").stat().st_size > 0
+    assert search.find_study(settings) is not None
+    assert len(optuna.get_all_study_names(settings.storage)) == 1
 
 
 def test_asking_whether_a_folder_is_locked_only_looks(tmp_path: Path) -> None:
