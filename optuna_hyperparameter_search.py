@@ -65,6 +65,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 import urllib.parse
 import warnings
 import zipfile
@@ -95,8 +96,6 @@ DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
 Params = dict[str, Any]
-log = logging.getLogger("search")
-log.addHandler(logging.NullHandler())  # without any, logging itself would print errors, and main() again
 
 
 # ======================================================================================================
@@ -205,6 +204,8 @@ class Screen:
 
     def __init__(self) -> None:
         self.started = time.monotonic()  # near enough to the program's start
+        self.log_file: Path | None = None
+        self._log_failed = False
         self._rows: dict[str, Callable[[], Row]] = dict.fromkeys(("study", "trial", "train", "score"), Row)
         self._live: Any = None  # rich.live.Live, where there is a terminal
         self._next_redraw = 0.0
@@ -235,6 +236,18 @@ class Screen:
 
             with self._undisturbed():
                 self._live.console.print(Text(text.strip("\n")), soft_wrap=True)
+
+    def log(self, text: str) -> None:
+        """Add to search.log, once there is one. A full disk costs lines there, and nothing else."""
+        try:
+            if self.log_file:
+                with self.log_file.open("a", encoding="utf-8") as file:
+                    file.write(f"{datetime.datetime.now().isoformat(' ', 'milliseconds')} {text}\n")
+        except OSError as error:
+            if not self._log_failed:
+                self._log_failed = True
+                file = printable(self.log_file)
+                self.print(f"warning: {file} takes no more ({error.strerror}) and lacks what follows; make room")
 
     def refresh(self) -> None:
         """Redraw the live region, if there is one and some time has passed."""
@@ -339,7 +352,7 @@ def say(text: str = "", *, detail: bool = False) -> None:
     """Print to the screen (details only where no live region shows them) and, once there is one, to search.log."""
     text = "\n".join(map(printable, text.split("\n")))
     screen.print(text, detail=detail)
-    log.info(text)
+    screen.log(text)
 
 
 @contextlib.contextmanager
@@ -5333,7 +5346,7 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
         say(describe_inputs(settings, inputs))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with locked_folder(settings.output_dir), logging_to(settings.output_dir / LOG_NAME):
+    with locked_folder(settings.output_dir), logging_to(settings.output_dir / LOG_NAME, settings.storage):
         say(describe_inputs(settings, inputs))
         end_left_over_processes(settings.output_dir)
         study = open_study(settings, inputs)
@@ -5499,19 +5512,36 @@ def _rounded(anchors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: usable if name == "usable" else value for name, value in anchors.items() if name != "data"}
 
 
+def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
+    """The exit status for what ended the program, and what is said of it."""
+    if isinstance(error, RefusedInput):
+        return 2, "\n".join(f"error: {printable(problem)}" for problem in error.problems)
+    if isinstance(error, KeyboardInterrupt):  # a line of its own, after the terminal's ^C
+        return 130, f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes"
+    if isinstance(error, SearchError):
+        why = one_line(error, 1000)
+    elif isinstance(error, optuna.exceptions.StorageInternalError):
+        said = storage_error(storage, error)
+        why = f"the study's database failed ({said}); the same command goes on"
+    elif isinstance(error, OSError):  # a disk that is full or gone, outside of any trial
+        why = f"{one_line(error)}; mend that and give the same command again"
+    else:  # a fault of this program
+        told = storage_error(storage, error) if storage else error
+        return 1, "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}: {told}"])
+    return 1, f"stopped: {printable(why)}"
+
+
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Everything that is said goes to a file too, with times."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(handler)
+def logging_to(path: Path, storage: str) -> Iterator[None]:
+    """Everything that is said goes to a file too, with times, and so does why the search ended."""
+    screen.log_file = path
     try:
         yield
+    except (Exception, KeyboardInterrupt) as error:
+        screen.log(describe_end(error, storage)[1].strip())
+        raise
     finally:
-        log.removeHandler(handler)
-        handler.close()
+        screen.log_file = None
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -5607,26 +5637,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, screen.interrupt)
     try:
         run(args)
-    except RefusedInput as error:
-        for problem in error.problems:
-            print(f"error: {printable(problem)}", file=sys.stderr)
-        return 2
-    except SearchError as error:
-        log.error("stopped: %s", error)
-        print(f"stopped: {printable(one_line(error, 1000))}", file=sys.stderr)
-        return 1
-    except optuna.exceptions.StorageInternalError as error:
-        said = storage_error(args.storage or default_storage(Path()), error)
-        log.error("stopped: %s", said)
-        print(f"stopped: the study's database failed ({said}); the same command goes on", file=sys.stderr)
-        return 1
-    except OSError as error:  # a disk that is full or gone, outside of any trial
-        log.error("stopped: %s", error)
-        print(f"stopped: {printable(one_line(error))}; mend that and give the same command again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        status, said = describe_end(error, args.storage or "")
+        try:
+            print(said, file=sys.stderr, flush=True)
+        except OSError:  # whoever read it is gone
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        return status
     return 0
 
 

@@ -47,7 +47,7 @@ Arguments = list[str]  # a whole command line
 FILES = ("dataset_config", "training_config", "scoring_config", "enqueue", "eval_prompts")  # that a flag names
 
 
-class Accepted(Exception):
+class Accepted(BaseException):
     """Nothing was refused, and the trainer was about to be started with this config."""
 
 

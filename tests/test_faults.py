@@ -60,6 +60,10 @@ class Night:
     def endings(self) -> list[tuple[TrialState, str]]:
         return [(trial.state, trial.user_attrs.get("ended", "")) for trial in self.trials()]
 
+    @property
+    def log(self) -> Path:
+        return self.output_dir / search.LOG_NAME
+
     def folder(self, number: int) -> Path:
         return self.output_dir / f"trial_{number:04d}"
 
@@ -82,6 +86,22 @@ def night(evening: Night, tmp_path: Path) -> Night:
     shutil.copytree(evening.world, tmp_path / "world")
     demo_world.make_tiny_world(tmp_path / "world")  # its files name their own folder
     return Night(tmp_path / "world", tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Callable[[int], Path]:
+    """A file system of so many MB; skipped where this user may mount none."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(megabytes: int) -> Path:
+        options = ["-o", f"size={megabytes}m"]
+        if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("this user may not mount a small file system")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True)
 
 
 def read_until(program: subprocess.Popen[str], what: str) -> str:
@@ -298,6 +318,84 @@ def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: N
             process.wait()
 
 
+# --- the log -----------------------------------------------------------------------------------------
+
+
+def last_of_log(night: Night) -> str:
+    """The last line of search.log, without its time."""
+    found = re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (.*)\n\Z", night.log.read_text(), re.MULTILINE)
+    assert found, night.log.read_text()[-500:]
+    return found[1]
+
+
+def test_the_log_says_why_a_search_stopped(night: Night) -> None:
+    done = night.run(2, "--timeout", 1e-9)
+    assert done.returncode == 1
+    assert last_of_log(night) == done.stderr.strip() and "--timeout 1e-09 is over" in done.stderr
+
+
+def test_the_log_says_why_a_search_was_refused_after_its_folder_was_locked(night: Night) -> None:
+    anchors = night.output_dir / "reference" / "anchors.json"
+    moved = {
+        name: value + 1 if isinstance(value, float) else value
+        for name, value in json.loads(anchors.read_text()).items()
+    }
+    anchors.write_text(json.dumps(moved))
+    done = night.run(2)
+    assert done.returncode == 2
+    assert last_of_log(night) == done.stderr.strip() and "anchors differ from the study's" in done.stderr
+
+
+def test_the_log_says_that_a_search_was_interrupted(night: Night) -> None:
+    program = night.start(2, STEP_SECONDS="0.05")
+    read_until(program, "epoch 2/")
+    program.terminate()
+    said, _ = program.communicate(timeout=30)
+    assert program.returncode == 130
+    assert last_of_log(night) == said.splitlines()[-1] == "interrupted (SIGTERM); the same command resumes"
+
+
+def test_the_log_holds_the_programs_own_faults(night: Night) -> None:
+    code = "import sys, optuna_hyperparameter_search as s\ns.run_study = None\nsys.exit(s.main(sys.argv[1:]))\n"
+    command = [sys.executable, "-c", code, *night.command(2)[2:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment(), timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    end = "".join(done.stderr.splitlines(keepends=True)[-3:])  # main's own frames are not in the log
+    assert night.log.read_text().endswith(end) and end.endswith("TypeError: 'NoneType' object is not callable\n")
+
+
+def test_a_log_that_takes_no_more_disturbs_nothing(night: Night, small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(1)
+    night.log.unlink()
+    night.log.symlink_to(disk / "search.log")
+    (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
+    done = night.run(2)
+    assert done.returncode == 0 and done.stderr == ""
+    warnings = [line for line in done.stdout.splitlines() if "search.log" in line]
+    assert warnings == [
+        f"warning: {night.log} takes no more (No space left on device) and lacks what follows; make room"
+    ]
+    program = night.start(3, STEP_SECONDS="0.05")
+    read_until(program, "epoch 2/")
+    program.send_signal(signal.SIGINT)
+    said, _ = program.communicate(timeout=30)
+    assert program.returncode == 130 and said.endswith("\ninterrupted; the same command resumes\n"), said
+
+
+def test_a_log_goes_on_when_there_is_room_again(
+    small_disk: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(1)
+    with search.logging_to(disk / "search.log"):
+        (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
+        search.say("unheard")
+        search.say("unheard, too")
+        (disk / "ballast").unlink()
+        search.say("heard")
+    assert capsys.readouterr().out.count("warning: ") == 1
+    assert re.fullmatch(r"[-\d]+ [:.\d]+ heard\n", (disk / "search.log").read_text())
+
+
 # --- twice at once -----------------------------------------------------------------------------------
 
 
@@ -335,22 +433,6 @@ def test_pictures_that_find_no_room_are_no_trials_fault(night: Night) -> None:
     command = [sys.executable, "-c", code, str(night.folder(0))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, env=environment(), timeout=120)
     assert "OSError: [Errno 27] File too large" in done.stdout, done.stdout + done.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Callable[[int], Path]:
-    """A file system of so many MB; skipped where this user may mount none."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(megabytes: int) -> Path:
-        options = ["-o", f"size={megabytes}m"]
-        if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode:
-            pytest.skip("this user may not mount a small file system")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", folder], capture_output=True)
 
 
 def test_a_full_disk_stops_the_search_which_goes_on_when_there_is_room(
