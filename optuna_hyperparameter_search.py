@@ -1467,14 +1467,17 @@ def run_process(
 
 
 def _read_output(process: subprocess.Popen[bytes], watch: Callable[[], None]) -> bytes:
-    """The next piece of output; nothing at its end, or when the process is gone and only a child of its is silent."""
+    """The next piece of output; nothing when the process has ended, and what a child of its holds open is silent."""
     assert process.stdout is not None
     while True:
         ended = process.poll() is not None
         watch()
         screen.refresh()
         if select.select([process.stdout], [], [], 1.0)[0]:
-            return os.read(process.stdout.fileno(), 1 << 16)
+            if data := os.read(process.stdout.fileno(), 1 << 16):
+                return data
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output and live on
+                process.wait(1.0)
         if ended:
             return b""
 
@@ -1942,10 +1945,9 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 
     def watch() -> None:
         if time.monotonic() > deadline:
-            said = meaningful_line("".join(output).splitlines())
-            name = shlex.join(command[:2])
             raise RefusedInput(
-                f"{name} took longer than {seconds:g} s ({said}); see what it waits for, and start again"
+                f"`{shlex.join(command)}` took more than {seconds:g} s and was ended; run it by hand to see what it waits "
+                "for, or give the same command again where only the disk is slow"
             )
 
     try:

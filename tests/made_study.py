@@ -101,7 +101,7 @@ def make_study(
     with (
         quiet(Artist(picture_size, distinct=distinct_pictures)),
         search.locked_folder(output_dir),
-        search.logging_to(output_dir / search.LOG_NAME),
+        search.logging_to(output_dir / search.LOG_NAME, ""),
     ):
         run_search(settings, all_ends)
     made = search.load_study(settings.storage, study_name)

@@ -386,7 +386,7 @@ def test_a_log_goes_on_when_there_is_room_again(
     small_disk: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = small_disk(1)
-    with search.logging_to(disk / "search.log"):
+    with search.logging_to(disk / "search.log", ""):
         (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
         search.say("unheard")
         search.say("unheard, too")

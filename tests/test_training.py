@@ -297,6 +297,55 @@ def test_a_killed_program_takes_its_trainer_along() -> None:
     assert wait_until_dead([trainer], 5)
 
 
+def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
+    calls: list[float] = []
+
+    def watch() -> None:
+        calls.append(time.monotonic())
+        if len(calls) == 5:
+            raise search.Hung("silent for too long")
+
+    code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
+    with pytest.raises(search.Hung):
+        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), print, watch=watch)
+    assert 1.5 < calls[-1] - calls[0] < 10  # about every second
+
+
+def test_a_child_that_closes_its_output_ends_with_its_own_status() -> None:
+    started = time.monotonic()
+    code = "import os, sys, time; print('x', flush=True); os.close(1); os.close(2); time.sleep(1.5); os._exit(7)"
+    seen: list[str] = []
+    command = [sys.executable, "-c", code]
+    assert search.run_process(command, search.child_environment("cpu"), seen.append) == 7
+    assert "".join(seen) == "x\n" and 1.5 < time.monotonic() - started < 10
+
+
+def test_a_hung_trainer_is_found_though_it_has_closed_its_output(tmp_path: Path) -> None:
+    script = tmp_path / "train_network.py"
+    script.write_text("import os, time; os.close(1); os.close(2); time.sleep(60)")
+    search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
+    with pytest.raises(search.Hung, match="printed nothing while it loaded"):
+        search.KohyaTrainer(sys.executable, script, "cpu", stall_minutes=0.01).try_out(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize("output", ["print('some output', flush=True)", "os.close(1); os.close(2)", ""])
+def test_a_short_program_that_does_not_end_is_ended_and_refused(output: str) -> None:
+    started = time.monotonic()
+    code = f"import os, time\n{output}\ntime.sleep(60)"
+    with pytest.raises(search.RefusedInput, match=r"-c \.\.\.` took more than 1 s and was ended; run it by hand"):
+        search.capture([sys.executable, "-c", code], "cpu", seconds=1)
+    assert time.monotonic() - started < 8
+
+
+def test_a_short_program_that_never_stops_printing_is_ended() -> None:
+    with pytest.raises(search.RefusedInput, match=r"took more than 0\.5 s"):
+        search.capture(["sh", "-c", "while :; do echo x; done"], "cpu", seconds=0.5)
+
+
+def test_a_short_program_within_its_time_says_status_and_output() -> None:
+    assert search.capture(["sh", "-c", "echo well; exit 3"], "cpu", seconds=30) == (3, "well\n")
+
+
 @pytest.mark.parametrize(
     ("device", "outside", "inside"),
     [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda:1", None, "1"), ("cuda:1", "4,7", "7")],
