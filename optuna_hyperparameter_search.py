@@ -1691,6 +1691,12 @@ def check_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
         check_lora(path, is_last=path.stem == LORA_NAME)
 
 
+def check_device(progress: TrainingProgress, device: str) -> None:
+    """TrialFailed where kohya trains on the CPU instead, which it does without a word of warning."""
+    if device != "cpu" and progress.device.startswith("cpu"):
+        raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
+
+
 def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
     """Raise why the trainer did not train to its end; its exit status alone says little.
 
@@ -1704,8 +1710,7 @@ def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str
         if any(_OUT_OF_MEMORY.search(line) for line in progress.tail):
             raise OutOfMemory(said)
         raise TrialFailed(f"the trainer ended with status {status}: {said}")
-    if device != "cpu" and progress.device.startswith("cpu"):
-        raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
+    check_device(progress, device)
     if not (progress.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
         raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
 
@@ -1747,13 +1752,17 @@ def meaningful_line(lines: Sequence[str]) -> str:
 class TrainingWatch:
     """Looks at a training while it runs, about every second; what it raises ends the trainer."""
 
-    def __init__(self, progress: TrainingProgress, stall_minutes: float, usual_step: float | None) -> None:
+    def __init__(
+        self, progress: TrainingProgress, stall_minutes: float, usual_step: float | None, device: str = "cpu"
+    ) -> None:
         self.progress = progress
+        self.device = device  # that was asked for
         self.stall_seconds = 60 * stall_minutes
         self.usual_step = usual_step  # seconds, in this study; None before there is one
         self._proven: set[Path] = set()  # checkpoints whose weights are finite
 
     def __call__(self) -> None:
+        check_device(self.progress, self.device)
         self._check_stall()
         if self.progress.first_nan_step is not None:
             self._check_weights()
@@ -1830,7 +1839,7 @@ class KohyaTrainer:
         progress = TrainingProgress()
         screen.show("train", progress.row)
         command = [self.python, str(self.script), "--config_file", str(config)]
-        watch = TrainingWatch(progress, self.stall_minutes, usual_step)
+        watch = TrainingWatch(progress, self.stall_minutes, usual_step, self.device)
         try:
             status = run_process(
                 command, child_environment(self.device), progress.read, config.parent, "training.log", watch
@@ -1946,8 +1955,8 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
     def watch() -> None:
         if time.monotonic() > deadline:
             raise RefusedInput(
-                f"`{shlex.join(command)}` took more than {seconds:g} s and was ended; run it by hand to see what it waits "
-                "for, or give the same command again where only the disk is slow"
+                f"`{shlex.join(command)}` took more than {seconds:g} s and was ended; run it by hand to see what it "
+                "waits for, or give the same command again where only the disk is slow"
             )
 
     try:

@@ -224,6 +224,22 @@ def test_a_training_on_the_cpu_is_no_training_on_the_card(folder: Path) -> None:
         search.judge_training(folder, 0, progress_of(OUTPUT), "cuda")
 
 
+def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "train_network.py"
+    script.write_text("import time\nprint('accelerator device: cpu')\ntime.sleep(60)")
+    search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
+    started = time.monotonic()
+    with pytest.raises(search.TrialFailed, match=r"used the CPU instead of cuda:0; its PyTorch does not see the card"):
+        search.KohyaTrainer(sys.executable, script, "cuda:0").try_out(tmp_path / "config.toml")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda", "cuda"), ("cuda", "cuda:0"), ("cpu", "cpu"), ("cuda", "")])
+def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: str) -> None:
+    progress = progress_of(f"accelerator device: {says}\n" if says else "loading\n")
+    search.TrainingWatch(progress, 1, None, device)()
+
+
 # --- the process -------------------------------------------------------------------------------------
 
 SLEEPER = "import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -281,22 +297,6 @@ def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
     assert wait_until_dead(pids, 5)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_a_killed_program_takes_its_trainer_along() -> None:
-    code = (
-        "import sys, optuna_hyperparameter_search as s\n"
-        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "s.run_process([sys.executable, '-c', child], s.child_environment('cpu'), lambda t: print(t, flush=True))\n"
-    )
-    program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert program.stdout is not None
-    trainer = int(program.stdout.readline())
-    assert is_alive(trainer)
-    os.kill(program.pid, signal.SIGKILL)
-    program.wait()
-    assert wait_until_dead([trainer], 5)
-
-
 def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
     calls: list[float] = []
 
@@ -344,6 +344,22 @@ def test_a_short_program_that_never_stops_printing_is_ended() -> None:
 
 def test_a_short_program_within_its_time_says_status_and_output() -> None:
     assert search.capture(["sh", "-c", "echo well; exit 3"], "cpu", seconds=30) == (3, "well\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_a_killed_program_takes_its_trainer_along() -> None:
+    code = (
+        "import sys, optuna_hyperparameter_search as s\n"
+        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "s.run_process([sys.executable, '-c', child], s.child_environment('cpu'), lambda t: print(t, flush=True))\n"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    trainer = int(program.stdout.readline())
+    assert is_alive(trainer)
+    os.kill(program.pid, signal.SIGKILL)
+    program.wait()
+    assert wait_until_dead([trainer], 5)
 
 
 @pytest.mark.parametrize(
