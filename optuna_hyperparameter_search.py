@@ -4797,7 +4797,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="optuna_hyperparameter_search.py",
         description="Search the hyperparameters of kohya-ss/sd-scripts for the best character LoRA. "
-        "Running the same command again resumes the study, whatever happened to the first run.",
+        "Running the same command again resumes the study, whatever happened to the first run. "
+        "Ctrl-C, or kill with its process number, ends it within ten seconds.",
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to train on")
@@ -5627,6 +5628,17 @@ def run(args: argparse.Namespace) -> None:
         run_search(*read_settings(demo_settings(args) if args.demo else args), only_check=args.check)
 
 
+def interrupt_unless_typed(number: int, _frame: Any) -> None:
+    """Handles SIGINT in a script's background job: `kill -INT` is meant for it, Ctrl-C for what the script waits for.
+
+    A terminal sends Ctrl-C to its foreground process group alone, to which such a job still belongs.
+    """
+    with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:  # OSError: there is no terminal
+        if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+            return
+    screen.interrupt(number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -5646,6 +5658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, screen.interrupt)
+        elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
+            signal.signal(number, interrupt_unless_typed)
     try:
         run(args)
     except (Exception, KeyboardInterrupt) as error:

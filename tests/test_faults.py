@@ -6,7 +6,10 @@ The trainer is tests/fault_trainer, whose output and files are compared with the
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -272,6 +275,49 @@ def test_a_signal_ends_program_and_deaf_trainer_within_ten_seconds(night: Night,
     assert program.returncode == 130, said
     assert not fault_storm.wait_until_none(night.output_dir, 1)
     assert night.endings() == [SCORED, INTERRUPTED]
+
+
+def test_kill_int_ends_a_search_that_a_script_has_put_into_the_background(night: Night) -> None:
+    """A shell without job control lets its `&` jobs ignore SIGINT."""
+    script = f"{shlex.join(night.command(2))} & echo $!; wait"
+    shell = subprocess.Popen(
+        ["nohup", "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment(STEP_SECONDS="0.05"), start_new_session=True,
+    )  # fmt: skip
+    pid = int(re.findall(r"^\d+$", read_until(shell, "epoch 2/"), re.MULTILINE)[0])
+    os.kill(pid, signal.SIGHUP)  # which nohup lets it ignore
+    time.sleep(1)
+    assert night.endings()[1:] == [(TrialState.RUNNING, "")]
+    os.kill(pid, signal.SIGINT)
+    said, _ = shell.communicate(timeout=30)
+    assert said.endswith("\ninterrupted; the same command resumes\n"), said
+    assert night.endings() == [SCORED, INTERRUPTED]
+
+
+def test_ctrl_c_spares_a_search_that_the_script_in_the_terminal_has_put_into_the_background(
+    night: Night, tmp_path: Path
+) -> None:
+    """As it spares every other program there: it is for what the script waits for (`search & tail -f search.log`)."""
+    search_it = f"{shlex.join(night.command(2))} >{tmp_path / 'said'} 2>&1 & echo $! >{tmp_path / 'pid'}"
+    session, terminal = pty.fork()
+    if session == 0:
+        fault_storm.hear_signals()
+        script = shlex.quote(f"{search_it}; sleep 300; echo not reached")
+        os.execvpe("sh", ["sh", "-c", f"trap : INT; sh -c {script}; sleep 300"], environment(STEP_SECONDS="0.05"))
+    try:
+        while "epoch 2/" not in ((tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""):
+            time.sleep(0.1)
+        pid = int((tmp_path / "pid").read_text())
+        os.write(terminal, b"\x03")
+        time.sleep(1)
+        assert night.endings()[1:] == [(TrialState.RUNNING, "")]
+        os.kill(pid, signal.SIGTERM)
+        fault_storm.wait_until_none(night.output_dir / "trial_0001", 10)
+        assert night.endings() == [SCORED, INTERRUPTED]
+    finally:
+        os.killpg(session, signal.SIGKILL)
+        os.waitpid(session, 0)
+        os.close(terminal)
 
 
 def test_a_second_ctrl_c_ends_it_at_once(night: Night) -> None:
