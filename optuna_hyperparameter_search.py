@@ -1528,6 +1528,7 @@ def end_left_over_process(folder: Path) -> None:
 def child_environment(device: str) -> dict[str, str]:
     """The environment of trainer and scorer: unbuffered UTF-8, lines that are not wrapped, only the card asked for."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "250"}
+    environment["PYTHONIOENCODING"] = "utf-8:replace"  # the shell's own would beat PYTHONUTF8
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif ":" in device:

@@ -292,6 +292,13 @@ def test_whoever_stops_reading_does_not_stop_the_search(command: Command) -> Non
     assert pipe.returncode == 0 and pipe.stdout == "Checking the inputs ...\n" and pipe.stderr == ""
 
 
+@pytest.mark.parametrize("nobody", ["2>&1 | true", "2>/dev/full", ">&- 2>&-"])
+def test_a_refusal_that_nobody_reads_is_a_refusal_still(nobody: str) -> None:
+    """What a shell script goes by."""
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT))} --report {nobody}; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", line], timeout=100).returncode == 2
+
+
 def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Path, tmp_path: Path) -> None:
     import dataclasses
 

@@ -270,6 +270,14 @@ def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
 
 
+def test_a_child_speaks_utf_8_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code = "import sys; print('指定 \\udcff'); print('指定', file=sys.stderr)"
+    status, said = search.capture([sys.executable, "-c", code], "cpu")
+    assert status == 0 and said.count("指定") == 2, said
+
+
 def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
     pids: list[int] = []
 
