@@ -4791,7 +4791,7 @@ class OneLineParser(argparse.ArgumentParser):
             # Flags alone: a part of a storage's address may be among the words, by a mistyped --storage or a space.
             flags = [word.partition("=")[0] for word in words if word.startswith(("--", "\u2013", "\u2014"))]
             message = f"unrecognized arguments: {' '.join(flags) or 'values without a flag'}"
-        self.exit(2, f"error: {printable(message)}; see --help\n")
+        raise RefusedInput(f"{message}; see --help")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -5640,13 +5640,8 @@ def interrupt_unless_typed(number: int, _frame: Any) -> None:
     screen.interrupt(number)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    args = make_parser().parse_args(argv)
+def without_storage(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line, with no more of --storage than may be shown."""
     words = [sys.executable, *sys.argv] if argv is None else [Path(__file__).name, *argv]
     for number, word in enumerate(words):
         flag, _, url = word.partition("=")
@@ -5654,7 +5649,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             words[number] = f"{flag}={show_storage(url)}"
         elif word == "--storage":
             words[number + 1] = show_storage(words[number + 1])
-    args.command = shlex.join(words)
+    return words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
+    storage = ""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
@@ -5662,9 +5666,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
             signal.signal(number, interrupt_unless_typed)
     try:
+        args = make_parser().parse_args(argv)
+        storage = args.storage or ""
+        args.command = shlex.join(without_storage(argv))
         run(args)
     except (Exception, KeyboardInterrupt) as error:
-        status, said = describe_end(error, args.storage or "")
+        status, said = describe_end(error, storage)
         try:
             print(said, file=sys.stderr, flush=True)
         except OSError:  # whoever read it is gone
