@@ -1074,8 +1074,26 @@ _FAMILY_MARKS = (
     ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", "SDXL refiner"),
 )
 _CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+# How many tensors kohya reads of each part of a Stable Diffusion 1.x file; it stops at one less or more.
+_PARTS_OF_A_FILE = {
+    "UNet": (r"model\.diffusion_model\.(time_embed|input_blocks|middle_block|output_blocks|out)\.", 686),
+    "VAE": (r"first_stage_model\.(encoder|decoder|quant_conv|post_quant_conv)\.", 248),
+    "text encoder": (r"cond_stage_model\.transformer\.(?!text_model\.embeddings\.position_ids$)", 196),
+}
+# What kohya (all but the tokenizer) and the scoring load of a diffusers folder; a name without suffix is of weights.
+_PARTS_OF_A_FOLDER = {
+    "unet": ("config.json", "diffusion_pytorch_model"),
+    "vae": ("config.json", "diffusion_pytorch_model"),
+    "text_encoder": ("config.json", "model"),
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("vocab.json", "merges.txt"),
+    "feature_extractor": ("preprocessor_config.json",),  # only where model_index.json names it
+}
+_TEXT_ENCODER = "cond_stage_model.transformer."
+_OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
 # Layers that networks.lora adapts: linear layers and 1x1 convolutions of attention blocks and text encoder.
 _LORA_LAYERS = re.compile(
+    r"^(?!first_stage_model\.).*?"
     r"(transformer_blocks\..*|\.proj_in|\.proj_out|(input|output)_blocks\.\d+\.1\.proj_(in|out)|middle_block\.1\.proj_.*"
     r"|self_attn\.\w+_proj|mlp\.fc\d)\.weight$"
 )
@@ -1114,12 +1132,12 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 
 def inspect_base_model(path: Path) -> BaseModel:
     """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
-    remedy = "give a Stable Diffusion 1.x safetensors file or diffusers folder"
+    remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
     if not path.exists():
         raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
-    if path.is_file() and path.suffix.lower() != ".safetensors":
-        raise RefusedInput(f"--base-model: {path.name} may be a pickle, which can run code when loaded; {remedy}")
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_file():
+        _check_file_name(path, remedy)
+    elif not (path / "model_index.json").is_file():
         raise RefusedInput(f"--base-model: {path} is a folder without model_index.json; {remedy}")
     files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
     headers: dict[str, Any] = {}
@@ -1127,19 +1145,68 @@ def inspect_base_model(path: Path) -> BaseModel:
         try:
             header = read_safetensors_header(file)
             if path.is_file() or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-                headers.update(header)
+                headers.update({name_in_file(key): entry for key, entry in header.items()})
         except (ValueError, OSError) as error:
             raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
     family = _family_of_folder(path) if path.is_dir() else _family_of_file(headers)
     if family != "SD1.x":
         raise RefusedInput(f"--base-model: {path.name} is {family}, which this search does not train; {remedy}")
-    missing = {"unet", "text_encoder", "vae"} - {file.parent.name for file in files}
-    if path.is_dir() and missing:
-        raise RefusedInput(f"--base-model: {path} has no safetensors in {', '.join(sorted(missing))}; {remedy}")
+    missing = list(_missing_in_folder(path) if path.is_dir() else _missing_in_file(headers))
+    if missing:
+        raise RefusedInput(f"--base-model: {path} has {', '.join(missing)}, so that it can't be loaded; {remedy}")
     shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
     per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
     fingerprint = digest("".join(digest_of_weights(file) for file in files))
     return BaseModel(path.resolve(), family, fingerprint, per_dim)
+
+
+def _check_file_name(path: Path, remedy: str) -> None:
+    """RefusedInput for a file that kohya would load as a pickle: it goes by the name, of a link by its target's."""
+    real = path.resolve()
+    if real.suffix.lower() == ".safetensors":
+        return
+    with contextlib.suppress(ValueError, OSError):
+        read_safetensors_header(real)
+        raise RefusedInput(
+            f"--base-model: kohya would take {real} for a pickle, since its name does not end in .safetensors (that of "
+            f"a link to it does not count); copy it to such a name, cp -L {shlex.quote(str(path))} MODEL.safetensors"
+        )
+    raise RefusedInput(f"--base-model: {path.name} may be a pickle, which can run code when loaded; {remedy}")
+
+
+def name_in_file(key: str) -> str:
+    """A tensor's name in a Stable Diffusion 1.x file; kohya, too, takes the text encoder's old ones for the new."""
+    return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
+
+
+def _missing_in_file(names: Iterable[str]) -> Iterator[str]:
+    for part, (pattern, expected) in _PARTS_OF_A_FILE.items():
+        found = sum(1 for name in names if re.match(pattern, name))
+        if found != expected:
+            yield f"{found} tensors of its {part} instead of {expected}" if found else f"no {part}"
+
+
+def _missing_in_folder(folder: Path) -> Iterator[str]:
+    index = read_json(folder / "model_index.json") or {}
+    for part, names in _PARTS_OF_A_FOLDER.items():
+        place = folder / part
+        if index.get(part) in (None, [None, None]):
+            yield from [f"no {part} in model_index.json"] if part != "feature_extractor" else []
+        elif part != "tokenizer" or not (place / "tokenizer.json").is_file():
+            for file in itertools.chain(*(_files_of(place, name) for name in names)):
+                if read_json(file) is None if file.suffix == ".json" else not file.is_file():
+                    variants = [v.name for v in sorted(place.glob(f"{file.stem}.*.safetensors"))]
+                    hint = f" (rename {' or '.join(variants)})" if variants else ""
+                    yield f"no whole {part}/{file.name}{hint}"
+
+
+def _files_of(part: Path, name: str) -> list[Path]:
+    """A file that diffusers loads of a part, or those of its weights: the shards of an index, else one file."""
+    file = part / (name if "." in name else f"{name}.safetensors")
+    shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
+    if isinstance(shards, dict) and not (name == "model" and file.is_file()):  # transformers prefers the whole file
+        return sorted({part / str(shard) for shard in shards.values()})
+    return [file]
 
 
 def _family_of_file(header: Mapping[str, Any]) -> str:
@@ -1151,6 +1218,9 @@ def _family_of_file(header: Mapping[str, Any]) -> str:
     first = header.get("model.diffusion_model.input_blocks.0.0.weight")
     if first and first["shape"][1:2] == [9]:
         return "an inpainting model"
+    parts = {key.partition(".")[0] for key in header}
+    if "model" not in parts and parts & {"first_stage_model", "cond_stage_model"}:
+        return "SD1.x"  # as far as it goes: without UNet
     width = [0, *header.get(_CROSS_ATTENTION, {}).get("shape", [])][-1]
     return {768: "SD1.x", 1024: "SD2.x"}.get(width, "of an unknown family")
 
@@ -1545,7 +1615,7 @@ def trial_config(
     """The complete config of one training: train_network.py --config_file repeats it."""
     searched = {name: value for name, value in params.items() if name != "network_alpha_ratio"}
     return {
-        "pretrained_model_name_or_path": str(base_model),
+        "pretrained_model_name_or_path": str(base_model.resolve()),
         "dataset_config": str(dataset_config),
         "output_dir": str(folder),
         "output_name": LORA_NAME,
@@ -2532,16 +2602,33 @@ class ImageScorer:
         DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
         """
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+        from transformers import CLIPTokenizerFast
 
         options = {"torch_dtype": self.dtype, "safety_checker": None, "requires_safety_checker": False}
         if Path(name).is_dir():
+            only_new = not (Path(name) / "tokenizer" / "vocab.json").is_file()  # saved by transformers 5
+            options |= {"tokenizer": None} if only_new else {}
             pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
+            if only_new:
+                pipeline.tokenizer = CLIPTokenizerFast.from_pretrained(Path(name) / "tokenizer")
         else:
             config = self.plan["pipeline_config"]
+            options["text_encoder"] = self._load_text_encoder(name, config)
             pipeline = StableDiffusionPipeline.from_single_file(name, config=config, **options)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
+
+    def _load_text_encoder(self, name: str, config: str) -> Any:
+        """That of a single file, under old names too, which from_single_file does not know."""
+        from safetensors import safe_open
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with safe_open(name, "pt") as file:
+            keys = {name_in_file(key).removeprefix(_TEXT_ENCODER): key for key in file.keys()}  # noqa: SIM118
+            weights = {new: file.get_tensor(old) for new, old in keys.items() if new.startswith("text_model.")}
+        settings = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
+        return CLIPTextModel.from_pretrained(None, config=settings, state_dict=weights, torch_dtype=self.dtype)
 
     def _load_encoder(self, name: str) -> tuple[Any, Any]:
         import transformers
@@ -4894,7 +4981,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     output_dir = args.output_dir and args.output_dir.resolve()
     settings = Settings(
         dataset_config=args.dataset_config and args.dataset_config.resolve(),
-        base_model=args.base_model and args.base_model.resolve(),
+        base_model=args.base_model and args.base_model.absolute(),  # a link's own name is shown
         output_dir=output_dir,
         study_name=args.study_name or DEFAULT_STUDY_NAME,
         n_trials=20 if args.n_trials is None else args.n_trials,
@@ -5069,7 +5156,7 @@ def make_plan(
     subject = find_subject(captions, data_set.class_tokens, settings.subject)
     clip_skip, seed = options["clip_skip"], options["seed"]
     return build_scoring_plan(
-        images, subject, scoring, str(settings.base_model), clip_skip, seed, settings.eval_prompts
+        images, subject, scoring, str(settings.base_model.resolve()), clip_skip, seed, settings.eval_prompts
     )
 
 

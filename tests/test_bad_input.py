@@ -134,6 +134,16 @@ class Desk:
     def family(self, kind: str) -> Flags:
         return {"base_model": write_safetensors(self.here / "model.safetensors", OTHER_MODELS[kind][1])}
 
+    def single_file(self, without: str) -> Flags:
+        kept = {name: shape for name, shape in SD1.items() if not name.startswith(without)}
+        return {"base_model": write_safetensors(self.here / "model.safetensors", kept)}
+
+    def linked_model(self) -> Flags:
+        """As the hub's client keeps it: a link to a blob, whose name is a hash alone."""
+        link = self.here / "model.safetensors"
+        link.symlink_to(write_safetensors(self.here / "blobs" / "6ce0161689b3853acaa0", SD1))
+        return {"base_model": link}
+
     def weights(self, content: bytes, name: str = "model.safetensors") -> Flags:
         return {"base_model": self.file(name, content)}
 
@@ -294,6 +304,11 @@ def cut(path: Path, keep: int) -> Path:
 def delete(folder: Path, pattern: str) -> None:
     for path in folder.glob(pattern):
         path.unlink()
+
+
+def name_variants(folder: Path) -> None:
+    for weights in folder.glob("*/*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
 
 
 def not_utf8(folder: Path) -> None:
@@ -522,6 +537,11 @@ MODELS = [
     bad("model a folder", f"without {INDEX}", lambda d: {"base_model": d.folder("empty")}),
     bad("model index a list", "--base-model", lambda d: d.model(lambda f: (f / INDEX).write_text("[1]"))),
     bad("model index with ESC", "--base-model", lambda d: d.model(lambda f: (f / INDEX).write_text(STRANGE_PIPELINE))),
+    bad("model without VAE", "no VAE", lambda d: d.single_file("first_stage_model.")),
+    bad("model without text encoder", "no text encoder", lambda d: d.single_file("cond_stage_model.")),
+    bad("model without scheduler", "no whole scheduler/", lambda d: d.model(lambda f: shutil.rmtree(f / "scheduler"))),
+    bad("model in variants only", "rename model.fp16", lambda d: d.model(name_variants)),
+    bad("model linked from the hub's cache", "/model.safetensors MODEL.safetensors", lambda d: d.linked_model()),
     bad("model with ESC", "may be a pickle", lambda d: d.weights(b"", f"{ESCAPE}.ckpt")),
     bad("model with newline", "may be a pickle", lambda d: d.weights(b"", "a\nb.ckpt")),
     bad("header nested", "model.safetensors", lambda d: d.header("[" * 99_999)),

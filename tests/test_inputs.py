@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import shlex
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import demo_world
 import pytest
+import tiny_models
 import toml
 from conftest import DataSetFile, Pictures
 
@@ -868,8 +870,73 @@ def test_the_data_set_beats_the_training_options(data_set_file: DataSetFile) -> 
 
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT_ENCODER = "cond_stage_model.transformer."
 Shapes = Mapping[str, Sequence[int]]
-SD1: Shapes = {FIRST: (2, 4, 3, 3), CROSS_ATTENTION: (4, 768)}
+
+
+def _layers(*names: str, bias: bool = True) -> list[str]:
+    return [f"{name}.{kind}" for name in names for kind in ("weight", *(["bias"] if bias else []))]
+
+
+def _within(place: str, names: Sequence[str]) -> list[str]:
+    return [f"{place}.{name}" for name in names]
+
+
+def unet_tensors() -> list[str]:
+    """The names of a Stable Diffusion 1.x UNet in a single file."""
+    resnet = _layers("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
+    widened = [*resnet, *_layers("skip_connection")]
+    inner = _layers("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")
+    inner += _layers(*(f"attn{n}.to_{x}" for n in (1, 2) for x in "qkv"), bias=False)
+    attention = [*_layers("norm", "proj_in", "proj_out"), *_within("transformer_blocks.0", inner)]
+    names = _layers("time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2")
+    for block in range(1, 12):
+        down = block in (3, 6, 9)
+        parts = _layers("op") if down else widened if block in (4, 7) else resnet
+        names += _within(f"input_blocks.{block}.0", parts)
+        names += _within(f"input_blocks.{block}.1", attention) if block < 9 and not down else []
+    for place, parts in enumerate((resnet, attention, resnet)):
+        names += _within(f"middle_block.{place}", parts)
+    for block in range(12):
+        names += _within(f"output_blocks.{block}.0", widened)
+        names += _within(f"output_blocks.{block}.1", attention) if block > 2 else []
+        names += _layers(f"output_blocks.{block}.{1 if block == 2 else 2}.conv") if block in (2, 5, 8) else []
+    return _within("model.diffusion_model", names)
+
+
+def vae_tensors() -> list[str]:
+    resnet = _layers("norm1", "conv1", "norm2", "conv2")
+    names = _layers("quant_conv", "post_quant_conv")
+    for coder, way, blocks, widened, scaled in (
+        ("encoder", "down", 2, (1, 2), {0: "downsample", 1: "downsample", 2: "downsample"}),
+        ("decoder", "up", 3, (0, 1), {1: "upsample", 2: "upsample", 3: "upsample"}),
+    ):
+        names += _within(coder, _layers("conv_in", "norm_out", "conv_out"))
+        names += _within(f"{coder}.mid.attn_1", _layers("norm", "q", "k", "v", "proj_out"))
+        names += [name for block in (1, 2) for name in _within(f"{coder}.mid.block_{block}", resnet)]
+        for level in range(4):
+            for block in range(blocks):
+                parts = [*resnet, *_layers("nin_shortcut")] if block == 0 and level in widened else resnet
+                names += _within(f"{coder}.{way}.{level}.block.{block}", parts)
+            names += _layers(f"{coder}.{way}.{level}.{scaled[level]}.conv") if level in scaled else []
+    return _within("first_stage_model", names)
+
+
+def text_tensors(prefix: str = "text_model.") -> list[str]:
+    """The text encoder's; old files have no prefix."""
+    layer = _layers("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+    layer += _layers(*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")))
+    names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "embeddings.position_ids"]
+    names += _layers("final_layer_norm")
+    names += [name for number in range(12) for name in _within(f"encoder.layers.{number}", layer)]
+    return [f"{TEXT_ENCODER}{prefix}{name}" for name in names]
+
+
+SD1: Shapes = {
+    **dict.fromkeys((*unet_tensors(), *vae_tensors(), *text_tensors()), (1,)),
+    FIRST: (2, 4, 3, 3),
+    CROSS_ATTENTION: (4, 768),
+}
 
 
 def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Path:
@@ -915,6 +982,58 @@ def test_refuses_other_families_by_name(kind: str, tmp_path: Path) -> None:
     problem = the_refusal(search.inspect_base_model, write_safetensors(tmp_path / "model.safetensors", shapes))
     assert name in problem
     assert "model.safetensors" in problem
+
+
+def without(*starts: str) -> Shapes:
+    return {name: shape for name, shape in SD1.items() if not name.startswith(starts)}
+
+
+VAE = "first_stage_model."
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        (without(VAE), ["no VAE"]),
+        (without(f"{VAE}encoder."), ["142 tensors of its VAE instead of 248"]),
+        (without(f"{VAE}decoder.mid.attn_1.q.weight"), ["247 tensors of its VAE instead of 248"]),
+        (without(TEXT_ENCODER), ["no text encoder"]),
+        (without(f"{TEXT_ENCODER}text_model.encoder.layers.11."), ["180 tensors of its text encoder instead of 196"]),
+        ({**SD1, f"{TEXT_ENCODER}text_projection.weight": (4, 4)}, ["197 tensors of its text encoder"]),
+        (without("model.diffusion_model.output_blocks.11."), ["648 tensors of its UNet instead of 686"]),
+        (without("model.", TEXT_ENCODER), ["no UNet", "no text encoder"]),
+        (without("model.", VAE), ["no UNet", "no VAE"]),
+    ],
+)
+def test_refuses_a_file_that_lacks_a_part_and_names_it(shapes: Shapes, says: list[str], tmp_path: Path) -> None:
+    problem = the_refusal(search.inspect_base_model, write_safetensors(tmp_path / "sd.safetensors", shapes))
+    assert all(part in problem for part in says)
+    assert problem.count("no ") + problem.count("tensors of") == len(says)
+
+
+def test_knows_the_old_names_of_the_text_encoder_and_passes_over_what_kohya_passes_over(tmp_path: Path) -> None:
+    others = ("model_ema.decay", "betas", "cond_stage_model.logit_scale", f"{VAE}loss.logvar")
+    old = {**without(TEXT_ENCODER), **dict.fromkeys((*text_tensors(""), *others), (1,))}
+    new, layer = dict(SD1), "encoder.layers.3.mlp.fc1.weight"
+    old[f"{TEXT_ENCODER}{layer}"] = new[f"{TEXT_ENCODER}text_model.{layer}"] = (30, 40)
+    models = [search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", file)) for file in (old, new)]
+    assert models[0].lora_bytes_per_dim == models[1].lora_bytes_per_dim >= 2 * (30 + 40)
+
+
+def test_a_link_into_the_hubs_cache_is_refused_since_kohya_goes_by_the_name_behind_it(tmp_path: Path) -> None:
+    blob = write_safetensors(tmp_path / "blobs" / ("6ce0161689" * 6), SD1)
+    link = tmp_path / "my models" / "sd.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    for given in (link, blob):
+        problem = the_refusal(search.inspect_base_model, given)
+        assert f"take {blob} for a pickle" in problem and "name" in problem
+        assert f"cp -L {shlex.quote(str(given))} " in problem
+
+
+def test_a_link_to_a_file_with_the_right_name_is_good(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(write_safetensors(tmp_path / "sd.safetensors", SD1))
+    assert search.inspect_base_model(tmp_path / "link").path == tmp_path / "sd.safetensors"
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin", "pth", "CKPT"])
@@ -1008,9 +1127,10 @@ def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
         f"{block}.transformer_blocks.0.attn1.to_out.0.bias": (50,),
         "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (60, 60, 3, 3),
         "model.diffusion_model.time_embed.0.weight": (70, 70),
-        f"{text.rsplit('.', 2)[0]}.final_layer_norm.weight": (50,),
+        f"{TEXT_ENCODER}text_model.final_layer_norm.weight": (50,),
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight": (80, 80, 1, 1),
     }
-    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", {**adapted, **left_alone}))
+    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", {**SD1, **adapted, **left_alone}))
     assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
 
 
@@ -1021,8 +1141,18 @@ def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width:
     text = {"text_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4)}
     write_safetensors(folder / "text_encoder" / "model.safetensors", text)
     write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"decoder.conv_in.weight": (4, 4)})
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    parts = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+    index = {
+        "_class_name": pipeline,
+        "feature_extractor": [None, None],
+        **{part: ["library", "Class"] for part in parts},
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for part, file in (("vae", "config"), ("text_encoder", "config"), ("scheduler", "scheduler_config")):
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / f"{file}.json").write_text("{}")
     (folder / "unet" / "config.json").write_text(json.dumps({"cross_attention_dim": width, "in_channels": 4}))
+    tiny_models.write_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -1071,7 +1201,7 @@ def test_refuses_a_folder_with_a_part_in_another_format(part: str, tmp_path: Pat
     folder = write_folder(tmp_path / "sd")
     (weights,) = (folder / part).glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
-    assert f"no safetensors in {part}" in the_refusal(search.inspect_base_model, folder)
+    assert f"no whole {part}/{weights.name}" in the_refusal(search.inspect_base_model, folder)
 
 
 def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:
@@ -1079,3 +1209,80 @@ def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert str(weights) in the_refusal(search.inspect_base_model, folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+    ],
+)  # fmt: skip
+def test_refuses_a_folder_that_lacks_a_file_and_names_it(file: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    (folder / file).unlink()
+    assert f" has no whole {file}, so" in the_refusal(search.inspect_base_model, folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler", "tokenizer"])
+def test_refuses_a_folder_that_lacks_a_part_or_does_not_name_it(part: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    shutil.move(folder / part, tmp_path)
+    assert f"no whole {part}/" in the_refusal(search.inspect_base_model, folder)
+    shutil.move(tmp_path / part, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: [None, None]}))
+    assert f" has no {part} in model_index.json, so" in the_refusal(search.inspect_base_model, folder)
+
+
+def test_a_feature_extractor_is_needed_where_it_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    named = {**index, "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (folder / "model_index.json").write_text(json.dumps(named))
+    assert "no whole feature_extractor/preprocessor_config.json" in the_refusal(search.inspect_base_model, folder)
+
+
+def test_refuses_a_torn_config(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_start"')
+    assert "no whole scheduler/scheduler_config.json" in the_refusal(search.inspect_base_model, folder)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_refuses_a_folder_that_has_weights_in_variants_only(variant: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    for weights in folder.glob("*/*.safetensors"):
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+    problem = the_refusal(search.inspect_base_model, folder)
+    assert problem.count(f"(rename diffusion_pytorch_model.{variant}.safetensors)") == 2
+    assert f"no whole text_encoder/model.safetensors (rename model.{variant}.safetensors)" in problem
+
+
+def shard(folder: Path, stem: str) -> None:
+    """Weights in two files and their index, as diffusers and transformers save large models."""
+    (folder / f"{stem}.safetensors").rename(folder / f"{stem}-00001-of-00002.safetensors")
+    write_safetensors(folder / f"{stem}-00002-of-00002.safetensors", {"other": (4,)})
+    where = {"first": f"{stem}-00001-of-00002.safetensors", "other": f"{stem}-00002-of-00002.safetensors"}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+@pytest.mark.parametrize(("part", "stem"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_weights_may_be_in_shards_which_must_all_be_there(part: str, stem: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    shard(folder / part, stem)
+    assert search.inspect_base_model(folder).family == "SD1.x"
+    (folder / part / f"{stem}-00002-of-00002.safetensors").unlink()
+    problem = the_refusal(search.inspect_base_model, folder)
+    assert f"no whole {part}/{stem}-00002-of-00002.safetensors, so" in problem
+    (folder / part / f"{stem}.safetensors.index.json").unlink()
+    assert f"no whole {part}/{stem}.safetensors, so" in the_refusal(search.inspect_base_model, folder)
+
+
+def test_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert search.inspect_base_model(folder).family == "SD1.x"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -494,6 +495,32 @@ def make_trial(output_dir: Path, name: str, strengths: list[float], epochs: int)
         file = "lora.safetensors" if last else f"lora-{2 * number:06d}.safetensors"
         write_lora(folder / file, strength, seed=number)
     return folder
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_a_single_file_draws_what_its_folder_draws_with_new_and_old_names_of_the_text_encoder(
+    prefix: str, scorer: search.ImageScorer, world: Path, tmp_path: Path
+) -> None:
+    import tiny_models
+
+    tiny_models.write_single_file(world / "base_model", tmp_path / "sd.safetensors", prefix)
+    single = search.ImageScorer({**scorer.plan, "base_model": str(tmp_path / "sd.safetensors")}, "cpu")
+    jobs = scorer.plan["screen"][:2]
+    assert (pixels(single.render(jobs)) == pixels(scorer.render(jobs))).all()
+
+
+def test_a_folder_whose_tokenizer_is_one_file_draws_the_same(
+    scorer: search.ImageScorer, world: Path, tmp_path: Path
+) -> None:
+    from transformers import CLIPTokenizerFast
+
+    shutil.copytree(world / "base_model", tmp_path / "sd")
+    CLIPTokenizerFast.from_pretrained(tmp_path / "sd" / "tokenizer").save_pretrained(tmp_path / "sd" / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "sd" / "tokenizer" / name).unlink(missing_ok=True)
+    other = search.ImageScorer({**scorer.plan, "base_model": str(tmp_path / "sd")}, "cpu")
+    jobs = scorer.plan["screen"][:2]
+    assert (pixels(other.render(jobs)) == pixels(scorer.render(jobs))).all()
 
 
 def pixels(images: list[Any]) -> np.ndarray:

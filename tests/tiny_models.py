@@ -3,6 +3,7 @@
     make_tiny_pipeline(folder)   Stable Diffusion 1.x as a diffusers folder, 64-pixel images, 8 x 8 latents
     make_tiny_dinov2(folder)     DINOv2 with its image processor
     make_tiny_clip(folder)       CLIP, text and image, with tokenizer and image processor
+    write_single_file(folder, file)  the first one as a single file
 
 Each is made from a fixed seed in about a second, without network.
 """
@@ -10,6 +11,7 @@ Each is made from a fixed seed in about a second, without network.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,60 @@ def make_tiny_clip(folder: Path, seed: int = 3) -> None:
     )
     write_tokenizer(folder)
     write_image_processor(folder, "CLIPImageProcessor", 32, 0.48, 0.27)
+
+
+# From a diffusers folder's names of tensors to those of a single file.
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_VAE_NAMES = {
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "group_norm": "norm", "to_q": "q",
+    "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "downsamplers.0.conv": "downsample.conv",
+    "upsamplers.0.conv": "upsample.conv", "resnets": "block", "down_blocks": "down",
+}  # fmt: skip
+_UNET_NAMES = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+
+
+def _unet_name(key: str, layers: int) -> str:
+    for old, new in _UNET_NAMES.items():
+        key = key.replace(f"{old}.", f"{new}.")
+    if found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.*)", key):
+        way, block, kind, number, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+        first = block * (layers + 1)
+        if way == "down":
+            place = f"input_blocks.{first + (layers if kind == 'downsamplers' else number) + 1}"
+        else:
+            place = f"output_blocks.{first + (layers if kind == 'upsamplers' else number)}"
+        inner = {"resnets": "0", "attentions": "1", "downsamplers": "0", "upsamplers": "1"}[kind]
+        key = f"{place}.{inner}.{rest.replace('conv.', 'op.') if kind == 'downsamplers' else rest}"
+    if re.match(r"(input_blocks|output_blocks)\.\d+\.0\.|middle_block\.[02]\.", key):
+        key = re.sub(r"\b(norm1|conv1|time_emb_proj|norm2|conv2|conv_shortcut)\b", lambda name: _RESNET[name[0]], key)
+    return key
+
+
+def _vae_name(key: str, levels: int) -> str:
+    key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", key)
+    for old, new in _VAE_NAMES.items():
+        key = key.replace(f"{old}.", f"{new}.")
+    return key
+
+
+def write_single_file(folder: Path, file: Path, text_encoder: str = "text_model.") -> None:
+    """A diffusers folder of make_tiny_pipeline as one file; the text encoder's names have no prefix in old ones."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    parts = ("unet", "vae", "text_encoder")
+    unet, vae, text = (load_file(next((folder / part).glob("*.safetensors"))) for part in parts)
+    weights = {f"model.diffusion_model.{_unet_name(key, 1)}": value for key, value in unet.items()}
+    weights |= {f"first_stage_model.{_vae_name(key, 4)}": value for key, value in vae.items()}
+    for key, value in text.items():
+        weights[f"cond_stage_model.transformer.{text_encoder}{key.removeprefix('text_model.')}"] = value
+    weights[f"cond_stage_model.transformer.{text_encoder}embeddings.position_ids"] = torch.zeros(1, 77)  # of no use
+    save_file({key: value.contiguous() for key, value in weights.items()}, file, {"format": "pt"})
