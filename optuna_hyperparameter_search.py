@@ -2575,24 +2575,28 @@ class ImageScorer:
         self.device = device
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
         silence_libraries()
-        encoders = plan["encoders"]
-        self.pipeline = self._load(plan["base_model"], self._load_pipeline, plan["pipeline_config"])
-        self.dinov2, self.dinov2_processor = self._load(encoders["dinov2"], self._load_encoder, encoders["dinov2"])
-        self.clip, self.clip_processor = self._load(encoders["clip"], self._load_encoder, encoders["clip"])
+        encoders, base_model = plan["encoders"], plan["base_model"]
+        configs = [plan["pipeline_config"]] if Path(base_model).is_file() else []
+        self.pipeline = self._load(base_model, self._load_pipeline, *configs)
+        self.dinov2, self.dinov2_processor = self._load(encoders["dinov2"], self._load_encoder)
+        self.clip, self.clip_processor = self._load(encoders["clip"], self._load_encoder)
         from transformers import AutoTokenizer
 
-        self.clip_tokenizer = self._load(encoders["clip"], AutoTokenizer.from_pretrained, encoders["clip"])
+        self.clip_tokenizer = self._load(encoders["clip"], AutoTokenizer.from_pretrained)
 
-    def _load(self, name: str, load: Callable[[str], Any], from_hub: str) -> Any:
-        """`from_hub` is what has to be fetched first: of a base model in one file, its configs and tokenizer."""
+    def _load(self, name: str, load: Callable[[str], Any], *needed: str) -> Any:
+        """`needed` is what has to be there too: of a base model in one file, its configs and tokenizer."""
         try:
             return load(name)
         except self.torch.cuda.OutOfMemoryError as error:
             raise ScoringFailed(f"out of memory while loading {name}: is another program on the card?") from error
         except Exception as error:
-            remedy = "the folder is not whole" if Path(from_hub).exists() else f"fetch it with `hf download {from_hub}`"
+            remedies = (
+                f"restore {place}" if Path(place).is_absolute() or Path(place).exists() else f"`hf download {place}`"
+                for place in dict.fromkeys((name, *needed))
+            )
             raise ScoringFailed(
-                f"can't load {name} ({type(error).__name__}: {one_line(error, 160)}); {remedy}, "
+                f"can't load {name} ({type(error).__name__}: {one_line(error, 160)}); {' or '.join(remedies)}, "
                 "or name another folder (base model: --base-model; the others: [encoders] in the scoring config)"
             ) from error
 

@@ -953,3 +953,11 @@ def test_the_configs_that_a_single_file_needs_are_what_is_to_be_fetched(output_d
     write_lora(tmp_path / "model.safetensors")
     said = missing(output_dir, tmp_path, base_model=str(tmp_path / "model.safetensors"), pipeline_config="nobody/sd")
     assert "`hf download nobody/sd`" in said and "download /" not in said
+
+
+def test_a_folder_that_does_not_load_is_what_is_to_be_restored(output_dir: Path, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base_model", tmp_path / "sd")
+    (tmp_path / "sd" / "unet" / "config.json").unlink()
+    for folder in (tmp_path / "sd", tmp_path / "gone"):
+        said = missing(output_dir, tmp_path, base_model=str(folder), pipeline_config="nobody/sd")
+        assert f"; restore {folder}, or " in said and "nobody" not in said and "hf download" not in said
