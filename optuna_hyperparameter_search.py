@@ -1714,11 +1714,16 @@ class TrainingProgress:
             say(str(self), detail=True)
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in which kohya saves a trial's epochs, in order, by its names; what else is there is the user's own."""
+    return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
+
+
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(epoch, file) of every checkpoint of a trial, in order; the last epoch is saved as lora.safetensors alone."""
     config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    found = [(int(file.stem.rpartition("-")[2]), file) for file in folder.glob(f"{LORA_NAME}-*.safetensors")]
-    return sorted([*found, (config["max_train_epochs"], folder / f"{LORA_NAME}.safetensors")])
+    *earlier, last = checkpoint_files(folder)
+    return [*((int(file.stem[-6:]), file) for file in earlier), (config["max_train_epochs"], last)]
 
 
 # Bits of the exponent, all set in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
@@ -3481,7 +3486,7 @@ def find_training(trained_in: str | None, output_dir: Path) -> Path | None:
 
 def link_training(source: Path, folder: Path) -> None:
     """Give a trial the checkpoints of another one without a second copy on the disk, where that is possible."""
-    for file in sorted(source.glob(f"{LORA_NAME}*.safetensors")):
+    for file in checkpoint_files(source):
         try:
             os.link(file, folder / file.name)
         except OSError:
@@ -3907,7 +3912,7 @@ def delete_spare_checkpoints(study: optuna.Study, settings: Settings) -> None:
     for number in spare.union(trial.number for trial in done if trial.user_attrs.get("ended")):
         made_in = by_number[number].user_attrs.get("output_dir", str(settings.output_dir))
         if made_in == str(settings.output_dir) or is_own_database(settings):
-            for file in trial_folder(settings.output_dir, number).glob(f"{LORA_NAME}*.safetensors"):
+            for file in checkpoint_files(trial_folder(settings.output_dir, number)):
                 if file.name != best.get(number):
                     file.unlink(missing_ok=True)
 

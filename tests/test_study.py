@@ -379,6 +379,27 @@ def test_what_is_not_scored_yet_is_kept_and_what_was_scored_elsewhere_is_not(tmp
     assert kept(settings) == ["trial_0002/lora.safetensors"]
 
 
+OWN = ("lora-copy.safetensors", "lora-best-000006.safetensors", "lora-6.safetensors", "lora2.safetensors")
+
+
+def save_own_files_too(folder: Path) -> None:
+    save_two_checkpoints(folder)
+    for name in OWN:
+        (folder / name).write_bytes(b"a user's")
+
+
+def test_a_users_own_files_in_a_trials_folder_are_no_checkpoints_and_never_deleted(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 2)
+    with pytest.raises(Killed):  # the first trial has finished its training
+        run(settings, [save_own_files_too], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
+    names = [(epoch, path.name) for epoch, path in search.find_checkpoints(settings.output_dir / "trial_0000")]
+    assert names[:-1] == [(6, "lora-000006.safetensors")] and names[-1][1] == "lora.safetensors"
+    run(settings, [save_own_files_too])
+    own = [name for name in kept(settings) if name.rpartition("/")[2] in OWN]
+    assert own == sorted(f"trial_{number:04d}/{name}" for number in (0, 3) for name in OWN)
+    assert sorted(set(kept(settings)) - set(own)) == ["trial_0002/lora.safetensors", "trial_0003/lora.safetensors"]
+
+
 def test_a_diverged_trial_keeps_no_checkpoint(tmp_path: Path) -> None:
     def diverge(folder: Path) -> None:
         save_two_checkpoints(folder)
