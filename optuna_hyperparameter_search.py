@@ -2841,14 +2841,7 @@ def score_folder(folder: Path, device: str) -> None:
 
 def _score_folder(folder: Path, device: str) -> None:
     started = time.monotonic()
-    is_reference = (folder / "plan.json").is_file()
-    reference = folder if is_reference else folder.parent / "reference"
-    plan = read_json(reference / "plan.json")
-    if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
-        raise RefusedInput(
-            f"--score: {folder} is no trial's folder of a search (no whole {reference / 'plan.json'}); give one"
-        )
-    checkpoints = [] if is_reference else find_checkpoints_to_score(folder)
+    reference, plan, checkpoints = find_what_to_score(folder)
     metrics = dict(UNSCORED)
     try:
         check_checkpoints(checkpoints)
@@ -2857,7 +2850,7 @@ def _score_folder(folder: Path, device: str) -> None:
         metrics |= {"outcome": "diverged", "reason": str(error)}
     else:
         scorer = ImageScorer(plan, device)
-        if is_reference and (folder / FIRST_STEP / f"{LORA_NAME}.safetensors").is_file():
+        if folder == reference and (folder / FIRST_STEP / f"{LORA_NAME}.safetensors").is_file():
             with scorer.lora(folder / FIRST_STEP / f"{LORA_NAME}.safetensors"):
                 pass  # better now than after the first training
         anchors, embeddings = load_reference(scorer, reference)
@@ -2871,6 +2864,18 @@ def _score_folder(folder: Path, device: str) -> None:
                 make_contact_sheet(folder, scorer.shrunk)
                 keep_small_pictures(folder, scorer.shrunk)
     print(f"  scoring took {seconds:.0f} s", flush=True)
+
+
+def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[int, Path]]]:
+    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
+    is_reference = (folder / "plan.json").is_file()
+    reference = folder if is_reference else folder.parent / "reference"
+    plan = read_json(reference / "plan.json")
+    if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
+        raise RefusedInput(
+            f"--score: {folder} is no trial's folder of a search (no whole {reference / 'plan.json'}); give one"
+        )
+    return reference, plan, [] if is_reference else find_checkpoints_to_score(folder)
 
 
 def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
@@ -3023,7 +3028,12 @@ def score_checkpoints(
     anchors: Mapping[str, Any],
     embeddings: Embeddings,
 ) -> dict[str, Any]:
-    """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by; for metrics.json."""
+    """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by; for metrics.json.
+
+    What was screened before and is deleted since stays there, marked; it can't be confirmed, so it is never the best.
+    """
+    known = (read_json(folder / "metrics.json") or {}).get("screen", [])
+    deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
     screened = []
     count = ImageCount(len(checkpoints) * len(scorer.plan["screen"]) + len(scorer.plan["confirm"]))
     for epoch, path in checkpoints:
@@ -3045,7 +3055,7 @@ def score_checkpoints(
         "checkpoint": best["checkpoint"],
         "terms": confirmed["terms"],
         "raw": confirmed["raw"],
-        "screen": screened,
+        "screen": sorted(deleted + screened, key=lambda result: result["epoch"]),
         "copies": copies_among(confirmed["raw"], anchors["copy"]),
         "device": scorer.device,
     }
@@ -3330,6 +3340,7 @@ def _small_jpeg(strips: Sequence[Any]) -> bytes:
 # ======================================================================================================
 
 _IMAGES_LINE = re.compile(r"^  images (\d+) of (\d+)\r$")
+PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the scoring process's environment
 SECONDS_PER_LINE = 10.0  # of how many images are made, where there is no bar
 
 
@@ -3390,7 +3401,8 @@ class ScoringProcess:
             if time.monotonic() - progress.last_sign > 60 * minutes:
                 raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
-        status = run_process(command, child_environment(self.device), progress.read, folder, "scoring.log", watch)
+        environment = {**child_environment(self.device), PARENT_HOLDS_FOLDER: "1"}
+        status = run_process(command, environment, progress.read, folder, "scoring.log", watch)
         if status != 0:
             refuse_full_disk(progress.lines)
             raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(progress.lines)}")
@@ -3703,9 +3715,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another program"
-            raise RefusedInput(
-                f"--output-dir: {folder} is in use by {holder}; wait for it, or give another --output-dir"
-            ) from None
+            raise RefusedInput(f"{folder} is in use by {holder}; wait for it, or give another folder") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -5718,7 +5728,10 @@ def run(args: argparse.Namespace) -> None:
     if args.score:
         if wrong := _wrong_device(args.device):
             raise RefusedInput(wrong)
-        score_folder(args.score.resolve(), args.device)
+        folder = args.score.resolve()
+        find_what_to_score(folder)  # before a lock is made where it has no place
+        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else locked_folder(folder.parent):
+            score_folder(folder, args.device)
     elif args.report:
         run_report(args)
     else:

@@ -878,6 +878,37 @@ def test_a_trial_is_screened_confirmed_and_scored_the_same_in_every_process(
     assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm", *kept}
 
 
+def test_scoring_again_keeps_what_was_screened_of_checkpoints_that_are_deleted_since(output_dir: Path) -> None:
+    folder = make_trial(output_dir, "trial_0003", [0.2, 1.0, 4.0], 6)
+    search.score_folder(folder, "cpu")
+    first = search.read_json(folder / "metrics.json")
+    for result in first["screen"]:
+        if result["epoch"] != 4:
+            (folder / result["checkpoint"]).unlink()
+    search.score_folder(folder, "cpu")
+    second = search.read_json(folder / "metrics.json")
+    assert [result.pop("deleted", False) for result in second["screen"]] == [True, False, True]
+    assert second["screen"] == first["screen"]
+    assert (second["best_epoch"], second["checkpoint"]) == (4, "lora-000004.safetensors")
+    search.score_folder(folder, "cpu")
+    assert [result.get("deleted", False) for result in search.read_json(folder / "metrics.json")["screen"]] == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it_holds(
+    output_dir: Path, anchors: dict[str, Any]
+) -> None:
+    folder = make_trial(output_dir, "trial_0004", [1.0], 2)
+    with search.locked_folder(output_dir):
+        status, said = run_score(folder)
+        assert status == 2 and said.count("\n") == 1 and f"{output_dir} is in use by process {os.getpid()} " in said
+        assert not (folder / "metrics.json").exists()
+        search.ScoringProcess("cpu")(folder)
+    assert search.read_json(folder / "metrics.json")["outcome"] == "scored"
+    assert run_score(folder) == (0, "")
+
+
 def test_a_checkpoint_that_is_not_finite_ends_as_diverged_without_an_image(output_dir: Path) -> None:
     folder = make_trial(output_dir, "trial_0001", [1.0, float("nan")], 4)
     assert run_score(folder) == (0, "")
