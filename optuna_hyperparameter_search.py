@@ -348,6 +348,13 @@ def _print_no_more() -> None:
 screen = Screen()
 
 
+class LibraryLog(logging.Handler):
+    """What libraries warn of goes to search.log, where there is one, and never between the program's lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        screen.log(record.getMessage())
+
+
 def say(text: str = "", *, detail: bool = False) -> None:
     """Print to the screen (details only where no live region shows them) and, once there is one, to search.log."""
     text = "\n".join(map(printable, text.split("\n")))
@@ -2788,10 +2795,11 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def silence_libraries() -> None:
     """No progress bars and no advice that a user of this program can't follow."""
     import diffusers
+    import huggingface_hub
     import transformers
 
     warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, if only to look
+    huggingface_hub.utils.logging.set_verbosity_error()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -3371,7 +3379,7 @@ class ScoringProgress:
 
     def _read_line(self, line: str) -> None:
         self.lines.append(line.removeprefix("stopped: "))
-        if self.lines[-1] == line:  # why it stopped is said by who waits for it
+        if line.startswith(("  ", "warning: ")):  # not what a library says, nor why it stopped: who waits says that
             say(line, detail=not line.startswith("  note: "))
 
     def row(self) -> Row:
@@ -5219,6 +5227,7 @@ def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it has a way of its own to the screen
     fetch = f"fetch it once with `hf download {name}`, or give a folder"
     try:
         if all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
@@ -5768,6 +5777,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
     storage = ""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.captureWarnings(True)
+    logging.basicConfig(handlers=[LibraryLog()])
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import toml
 from conftest import REPOSITORY
+from PIL import Image
 
 import optuna_hyperparameter_search as search
 
@@ -395,6 +397,27 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"never said {text!r}:\n{seen}")
+
+
+def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_screen(
+    command: Command, world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / "images", tmp_path / "images")
+    palette = Image.open(tmp_path / "images" / "luca_01.png").convert("P")
+    palette.save(tmp_path / "images" / "luca_01.png", transparency=bytes(range(256)))
+    data_set = (world / "dataset.toml").read_text().replace(str(world / "images"), str(tmp_path / "images"))
+    (tmp_path / "dataset.toml").write_text(data_set)
+    arguments = command(dataset_config=tmp_path / "dataset.toml")
+    check = subprocess.run([sys.executable, str(SCRIPT), *arguments, "--check"], capture_output=True, text=True)
+    assert (check.returncode, check.stderr) == (0, "")
+    process = start(arguments)
+    seen = read_until(process, "Trial 0: ")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    own = ("Checking ", "Making ", "Trying ", "Trial 0: ", "  ")
+    assert [line for line in seen.splitlines() if line and not line.startswith(own)] == []
+    assert "Palette images with Transparency" not in seen
+    assert "Palette images with Transparency" in (tmp_path / "out" / "search.log").read_text()
 
 
 def trainers_below(folder: Path) -> list[int]:

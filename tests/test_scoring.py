@@ -949,6 +949,20 @@ def test_what_is_no_trials_folder_is_refused_in_one_line(tmp_path: Path, output_
         assert status == 2 and said.count("\n") == 1 and said.startswith("error: --score:")
 
 
+def test_nothing_but_the_programs_own_lines_are_said_of_a_palette_with_transparency(
+    output_dir: Path, tmp_path: Path
+) -> None:
+    palette = Image.effect_noise((64, 64), 90).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    plan = search.read_json(output_dir / "reference" / "plan.json")
+    plan["images"] = [*plan["images"], str(tmp_path / "palette.png")]
+    search.write_json(tmp_path / "reference" / "plan.json", plan)
+    command = [sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), "--device", "cpu"]
+    done = subprocess.run([*command, "--score", str(tmp_path / "reference")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.startswith("  ") for line in done.stdout.splitlines()), done.stdout
+
+
 def missing(output_dir: Path, folder: Path, **changed: Any) -> str:
     """What is said of a plan that names something that is not there."""
     plan = {**search.read_json(output_dir / "reference" / "plan.json"), **changed}

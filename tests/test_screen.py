@@ -408,7 +408,8 @@ def test_an_error_finds_the_live_region_gone(monkeypatch: pytest.MonkeyPatch) ->
 
 SCORING = (
     "  data set: 16 images through the VAE\n  images 0 of 148\r  images 37 of 148\r"
-    "  epoch   5    score 0.6840\n  note: 2 images look flat\nfetching:  10%|#  |\rstopped: bad\n  images 3"
+    "  epoch   5    score 0.6840\n/lib/library.py:3: UserWarning: odd\n"
+    "  note: 2 images look flat\nfetching:  10%|#  |\rstopped: bad\n  images 3"
 )
 
 
@@ -418,7 +419,7 @@ def test_images_and_lines_are_read_however_they_are_cut(cut: int, capsys: pytest
     for start in range(0, len(SCORING), cut):
         progress.read(SCORING[start : start + cut])
     assert progress.row() == search.Row(("37 of 148 images",), 0.25)
-    assert progress.lines[-1] == "bad" and len(progress.lines) == 4
+    assert progress.lines[-1] == "bad" and len(progress.lines) == 5
     assert capsys.readouterr().out == (
         "  data set: 16 images through the VAE\n  epoch   5    score 0.6840\n  note: 2 images look flat\n"
     )
