@@ -150,7 +150,7 @@ class OutOfMemory(TrialFailed):
 
 
 class Diverged(TrialFailed):
-    """The training ended with weights that are not finite, or with none that moved."""
+    """The training made weights that are not finite."""
 
     ended = "diverged"
 
