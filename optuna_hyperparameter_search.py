@@ -2104,7 +2104,7 @@ def inspect_trainer(
         )
     version = _sd_scripts_version(sd_scripts)
     about = [version, python, device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname(), dict(options)]
-    key = digest(json.dumps([*about, str(base_model), data_set, _files_of(data_set)], default=str))
+    key = digest(json.dumps([*about, str(base_model), data_set, _files_below(data_set)], default=str))
     known = read_json(cache) if cache else None
     answer = known["answer"] if known and known["key"] == key and _has_same_packages(known["answer"]) else None
     answer = answer or _ask_kohya(script, python, device, options, base_model, data_set)
@@ -2137,7 +2137,7 @@ def _has_same_packages(answer: Mapping[str, Any]) -> bool:
     return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
 
 
-def _files_of(data_set: Mapping[str, Any]) -> list[Any]:
+def _files_below(data_set: Mapping[str, Any]) -> list[Any]:
     """All files of a data set by name, size and time, without the caches of latents."""
     named = {str(subset.get(key, "")) for _, subset in _subsets(data_set) for key in _FOLDERS}
     places = [Path(name) for name in sorted(named) if name and os.path.exists(name)]  # noqa: PTH110 - Path raises
