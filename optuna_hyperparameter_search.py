@@ -790,12 +790,13 @@ def path_remedy(text: str) -> str:
     return "correct it there"
 
 
-def list_data_set(path: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> list[TrainingImage]:
-    """The pictures and captions that lie in a data set's folders, without kohya's knowledge; RefusedInput lists faults.
+def list_data_set(
+    path: Path, config: Mapping[str, Any], options: Mapping[str, Any], problems: Problems
+) -> list[TrainingImage]:
+    """The pictures and captions that lie in a data set's folders, without kohya's knowledge.
 
     Finds what people meet most. It also stands in for sd-scripts where that does not tell what it trains.
     """
-    problems = Problems()
     images: list[TrainingImage] = []
     for dataset, subset in _subsets(config):
         known = {"caption_extension": ".caption", **options, **config["general"], **dataset, **subset}
@@ -803,9 +804,8 @@ def list_data_set(path: Path, config: Mapping[str, Any], options: Mapping[str, A
             problems.of(_check_place, path, key, subset.get(key, "" if key == "image_dir" else None), subset)
         if isinstance(subset.get("metadata_file"), str):
             images += problems.of(_list_metadata, Path(subset["metadata_file"]), subset.get("image_dir", "")) or []
-        elif isinstance(subset.get("image_dir"), str) and Path(subset["image_dir"]).is_dir():
-            images += problems.of(_list_folder, Path(subset["image_dir"]), known) or []
-    problems.refuse()
+        elif os.path.isdir(str(subset.get("image_dir"))):  # noqa: PTH112 - Path raises
+            images += problems.of(_list_folder, Path(subset["image_dir"]), known, problems) or []
     return images
 
 
@@ -820,7 +820,7 @@ def _check_place(path: Path, key: str, text: Any, subset: Mapping[str, Any]) -> 
     raise RefusedInput(f"--dataset-config: {key} {text!r} in {path} is no {kind}; {path_remedy(text)}")
 
 
-def _list_folder(folder: Path, known: Mapping[str, Any]) -> list[TrainingImage]:
+def _list_folder(folder: Path, known: Mapping[str, Any], problems: Problems) -> list[TrainingImage]:
     """A folder's pictures; `known` are its subset's settings, inherited ones included."""
     extension, tokens = f".{known['caption_extension']}".replace("..", "."), known.get("class_tokens")
     try:
@@ -831,18 +831,17 @@ def _list_folder(folder: Path, known: Mapping[str, Any]) -> list[TrainingImage]:
         ) from error
     if not any(file.suffix.lower() in _PICTURE_SUFFIXES for file in files):
         raise RefusedInput(_no_images(folder))
-    problems = Problems()
+    known_problems = len(problems.lines)
     pictures = [file for file in files if file.suffix in _ALWAYS_TRAINED]
     found = [(picture, problems.of(_read_caption, picture, extension)) for picture in pictures]
     missing = [picture for picture, caption in found if caption is None]
     is_reg = known.get("is_reg") is True
-    if missing and not tokens and not is_reg and not problems.lines:
+    if missing and not tokens and not is_reg and len(problems.lines) == known_problems:
         problems.lines.append(
             f"--dataset-config: {len(missing)} of {len(pictures)} images in {folder} have no {extension} caption "
             f"and no class_tokens (the first is {missing[0].name}); write the captions, or set caption_extension "
             "or class_tokens"
         )
-    problems.refuse()
     return [
         TrainingImage(picture, (as_tags(caption or str(tokens or "")),), caption is not None, is_reg)
         for picture, caption in found
@@ -1030,7 +1029,7 @@ def read_data_set(
     RefusedInput lists all that is wrong with it.
     """
     problems = Problems()
-    images = problems.of(list_data_set, path, config, options) or []
+    images = list_data_set(path, config, options, problems)
     problems.of(check_answer, path, config, answer, not problems.lines)
     weighted = options.get("weighted_captions") is True
     if "images" in answer:
@@ -2053,7 +2052,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 
 def _sd_scripts_version(sd_scripts: Path) -> str:
     """What git says, and a digest of the trainer itself (which may have been changed by hand)."""
-    files = [sd_scripts / "train_network.py", sd_scripts / "library" / "train_util.py"]
+    files = [sd_scripts / "train_network.py", *sorted((sd_scripts / "library").glob("*.py"))]
     content = digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
     if not (sd_scripts / ".git").exists() or not shutil.which("git"):
         return f"files {content}"
@@ -2061,7 +2060,7 @@ def _sd_scripts_version(sd_scripts: Path) -> str:
     return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
 
 
-TRIED_VERSIONS = "v0.9.1, v0.10.1 and later"
+TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
 PROBE_SECONDS = 900.0  # it imports PyTorch and reads every picture's size, perhaps from a slow disk
 # One step of a small LoRA.
@@ -2160,8 +2159,9 @@ def _ask_kohya(
     """Run the probe in the trainer's Python; nothing is left of it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_toml(folder / "dataset.toml", data_set)
-        config = trial_config(FIRST_STEP_PARAMS, options, base_model, folder / "dataset.toml", folder / "out")
+        # JSON, since the toml package garbles odd keys, and kohya is to be the one who refuses them.
+        (folder / "dataset.json").write_text(json.dumps(data_set, default=str), encoding="utf-8")
+        config = trial_config(FIRST_STEP_PARAMS, options, base_model, folder / "dataset.json", folder / "out")
         write_toml(folder / "config.toml", config)
         files = [str(script), str(folder / "config.toml"), str(folder / "answer.json")]
         _, output = capture([python, str(PROBE), *files], device, PROBE_SECONDS)
@@ -5133,7 +5133,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
 
 
 def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
-    fixed = {key: value for key, value in options.items() if key not in FORBIDDEN_TRAINING_KEYS}
+    fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in FORBIDDEN_TRAINING_KEYS}
     cache = settings.output_dir and not afresh and answer_cache(settings)
     device = "cpu" if _wrong_device(settings.device) else settings.device
     where = (settings.sd_scripts, settings.trainer_python, device)

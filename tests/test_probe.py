@@ -1,0 +1,203 @@
+"""sd-scripts is asked what it would train: once a version and inputs, with a time limit, whatever it has renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import demo_world
+import pytest
+import toml
+from conftest import REPOSITORY, DataSetFile
+
+import optuna_hyperparameter_search as search
+
+OPTIONS = {"cache_latents": True}
+
+
+@pytest.fixture(autouse=True)
+def light() -> Iterator[None]:
+    with demo_world.light_packages():
+        yield
+
+
+class SdScripts:
+    """A copy of the small trainer that counts how often it is started, in a folder that may be changed."""
+
+    def __init__(self, folder: Path, data_set: Path) -> None:
+        self.folder, self.data_set, self.cache = folder, data_set, folder.parent / "answer.json"
+        shutil.copytree(demo_world.SMALL_TRAINER, folder)
+        shutil.copytree(REPOSITORY / "tests" / "kohya", folder.parent / "kohya")
+        script = folder / "train_network.py"
+        counted = f"open({str(folder.parent / 'calls')!r}, 'a').write('x')"
+        script.write_text(f"{script.read_text()}".replace("log = logging", f"{counted}\nlog = logging", 1))
+
+    def ask(self, options: dict[str, Any] = OPTIONS) -> search.TrainerFacts:
+        config = search.read_data_set_file(self.data_set)
+        where = (self.folder, sys.executable, "cpu")
+        facts = search.inspect_trainer(*where, options, Path("/no/model"), config, self.cache)
+        search.remember_answer(facts, self.cache)
+        return facts
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        text = (self.folder / file).read_text()
+        assert old in text
+        (self.folder / file).write_text(text.replace(old, new))
+
+    @property
+    def calls(self) -> int:
+        return len((self.folder.parent / "calls").read_text())
+
+
+@pytest.fixture
+def sd_scripts(tmp_path: Path, data_set_file: DataSetFile) -> SdScripts:
+    return SdScripts(tmp_path / "sd" / "scripts", data_set_file())
+
+
+def test_tells_options_pictures_batches_and_caches(sd_scripts: SdScripts) -> None:
+    answer = sd_scripts.ask().answer
+    assert answer["options"]["mixed_precision"] == {"kind": "str", "choices": ["no", "fp16", "bf16"], "is_list": False}
+    assert answer["options"]["sdpa"]["kind"] == "switch" and answer["options"]["text_encoder_lr"]["is_list"]
+    assert answer["batches"] == 4 and [image["size"] for image in answer["images"]] == [[64, 64]] * 4
+    assert answer["images"][0]["captions"] == ["luca, a boy, smiling"]
+    assert answer["trusted"] == {"plain": False, "sized": False}  # nothing is cached on disk
+    assert sd_scripts.ask({"cache_latents_to_disk": True}).answer["trusted"] == {"plain": True, "sized": True}
+    assert "stopped" not in answer and "unknown" not in answer
+
+
+def test_is_asked_once_and_again_when_something_has_changed(sd_scripts: SdScripts, tmp_path: Path) -> None:
+    for _ in range(2):
+        sd_scripts.ask()
+    assert sd_scripts.calls == 1
+    (tmp_path / "images" / "00.txt").write_text("luca, swimming")
+    assert sd_scripts.ask().answer["images"][0]["captions"] == ["luca, swimming"] and sd_scripts.calls == 2
+    sd_scripts.ask({**OPTIONS, "caption_prefix": "a"})
+    assert sd_scripts.calls == 3
+    sd_scripts.replace("library/config_util.py", '"""What', '"""Now what')
+    sd_scripts.ask({**OPTIONS, "caption_prefix": "a"})
+    assert sd_scripts.calls == 4
+
+
+def test_a_cache_of_latents_changes_nothing(sd_scripts: SdScripts, tmp_path: Path) -> None:
+    sd_scripts.ask()
+    (tmp_path / "images" / "00_0064x0064_sd.npz").write_bytes(b"latents")
+    sd_scripts.ask()
+    assert sd_scripts.calls == 1
+
+
+def test_a_package_that_was_installed_is_noticed(sd_scripts: SdScripts) -> None:
+    """As AdamW8bit needs bitsandbytes."""
+    known = json.loads((sd_scripts.ask(), sd_scripts.cache.read_text())[1])
+    known["answer"]["packages"][1] -= 1
+    sd_scripts.cache.write_text(json.dumps(known))
+    sd_scripts.ask()
+    assert sd_scripts.calls == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"key": 1}'])
+def test_a_torn_answer_is_asked_for_again(damage: str, sd_scripts: SdScripts) -> None:
+    sd_scripts.ask()
+    sd_scripts.cache.write_text(damage)
+    sd_scripts.ask()
+    assert sd_scripts.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("library/config_util.py", "generate_dataset_group_by_blueprint", "make_data_sets"),
+        ("library/config_util.py", "image_data", "pictures"),
+        ("library/config_util.py", "process_caption", "prepare_caption"),
+        ("library/config_util.py", "class ConfigSanitizer", "class Sanitizer"),
+        ("library/strategy_base.py", "get_latents_npz_path", "path_of_latents"),
+    ],
+)
+def test_a_renamed_inside_keeps_nobody_from_training(file: str, old: str, new: str, sd_scripts: SdScripts) -> None:
+    for name in (file, "library/config_util.py", "train_network.py"):
+        text = (sd_scripts.folder / name).read_text()
+        new_text = text.replace("ConfigSanitizer", "Sanitizer") if "Sanitizer" in new else text.replace(old, new)
+        (sd_scripts.folder / name).write_text(new_text)
+    facts = sd_scripts.ask()
+    assert facts.answer["unknown"] and "stopped" not in facts.answer and facts.answer["options"]
+    config = search.read_data_set_file(sd_scripts.data_set)
+    data_set = search.read_data_set(sd_scripts.data_set, config, OPTIONS, facts.answer)
+    assert [image.captions for image in data_set.images] == [("luca, a boy, smiling",)] * 4
+    assert data_set.batches_per_epoch is None and "does not say what it trains" in data_set.notes[-1]
+
+
+def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:
+    log = tmp_path / "training.log"
+    log.write_text("  num batches per epoch / 1epochのバッチ数: 12\nx")
+    assert search.printed_batches(log) == 12
+    log.write_text("nothing")
+    assert search.printed_batches(log) is None and search.printed_batches(tmp_path / "none") is None
+
+
+def ask(folder: Path, body: str, device: str = "cpu", python: str = sys.executable) -> dict[str, Any]:
+    folder.mkdir()
+    (folder / "train_network.py").write_text(body)
+    return search.inspect_trainer(folder, python, device, {}, Path("/no/model"), {"datasets": []}).answer
+
+
+def test_a_folder_without_the_trainer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match=r"no train_network\.py; give the folder"):
+        search.inspect_trainer(tmp_path, sys.executable, "cpu", {}, Path("/no/model"), {"datasets": []})
+
+
+@pytest.mark.parametrize("body", ["print('hello')", "raise ImportError('no')", "import sys; sys.exit(3)", "x ="])
+def test_another_program_of_that_name_is_refused(body: str, tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match="does not answer as kohya's trainer does"):
+        ask(tmp_path / "other", body)
+
+
+@pytest.mark.parametrize(("python", "says"), [("/no/such/python", "can't run"), ("/bin/echo", "no working Python")])
+def test_a_python_that_is_none_is_refused(python: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match=says):
+        ask(tmp_path / "sd", "", python=python)
+
+
+def test_a_trainer_that_never_answers_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "PROBE_SECONDS", 2.0)
+    with pytest.raises(search.RefusedInput, match="took more than 2 s and was ended"):
+        ask(tmp_path / "sd", "import time\ntime.sleep(600)")
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    with pytest.raises(search.RefusedInput, match="has no diffusers, transformers, safetensors, toml; give the Python"):
+        ask(tmp_path / "sd", "", python=str(python))
+
+
+def test_a_card_that_pytorch_does_not_see_has_no_name(sd_scripts: SdScripts) -> None:
+    config = search.read_data_set_file(sd_scripts.data_set)
+    where = (sd_scripts.folder, sys.executable, "cuda")
+    assert search.inspect_trainer(*where, OPTIONS, Path("/no/model"), config).device_name == ""
+
+
+def test_the_probe_leaves_nothing(sd_scripts: SdScripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    before = set(tmp_path.rglob("*"))
+    config = search.read_data_set_file(sd_scripts.data_set)
+    search.inspect_trainer(sd_scripts.folder, sys.executable, "cpu", OPTIONS, Path("/no/model"), config)
+    made = {path for path in set(tmp_path.rglob("*")) - before if "__pycache__" not in path.parts}
+    assert made == {tmp_path / "sd" / "calls"}
+
+
+def test_the_data_set_that_is_trained_is_the_one_that_was_asked_about(sd_scripts: SdScripts, tmp_path: Path) -> None:
+    """Odd names in it pass both ways."""
+    folder = tmp_path / 'luca\'s "best" #1 ü'
+    shutil.copytree(tmp_path / "images", folder)
+    data = toml.loads(sd_scripts.data_set.read_text())
+    data["datasets"][0]["subsets"][0]["image_dir"] = str(folder)
+    sd_scripts.data_set.write_text(toml.dumps(data))
+    assert Path(sd_scripts.ask().answer["images"][0]["path"]).parent == folder
