@@ -4,7 +4,8 @@
 
 SD_SCRIPTS_PYTHON (default: this Python) must import what kohya needs; without torchvision a stand-in on its path
 will do. Makes a full-size SD 1.5 single file of random weights (2 GB, by kohya's own converter), and trains one
-trial of 12 epochs of one step on four 64-pixel pictures: minutes on two cores.
+trial of 12 epochs of one step on four 64-pixel pictures, killed and resumed: minutes on two cores. What sd-scripts says
+of people's data sets is tried in test_field_cases.py.
 """
 
 from __future__ import annotations
@@ -98,14 +99,31 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
         f"--training-config={tmp_path / 'training.toml'}", f"--scoring-config={tmp_path / 'scoring.toml'}",
         f"--enqueue={tmp_path / 'first.toml'}", f"--output-dir={out}", "--n-trials=1", "--device=cpu",
     ]  # fmt: skip
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert killed.stdout is not None
+    said = ""
+    for line in killed.stdout:
+        said += line
+        if "epoch 2/12" in line:
+            break
+    killed.kill()
+    killed.wait()
+    assert "epoch 2/12" in said, said
+    assert "no option" not in said and "does not say what it trains" not in said
+    answer = search.read_json(out / "reference" / "kohya_answer.json")["answer"]
+    for folder in ("reference/first_step", "trial_0000"):  # the probe's count is what kohya then prints
+        assert answer["batches"] == search.printed_batches(out / folder / "training.log") == 1
+    assert [Path(image["latents"]).is_file() for image in answer["images"]] == [True] * 4
+
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Trying the trainer out" not in done.stdout  # its latents and its answer are known
 
     study = search.load_study(search.default_storage(out), "lora_v2.1")
     assert study is not None
-    (trial,) = study.get_trials()
-    assert trial.user_attrs["ended"] == "scored"
-    metrics = search.read_json(out / "trial_0000" / "metrics.json")
+    interrupted, trial = study.get_trials()
+    assert [t.user_attrs["ended"] for t in (interrupted, trial)] == ["interrupted", "scored"]
+    metrics = search.read_json(out / "trial_0001" / "metrics.json")
     assert [result["epoch"] for result in metrics["screen"]] == [6, 12]
     assert "epoch 12/12  step 12/12  100%" in done.stdout
     header = search.read_safetensors_header(out / "results" / "best_lora.safetensors")
@@ -115,12 +133,12 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     saved = sum(end - start for start, end in weights)
     assert 64 * search.inspect_base_model(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
 
-    curve = search.loss_curve(out / "trial_0000" / "training.log", epochs=12)
+    curve = search.loss_curve(out / "trial_0001" / "training.log", epochs=12)
     assert [epoch for epoch, _ in curve] == list(range(1, 13)) and all(loss > 0 for _, loss in curve)
-    assert "trial 0" in (out / "results" / "report.html").read_text(encoding="utf-8")
-    assert (out / "trial_0000" / "scores" / "contact_sheet.jpg").is_file()
+    assert "trial 1" in (out / "results" / "report.html").read_text(encoding="utf-8")
+    assert (out / "trial_0001" / "scores" / "contact_sheet.jpg").is_file()
     runs = {file.parent.relative_to(out).parts[0] for file in out.rglob("events.out.tfevents.*")}
-    assert runs == {"trial_0000"}  # what TensorBoard shows
+    assert runs == {"trial_0000", "trial_0001"}  # what TensorBoard shows
 
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "Trial 1" not in again.stdout
+    assert again.returncode == 0 and "Trial 2" not in again.stdout
