@@ -642,6 +642,20 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 
 
+def path_remedy(text: str) -> str:
+    """What to do about a path that leads nowhere: Windows' paths are known by their drive or their backslashes."""
+    typed = text.translate(
+        {ord(letter): code for letter, code in zip("\n\t\b\f\r", (r"\n", r"\t", r"\b", r"\f", r"\r"), strict=True)}
+    )
+    if drive := re.match(r"([A-Za-z]):(?=[\\/])", typed):
+        return (
+            f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{typed[2:].replace(chr(92), '/')}'"
+        )
+    if "\\" in typed:
+        return "write / for each backslash, which TOML changes between double quotes"
+    return "correct it there"
+
+
 def load_training_options(path: Path) -> dict[str, Any]:
     """The fixed kohya options, flattened one level as kohya does, unchecked; without what only spells out a default."""
     options: dict[str, Any] = {}
@@ -676,6 +690,8 @@ def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | N
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str) and Path(item).suffix.lower() in _PICKLE_SUFFIXES:
                 problems.append(f"--training-config: {key} = {item!r} {where} is a pickle; use a safetensors file")
+            if isinstance(item, str) and re.match(r"[A-Za-z]:[\\/]", item):
+                problems.append(f"--training-config: {key} = {item!r} {where} leads nowhere; {path_remedy(item)}")
             if not isinstance(item, (bool, int, str)) and not (isinstance(item, float) and math.isfinite(item)):
                 problems.append(f"--training-config: {key} = {value} {where} must be a finite number, text or switch")
         if known is None or key in FORBIDDEN_TRAINING_KEYS:
@@ -776,20 +792,6 @@ def _tables(parent: dict[str, Any], name: str, path: Path) -> list[dict[str, Any
     return tables
 
 
-def path_remedy(text: str) -> str:
-    """What to do about a path that leads nowhere: Windows' paths are known by their drive or their backslashes."""
-    typed = text.translate(
-        {ord(letter): code for letter, code in zip("\n\t\b\f\r", (r"\n", r"\t", r"\b", r"\f", r"\r"), strict=True)}
-    )
-    if drive := re.match(r"([A-Za-z]):(?=[\\/])", typed):
-        return (
-            f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{typed[2:].replace(chr(92), '/')}'"
-        )
-    if "\\" in typed:
-        return "write / for each backslash, which TOML changes between double quotes"
-    return "correct it there"
-
-
 def list_data_set(
     path: Path, config: Mapping[str, Any], options: Mapping[str, Any], problems: Problems
 ) -> list[TrainingImage]:
@@ -864,19 +866,21 @@ def _list_metadata(file: Path, folder: str) -> list[TrainingImage]:
     return [TrainingImage(picture, (as_tags(caption),), True) for picture, caption in pairs]
 
 
+def _count_pictures(folder: Path) -> int:
+    """Pictures in a folder; 0 for what is none, or can't be read."""
+    with contextlib.suppress(OSError):
+        return sum(file.suffix.lower() in _PICTURE_SUFFIXES for file in folder.iterdir())
+    return 0
+
+
 def _no_images(folder: Path) -> str:
     """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file wants these folders."""
-    counts = {
-        inner.name: sum(file.suffix in _ALWAYS_TRAINED for file in inner.iterdir())
-        for inner in sorted(folder.iterdir())
-        if inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)
-    }
-    best = max(counts, key=lambda name: counts[name], default="")
-    if not counts.get(best):
-        remedy = "give the folder that holds them (kohya would train nothing and say it succeeded)"
-    else:
-        repeats = re.match(r"(\d+)_", best)
-        remedy = f"its folder {best!r} has {counts[best]}: give {str(folder / best)!r}"
+    counts = {inner: _count_pictures(inner) for inner in sorted(folder.iterdir())}
+    best = max(counts, key=lambda inner: counts[inner], default=folder)
+    remedy = "give the folder that holds them (kohya would train nothing and say it succeeded)"
+    if counts.get(best):
+        repeats = re.match(r"(\d+)_", best.name)
+        remedy = f"its folder {best.name!r} has {counts[best]}: give {str(best)!r}"
         remedy += f" and num_repeats = {repeats[1]}" if repeats else ""
     return f"--dataset-config: image_dir {folder} has no images; {remedy}"
 
@@ -931,7 +935,9 @@ def check_answer(path: Path, config: Mapping[str, Any], answer: Mapping[str, Any
             known = ("general", "datasets", *answer.get("keys", ()))
             problems.append(f"--dataset-config: unknown key {key!r} in {path}{nearest(key, known)}")
         else:
-            problems.append(f"--dataset-config: {key} = {value!r} in {path}: kohya says '{message}'; it must be so")
+            problems.append(
+                f"--dataset-config: {key} = {value!r} in {path} is refused by kohya ({message}); correct it"
+            )
     problems += [
         f"--dataset-config: {path}: kohya would {one_line(re.sub(r' / .*', '', said))}; mend that"
         for level, said in answer.get("said", [])
@@ -941,7 +947,7 @@ def check_answer(path: Path, config: Mapping[str, Any], answer: Mapping[str, Any
         raise RefusedInput(*problems)
 
 
-def look_at_pictures(images: Sequence[TrainingImage], cached: bool) -> list[str]:
+def look_at_pictures(images: Sequence[TrainingImage], on_disk: bool) -> list[str]:
     """Open each picture as scoring will. Returns notes; RefusedInput lists what kohya or scoring would stumble over."""
     from PIL import Image
 
@@ -956,68 +962,57 @@ def look_at_pictures(images: Sequence[TrainingImage], cached: bool) -> list[str]
                 warnings.simplefilter("ignore")  # Pillow's, of large pictures
                 with Image.open(image.path) as opened:
                     opened.load()  # kohya stops at a truncated one, hours later perhaps
-                    size, orientation = opened.size, opened.getexif().get(0x0112, 1)
+                    width, height = opened.size
+                    turned += [image.path.name] if opened.getexif().get(0x0112, 1) != 1 else []
         except Exception as error:  # Pillow raises all sorts on damaged files
             remedy = "mend or remove it"
             if image.path.suffix not in _ALWAYS_TRAINED:
                 remedy = "install Pillow's plug-in for it in this Python too, which scores with it, or convert it"
             problems.append(f"--dataset-config: can't use {image.path} ({one_line(error)}); {remedy}")
             continue
-        turned += [image.path] if orientation != 1 else []
         other = by_stem.setdefault(image.path.with_suffix(""), image.path)
-        if cached and other != image.path:
+        if on_disk and other != image.path:
             problems.append(
                 f"--dataset-config: {other} and {image.path.name} would share one cache of latents, so kohya would "
                 "train a wrong picture from its second run on; rename one, with its caption"
             )
-        if (
-            cached
-            and image.size
-            and image.latents
-            and max(abs(a - b) for a, b in zip(size, image.size, strict=True)) > 1
-        ):
+        known = image.size or (width, height)
+        if on_disk and max(abs(known[0] - width), abs(known[1] - height)) > 1:
             problems.append(
-                f"--dataset-config: {image.latents} was made when {image.path.name} had {image.size[0]} x "
-                f"{image.size[1]} pixels; now it has {size[0]} x {size[1]}; delete that cache, else kohya trains it"
+                f"--dataset-config: kohya takes {image.path} for {known[0]} x {known[1]} pixels, by the name of a "
+                f"cache of latents; it has {width} x {height}; delete the .npz files that begin with its name"
             )
     if problems:
         raise RefusedInput(*problems)
-    if not turned:
-        return []
-    return [
-        f"{len(turned)} pictures are stored turned, {turned[0].name} for one (EXIF); kohya trains them as they are "
-        "stored, not as viewers show them"
-    ]
+    seen = f"stored turned (EXIF), and trained as stored, not as viewers show it: {', '.join(turned[:3])}"
+    return [f"{seen}, {len(turned)} of {len(images)}"] if turned else []
 
 
 def left_out(config: Mapping[str, Any], images: Sequence[TrainingImage]) -> list[str]:
-    """What lies in the data set's folders and is not trained, with its number."""
+    """What lies in the data set's folders and is not used, with its number."""
     notes = []
     trained = {image.path: image for image in images}
-    stems = {path.with_suffix("") for path in trained}
+    with_caption = {path.with_suffix(""): image.has_caption for path, image in trained.items()}
     for folder in dict.fromkeys(Path(subset["image_dir"]) for _, subset in _subsets(config) if subset.get("image_dir")):
         files = sorted(file for file in folder.iterdir() if file.name[0] != "." and file not in trained)
         pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file.is_file()]
-        captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES and file.with_suffix("") in stems]
-        unread = {file.with_suffix("") for file in captions} & {
-            p.with_suffix("") for p, i in trained.items() if not i.has_caption
-        }
-        kinds = Counter(file.suffix for file in pictures)
-        if pictures:
-            counts = ", ".join(f"{count} {suffix}" for suffix, count in kinds.items())
-            cache = folder / "metadata_cache.json"
-            why = f"{cache.name} is read instead (cache_info)" if cache.is_file() else "convert them, or let them lie"
-            notes.append(f"not trained in {folder}: {counts}, {pictures[0].name} for one; {why}")
+        captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES and file.is_file()]
+        unread = [file for file in captions if with_caption.get(file.with_suffix("")) is False]
+        alone = [
+            f for f in captions if f.with_suffix("") not in {*with_caption, *(p.with_suffix("") for p in pictures)}
+        ]
+        by_cache = (folder / "metadata_cache.json").is_file() and "metadata_cache.json is read instead (cache_info)"
+        for what, found, remedy in (
+            ("not trained", pictures, by_cache or "convert them, or let them lie"),
+            ("class_tokens stand in for captions", unread, "set caption_extension to read them"),
+            ("captions without a picture", alone, "let them lie, or rename them"),
+        ):
+            if found:
+                counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
+                notes.append(f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}")
         for inner in files:
-            count = sum(file.suffix.lower() in _PICTURE_SUFFIXES for file in inner.iterdir()) if inner.is_dir() else 0
-            if count:
-                notes.append(f"not trained: the {count} pictures in {inner}; kohya looks into no folder of a folder")
-        if unread:
-            suffixes = ", ".join(sorted({file.suffix for file in captions if file.with_suffix("") in unread}))
-            notes.append(
-                f"not read: the {suffixes} captions of {len(unread)} pictures in {folder}: class_tokens stand in for "
-                "them; set caption_extension to read them"
-            )
+            if count := _count_pictures(inner):
+                notes.append(f"not trained: {count} in {inner}; kohya looks into no folder of a folder")
     return notes
 
 
@@ -1057,13 +1052,16 @@ def read_data_set(
         if not subset.get("is_reg")
     } - {""}
     class_tokens = tokens.pop() if len(tokens) == 1 else None
-    notes = problems.of(look_at_pictures, images, options.get("cache_latents_to_disk") is True) or []
+    notes = answer.get("notes")  # of an earlier start, which has looked at the same files
+    if notes is None:
+        notes = problems.of(look_at_pictures, images, options.get("cache_latents_to_disk") is True) or []
     if not problems.lines and answer.get("stopped"):
         problems.lines.append(
             f"--dataset-config: {path}: kohya stops before its first step: {why_stopped(answer)}; mend it"
         )
     problems.refuse()
-    notes += left_out(config, images)
+    if "notes" not in answer:
+        notes += left_out(config, images)
     if "images" not in answer and answer:
         notes.append(
             f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
@@ -2056,8 +2054,10 @@ def _sd_scripts_version(sd_scripts: Path) -> str:
     content = digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
     if not (sd_scripts / ".git").exists() or not shutil.which("git"):
         return f"files {content}"
-    status, output = capture(["git", "-C", str(sd_scripts), "describe", "--tags", "--always"], "cpu")
-    return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
+    with contextlib.suppress(RefusedInput):  # a git that does not answer keeps nobody from training
+        status, output = capture(["git", "-C", str(sd_scripts), "describe", "--tags", "--always"], "cpu")
+        return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
+    return f"files {content}"
 
 
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
@@ -2126,8 +2126,8 @@ def check_card(trainer: TrainerFacts, settings: Settings) -> None:
         )
 
 
-def remember_answer(trainer: TrainerFacts, cache: Path) -> None:
-    write_json(cache, {"key": trainer.answer["key"], "answer": trainer.answer})
+def remember_answer(trainer: TrainerFacts, cache: Path, notes: Sequence[str] = ()) -> None:
+    write_json(cache, {"key": trainer.answer["key"], "answer": {**trainer.answer, "notes": list(notes)}})
 
 
 def _has_same_packages(answer: Mapping[str, Any]) -> bool:
@@ -2197,7 +2197,8 @@ def common_tags() -> re.Pattern[str]:
 def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
     tags = [[tag.strip() for tag in re.split("[,，、]", caption)] for caption in captions] or [[]]
-    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag in others for others in tags)]
+    folded = [{tag.casefold() for tag in others} for others in tags]
+    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag.casefold() in others for others in folded)]
     common = [
         tag for tag in shared if common_tags().match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower())
     ]
@@ -2209,14 +2210,16 @@ def find_subject(captions: Sequence[str], class_tokens: str | None, given: str |
 
     A name that no caption holds was never trained: RefusedInput, which lists what the captions have in common.
     """
-    name = (given or class_tokens or "").strip()
+    candidates, common = shared_tags(captions)
+    name = (given or ("" if class_tokens in common else class_tokens) or "").strip()
     if name and any(_name(name).search(caption) for caption in captions):
         return name
     if given:
         raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
-    candidates, common = shared_tags(captions)
     if candidates:
         return candidates[0]
+    if class_tokens in common:
+        return class_tokens
     words = [set(re.findall(r"[^\W\d_]{2,}", caption)) for caption in captions] or [set()]
     in_all = sorted(word for word in set.intersection(*words) if not common_tags().match(word.lower()))
     said = f"class_tokens {class_tokens!r} stand in no caption, and " if class_tokens else ""
@@ -5137,7 +5140,8 @@ def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afr
     cache = settings.output_dir and not afresh and answer_cache(settings)
     device = "cpu" if _wrong_device(settings.device) else settings.device
     where = (settings.sd_scripts, settings.trainer_python, device)
-    return inspect_trainer(*where, fixed, settings.base_model, config or {"datasets": []}, cache or None)
+    base_model = settings.base_model or Path("missing")
+    return inspect_trainer(*where, fixed, base_model, config or {"datasets": []}, cache or None)
 
 
 def cached_on_disk(options: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> bool:
@@ -5236,7 +5240,7 @@ def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
             raise RefusedInput(f"{where} is not whole on this machine and the hub is off; {fetch}")
         huggingface_hub.HfApi().model_info(name, timeout=10)
     except HFValidationError:
-        raise RefusedInput(f"{where} is no folder and no name on the hub; correct it") from None
+        raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
     except RefusedInput:
         raise
     except Exception as error:  # the client's errors come from several libraries
@@ -5393,8 +5397,8 @@ def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
         older = [image for image in inputs.data_set.images if _is_older(image.latents, image.path)]
         if older:
             lines.append(
-                f"  warning: {len(older)} pictures are newer than their cached latents, {older[0].path.name} for one; "
-                f"kohya trains what is cached: delete {older[0].latents} where the picture has changed"
+                f"  warning: newer than their cached latents: {len(older)} of {len(inputs.data_set.images)} pictures; "
+                f"kohya trains what is cached: delete {older[0].latents} if {older[0].path.name} has changed"
             )
     long_warmup, never_ends = warmup_shares(inputs)
     if long_warmup:
@@ -5535,7 +5539,7 @@ def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
     write_toml(settings.reference / "dataset.toml", inputs.data_set.config)
     with only_warning("the report will show no pictures of the data set"):
         keep_data_set_pictures(inputs.data_set, settings.reference / DATA_SET_PICTURES)
-    remember_answer(inputs.trainer, answer_cache(settings))
+    remember_answer(inputs.trainer, answer_cache(settings), inputs.data_set.notes)
 
 
 def keep_data_set_pictures(data_set: DataSet, folder: Path) -> None:

@@ -373,7 +373,7 @@ def test_what_lies_beside_the_pictures_is_said_with_its_number(case: Case) -> No
         shutil.copy(case.images / "a.png", case.images / "extra" / f"{number}.png")
     status, said = case.check()
     assert status == 0 and row(said, "data set").startswith("2 images"), said
-    for part in ("1 .jfif", "1 .gif", "1 .tif", "1 .Jpg", "the 3 pictures in", "extra"):
+    for part in ("1 .jfif", "1 .gif", "1 .tif", "1 .Jpg", "not trained: 3 in", "extra"):
         assert part in said, part
 
 
@@ -383,7 +383,7 @@ def test_captions_that_nobody_reads_are_said(case: Case) -> None:
     case.data["general"] = {"enable_bucket": True}
     case.subset["class_tokens"] = "luca boy"
     status, said = case.check()
-    assert status == 0 and "not read: the .txt captions of 2 pictures" in said, said
+    assert status == 0 and "class_tokens stand in for captions" in said and "2 .txt" in said, said
 
 
 def test_a_parent_folder_is_told_which_folder_it_holds(case: Case) -> None:
@@ -400,7 +400,7 @@ def test_turned_pictures_are_said(case: Case) -> None:
     Image.open(picture).save(picture, exif=exif)
     case.picture("b.png")
     status, said = case.check()
-    assert status == 0 and "1 pictures are stored turned, a.jpg for one" in said, said
+    assert status == 0 and "stored turned (EXIF)" in said and "a.jpg, 1 of 2" in said, said
 
 
 def test_an_unreadable_picture_is_named(case: Case) -> None:
@@ -522,7 +522,7 @@ def test_a_picture_newer_than_its_latents_is_warned_of(case: Case, latents: Late
     os.utime(pictures[0], (1e9 + 86400, 1e9 + 86400))
     os.utime(pictures[1], (1e9 - 86400, 1e9 - 86400))
     status, said = case.check()
-    assert status == 0 and "warning: 1 pictures are newer than their cached latents, a.png for one" in said, said
+    assert status == 0 and "newer than their cached latents: 1 of 2 pictures" in said and "if a.png has" in said, said
 
 
 def test_latents_that_kohya_would_train_at_a_wrong_size_are_refused(case: Case, latents: Latents) -> None:
