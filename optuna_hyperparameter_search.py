@@ -2798,7 +2798,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def silence_libraries() -> None:
     """No progress bars and no advice that a user of this program can't follow."""
     import diffusers
-    import huggingface_hub
+    import huggingface_hub.utils
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -5228,7 +5228,7 @@ def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
             except (ValueError, OSError) as error:
                 raise RefusedInput(f"{where}: can't use {file.name} ({one_line(error)}); fetch it again") from error
         return
-    import huggingface_hub
+    import huggingface_hub.utils
     from huggingface_hub.errors import HFValidationError
 
     huggingface_hub.utils.logging.set_verbosity_error()  # it has a way of its own to the screen

