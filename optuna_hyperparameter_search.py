@@ -599,46 +599,12 @@ def read_scoring_settings(path: Path) -> ScoringSettings:
     )
 
 
-# Keys that a fixed training config must not hold, and why: they would beat the search or the program in silence.
-_SEARCHED = "is searched; delete it, or give it in --enqueue to try it first"
-_BEATS_SEARCH = "would quietly beat a searched value; delete it"
-_BY_PROGRAM = "is set by this program for every trial; delete it"
-_OTHER_MODEL = (
-    "would train on another model than the one that is scored; delete it, and give that model as --base-model"
-)
-_STATE = "would write some six times a LoRA's size with every checkpoint, and nothing reads it; delete it"
-_SECRET = "is a secret, and this file is copied into results; delete it"
+# Options that a fixed training config must not hold, and why.
 FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "learning_rate text_encoder_lr network_dim network_alpha optimizer_type max_train_epochs lr_scheduler "
-            "lr_scheduler_num_cycles gradient_accumulation_steps lr_warmup_steps"
-        ).split(),
-        _SEARCHED,
-    ),
-    **dict.fromkeys(
-        (
-            "unet_lr use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only "
-            "network_train_text_encoder_only dim_from_weights network_weights max_train_steps lr_scheduler_args "
-            "lr_decay_steps initial_epoch initial_step skip_until_initial_step resume"
-        ).split(),
-        _BEATS_SEARCH,
-    ),
-    **dict.fromkeys(
-        (
-            "pretrained_model_name_or_path dataset_config output_dir output_name logging_dir train_data_dir "
-            "reg_data_dir in_json config_file output_config debug_dataset save_last_n_epochs save_last_n_steps "
-            "save_last_n_epochs_state save_last_n_steps_state save_every_n_steps save_n_epoch_ratio dataset_class "
-            "console_log_level console_log_file"
-        ).split(),
-        _BY_PROGRAM,
-    ),
-    **dict.fromkeys("v2 v_parameterization vae base_weights base_weights_multiplier".split(), _OTHER_MODEL),
-    **dict.fromkeys("save_state save_state_on_train_end save_state_to_huggingface".split(), _STATE),
-    **dict.fromkeys("huggingface_token wandb_api_key huggingface_repo_id resume_from_huggingface".split(), _SECRET),
+    key: table["why"]
+    for table in toml.loads((HERE / "configs" / "refused_options.toml").read_text(encoding="utf-8"))["refused"]
+    for key in table["options"].split()
 }
-
-
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 
 
@@ -2139,13 +2105,15 @@ def _has_same_packages(answer: Mapping[str, Any]) -> bool:
 def _files_below(data_set: Mapping[str, Any]) -> list[Any]:
     """All files of a data set by name, size and time, without the caches of latents."""
     named = {str(subset.get(key, "")) for _, subset in _subsets(data_set) for key in _FOLDERS}
-    places = [Path(name) for name in sorted(named) if name and os.path.exists(name)]  # noqa: PTH110 - Path raises
-    files = {file for place in places for file in (place.iterdir() if place.is_dir() else [place])}
-    for file in files:
-        if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
-            raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
-    about = ((str(file), file.stat()) for file in sorted(files) if file.suffix != ".npz" and file.exists())
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+    about = []
+    for place in (Path(name) for name in sorted(named) if os.path.exists(name)):  # noqa: PTH110 - Path raises
+        with contextlib.suppress(PermissionError):
+            for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+                if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
+                    raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
+                if file.suffix != ".npz" and file.exists():
+                    about.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return about
 
 
 def _ask_kohya(
