@@ -1970,13 +1970,13 @@ def prepare_latents(images: Sequence[TrainingImage], trusted: Mapping[str, bool]
 
     What can be read is never deleted: kohya completes it with the size that it lacks.
     """
-    states = {image.latents: state_of_latents(image, trusted, scale) for image in images}
-    torn = [file for file, state in states.items() if file and state == "torn"]
+    states = [(image.latents, state_of_latents(image, trusted, scale)) for image in images]
+    torn = {file for file, state in states if file and state == "torn"}
     for file in torn:
         file.unlink(missing_ok=True)
     if torn:
-        say(f"Deleted {len(torn)} torn caches of latents ({torn[0]}); they are made again.")
-    return all(state == "good" for state in states.values())
+        say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); they are made again.")
+    return all(state == "good" for _, state in states)
 
 
 @contextlib.contextmanager
