@@ -5618,16 +5618,16 @@ def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
         return 2, "\n".join(f"error: {printable(problem)}" for problem in error.problems)
     if isinstance(error, KeyboardInterrupt):  # a line of its own, after the terminal's ^C
         return 130, f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes"
+    told = storage_error(storage, error) if storage else one_line(error.__cause__ or error)
     if isinstance(error, SearchError):
         why = one_line(error, 1000)
     elif isinstance(error, optuna.exceptions.StorageInternalError):
-        said = storage_error(storage, error)
-        why = f"the study's database failed ({said}); the same command goes on"
+        why = f"the study's database failed ({told}); the same command goes on"
     elif isinstance(error, OSError):  # a disk that is full or gone, outside of any trial
         why = f"{one_line(error)}; mend that and give the same command again"
     else:  # a fault of this program
-        told = storage_error(storage, error) if storage else error
-        return 1, "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}: {told}"])
+        lines = traceback.format_tb(error.__traceback__)
+        return 1, "".join(["Traceback (most recent call last):\n", *lines, f"{type(error).__name__}: {told}"])
     return 1, f"stopped: {printable(why)}"
 
 
