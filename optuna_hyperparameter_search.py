@@ -33,9 +33,7 @@ Sections, each using only names defined above it:
 from __future__ import annotations
 
 import argparse
-import base64
 import codecs
-import concurrent.futures
 import contextlib
 import csv
 import ctypes
@@ -74,7 +72,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -2179,14 +2177,16 @@ def find_subject(captions: Sequence[str], class_tokens: str | None, given: str |
     A name that no caption holds was never trained: RefusedInput, which lists what the captions have in common.
     """
     candidates, common = shared_tags(captions)
-    name = (given or ("" if class_tokens in common else class_tokens) or "").strip()
+    # One word such as `1girl` is what taggers write; a phrase such as `a boy` is meant.
+    is_tag = class_tokens in common and " " not in class_tokens
+    name = (given or ("" if is_tag else class_tokens) or "").strip()
     if name and any(_name(name).search(caption) for caption in captions):
         return name
     if given:
         raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
     if candidates:
         return candidates[0]
-    if class_tokens in common:
+    if is_tag:
         return class_tokens
     words = [set(re.findall(r"[^\W\d_]{2,}", caption)) for caption in captions] or [set()]
     in_all = sorted(word for word in set.intersection(*words) if not common_tags().match(word.lower()))
@@ -2550,7 +2550,6 @@ class ImageScorer:
         self.torch = torch
         self.plan = plan
         self.batch_size: int = plan["batch_size"]
-        self.shrunk: dict[Path, Any] = {}  # pictures that the contact sheet and the report show
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(
                 f"PyTorch {torch.__version__} sees no {device}; mend the installation or use --device cpu"
@@ -2840,8 +2839,7 @@ def _score_folder(folder: Path, device: str) -> None:
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
         if metrics["outcome"] == "scored":
             with only_warning("no contact sheet could be made"):
-                make_contact_sheet(folder, scorer.shrunk)
-                keep_small_pictures(folder, scorer.shrunk)
+                make_contact_sheet(folder)
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
@@ -2995,8 +2993,6 @@ def render_stage(
             file = io.BytesIO()
             image.save(file, format="PNG")
             write_atomically(folder / f"{job['name']}.png", file.getvalue())
-            if job["name"].endswith("-s0"):
-                scorer.shrunk[folder / f"{job['name']}.png"] = shrink(image)
     return images
 
 
@@ -3102,142 +3098,37 @@ def measure(
     return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
 
 
-# --- what a trial's folder keeps for those who look: small pictures for the report, and a contact sheet ---
+# --- what a trial's folder keeps for those who look: a contact sheet ---
 
-SMALL_PICTURES = "small.json"  # in scores/
-SMALL_SIDE = 320  # pixels; the longest side of a small picture at most
-# Longest side and WebP quality of small pictures: the first that fits into a number of bytes.
-_SMALL_SIZES = (
-    (320, 75),
-    (256, 70),
-    (192, 65),
-    (160, 60),
-    (128, 55),
-    (112, 50),
-    (96, 45),
-    (80, 40),
-    (64, 35),
-    (40, 25),
-)
-PICTURE_BYTES = 210_000  # of a trial's small pictures; base64 makes 280 kB of them
-ROW_PROMPTS, GRID_PROMPTS, GRID_EPOCHS = 8, 12, 10
+CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
+SHEET_WIDTH, SHEET_HEIGHT = 1600, 2400  # pixels, at most
+SHEET_COLUMNS = 12
+SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, between pictures, a line of text
+_BLACK, _GREY, _GREEN = (30, 30, 30), (200, 200, 200), (0, 140, 60)
 
 
-def shrink(image: Any) -> Any:
+def make_contact_sheet(folder: Path) -> Path:
+    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it."""
     from PIL import Image
 
-    small = image.convert("RGB")  # a copy
-    small.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.BICUBIC, reducing_gap=1.5)
-    return small
-
-
-def open_small(paths: Sequence[Path]) -> list[Any | None]:
-    """Pictures, shrunk; None where there is none, or a torn one."""
-    from PIL import Image
-
-    def open_one(path: Path) -> Any | None:
-        try:
-            with Image.open(path) as image:
-                return shrink(image)
-        except (OSError, ValueError):
-            return None
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow works outside of Python's lock
-        return list(pool.map(open_one, paths))
-
-
-def small_pictures(opened: Sequence[Any | None], limit: int) -> list[str | None]:
-    """Data URIs of shrunk pictures in WebP, as large and good as `limit` bytes for all of them allow."""
-    there = [image for image in opened if image is not None]
-    sample = there[:: max(1, len(there) // 8)]
-    encoded: list[bytes] = []
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for side, quality in _SMALL_SIZES:
-            encode = functools.partial(_encode_small, side=side, quality=quality)
-            too_much = sum(len(encode(image)) for image in sample) * len(there) > 1.1 * limit * len(sample)
-            if too_much and side != _SMALL_SIZES[-1][0]:
-                continue
-            encoded = list(pool.map(encode, there))
-            if sum(map(len, encoded)) <= limit:
-                break
-    texts = (f"data:image/webp;base64,{base64.b64encode(data).decode('ascii')}" for data in encoded)
-    return [None if image is None else next(texts, None) for image in opened]
-
-
-def _encode_small(image: Any, side: int, quality: int) -> bytes:
-    small = image.copy()
-    small.thumbnail((side, side))
-    file = io.BytesIO()
-    small.save(file, format="WEBP", quality=quality, method=2)
-    return file.getvalue()
-
-
-def pictured_epochs(metrics: Metrics) -> list[int]:
-    """The epochs that the report shows of a trial: at most GRID_EPOCHS, with the chosen and the last one."""
-    epochs = [result["epoch"] for result in metrics.get("screen", [])]
-    return sorted({*_evenly(epochs, GRID_EPOCHS - 2), *epochs[-1:], *{metrics.get("best_epoch")} & {*epochs}})
-
-
-def row_and_grid(plan: Mapping[str, Any], metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    """A trial's pictures in the report, by their names in scores/: its row, and a row of epochs for each prompt."""
-    row = [f"confirm/{job['name']}.png" for job in first_seeds(plan["confirm"], ROW_PROMPTS)]
-    jobs, epochs = first_seeds(plan["screen"], GRID_PROMPTS), pictured_epochs(metrics)
-    return row, [[f"epoch-{epoch:06d}/{job['name']}.png" for epoch in epochs] for job in jobs]
-
-
-def keep_small_pictures(folder: Path, known: Mapping[Path, Any] = MappingProxyType({})) -> dict[str, str | None]:
-    """Make scores/small.json of a trial: data URIs by the pictures' names. `known` are shrunk ones that are open."""
-    plan, metrics = _read_scored(folder)
-    row, grid = row_and_grid(plan, metrics)
-    names = [*row, *itertools.chain(*grid)]
-    opened = _opened([folder / "scores" / name for name in names], known)
-    sources = dict(zip(names, small_pictures(opened, PICTURE_BYTES), strict=True))
-    with contextlib.suppress(OSError):  # a folder that can only be read
-        write_json(folder / "scores" / SMALL_PICTURES, {"score": metrics["score"], "sources": sources})
-    return sources
-
-
-def _opened(paths: Sequence[Path], known: Mapping[Path, Any]) -> list[Any | None]:
-    """Shrunk pictures: those that are open already, and the others from their files."""
-    missing = [path for path in paths if path not in known]
-    found = {**known, **dict(zip(missing, open_small(missing), strict=True))}
-    return [found[path] for path in paths]
-
-
-def _read_scored(folder: Path) -> tuple[dict[str, Any], Metrics]:
     plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
     if plan is None or metrics is None:
         raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
-    return plan, metrics
-
-
-CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
-SHEET_WIDTH, SHEET_HEIGHT, SHEET_BYTES = 1600, 2400, 500_000  # at most; pixels
-SHEET_COLUMNS = 12
-SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, between pictures, a line of text
-_WHITE, _BLACK, _GREY, _GREEN = (255, 255, 255), (30, 30, 30), (200, 200, 200), (0, 140, 60)
-
-
-def make_contact_sheet(folder: Path, known: Mapping[Path, Any] = MappingProxyType({})) -> Path:
-    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it.
-
-    Read from metrics.json, the plan and the pictures; a picture that is not there is a grey tile with a cross.
-    `known` are shrunk ones that are open.
-    """
-    plan, metrics = _read_scored(folder)
     scores, best = folder / "scores", metrics["best_epoch"]
-    screen, confirm = (first_seeds(plan[stage], SHEET_COLUMNS) for stage in FIRST_SEEDS)
-    height = SHEET_HEIGHT // (len(metrics["screen"]) + 2) - 2 * SHEET_LINE
-    tile = min(_tile_for(screen), height)
-    strips = [_prompt_strip(screen, tile)]
+    rows = []
     for result in metrics["screen"]:
         label = f"epoch {result['epoch']}  score {result['score']:.4f}"
         label, colour = (f"{label}  best", _GREEN) if result["epoch"] == best else (label, _BLACK)
-        strips.append(_picture_strip(screen, scores / f"epoch-{result['epoch']:06d}", label, tile, colour, known))
+        rows.append((scores / f"epoch-{result['epoch']:06d}", label, colour))
     label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-    tile = min(_tile_for(confirm), height)
-    strips += [_prompt_strip(confirm, tile), _picture_strip(confirm, scores / "confirm", label, tile, _GREEN, known)]
-    write_atomically(scores / CONTACT_SHEET, _small_jpeg(strips))
+    confirmed = [(scores / "confirm", label, _GREEN)]
+    tile = min(SHEET_TILE, SHEET_HEIGHT // (len(rows) + 2) - 2 * SHEET_LINE)
+    sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
+    right, middle = _draw_stage(sheet, 0, first_seeds(plan["screen"], SHEET_COLUMNS), rows, tile)
+    more, bottom = _draw_stage(sheet, middle, first_seeds(plan["confirm"], SHEET_COLUMNS), confirmed, tile)
+    file = io.BytesIO()
+    sheet.crop((0, 0, max(right, more), bottom)).save(file, format="JPEG", quality=80)
+    write_atomically(scores / CONTACT_SHEET, file.getvalue())
     return scores / CONTACT_SHEET
 
 
@@ -3247,71 +3138,48 @@ def first_seeds(jobs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[s
     return sorted(_evenly(first, count), key=lambda job: not job["subject"])
 
 
-def _tile_for(columns: Sequence[Any]) -> int:
-    return min(SHEET_TILE, (SHEET_WIDTH - SHEET_GAP) // len(columns) - SHEET_GAP)
-
-
-def _new_strip(columns: int, tile: int, height: int) -> tuple[Any, Any]:
-    """An empty strip of the sheet, and what draws on it in a font that most of its text has."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    strip = Image.new("RGB", (columns * (tile + SHEET_GAP) + SHEET_GAP, height), _WHITE)
-    draw = ImageDraw.Draw(strip)
-    draw.font = ImageFont.load_default(13)
-    return strip, draw
-
-
-def _prompt_strip(jobs: Sequence[Mapping[str, Any]], tile: int) -> Any:
-    """The prompts above their columns, in up to three lines."""
-    strip, draw = _new_strip(len(jobs), tile, 3 * SHEET_LINE + SHEET_GAP)
-    for number, job in enumerate(jobs):
-        lines = textwrap.wrap(printable(job["prompt"]), max(4, tile // 7), max_lines=3, placeholder=" ...")
-        corner = (SHEET_GAP + number * (tile + SHEET_GAP), SHEET_GAP + SHEET_LINE * (3 - len(lines)))
-        draw.text(corner, "\n".join(lines), fill=_BLACK)
-    return strip
-
-
-def _picture_strip(
+def _draw_stage(
+    sheet: Any,
+    top: int,
     jobs: Sequence[Mapping[str, Any]],
-    pictures: Path,
-    label: str,
+    rows: Sequence[tuple[Path, str, tuple[int, int, int]]],
     tile: int,
-    colour: tuple[int, int, int],
-    known: Mapping[Path, Any],
-) -> Any:
-    from PIL import Image, ImageOps
+) -> tuple[int, int]:
+    """Draw the prompts in up to three lines, and below them the rows: folder, label, colour. The lower right corner."""
+    from PIL import ImageDraw, ImageFont
 
-    strip, draw = _new_strip(len(jobs), tile, tile + SHEET_GAP + SHEET_LINE)
-    draw.text((SHEET_GAP, 0), label, fill=colour)
-    opened = _opened([pictures / f"{job['name']}.png" for job in jobs], known)
-    for number, picture in enumerate(opened):
-        left, top = SHEET_GAP + number * (tile + SHEET_GAP), SHEET_LINE
-        box = (left, top, left + tile - 1, top + tile - 1)
-        if picture:
-            enlarged = Image.Resampling.NEAREST if max(picture.size) < tile else Image.Resampling.BICUBIC
-            strip.paste(ImageOps.pad(picture, (tile, tile), enlarged, _WHITE), (left, top))
-        else:  # not there, or torn
-            draw.rectangle(box, fill=_GREY)
-            draw.line(box, fill=_BLACK)
-            draw.line((box[0], box[3], box[2], box[1]), fill=_BLACK)
-        if colour != _BLACK:
-            draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
-    return strip
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(13)  # has most of the prompts' characters
+    tile = min(tile, (SHEET_WIDTH - SHEET_GAP) // len(jobs) - SHEET_GAP)
+    columns = [(SHEET_GAP + number * (tile + SHEET_GAP), job) for number, job in enumerate(jobs)]
+    for left, job in columns:
+        lines = textwrap.wrap(printable(job["prompt"]), max(4, tile // 7), max_lines=3, placeholder=" ...")
+        corner = (left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines)))
+        draw.text(corner, "\n".join(lines), fill=_BLACK)
+    top += 3 * SHEET_LINE + SHEET_GAP
+    for folder, label, colour in rows:
+        draw.text((SHEET_GAP, top), label, fill=colour)
+        top += SHEET_LINE
+        for left, job in columns:
+            sheet.paste(_open_tile(folder / f"{job['name']}.png", tile), (left, top))
+            if colour != _BLACK:
+                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
+        top += tile + SHEET_GAP
+    return columns[-1][0] + tile + SHEET_GAP, top
 
 
-def _small_jpeg(strips: Sequence[Any]) -> bytes:
-    """The strips below each other, in the best quality that SHEET_BYTES allows."""
-    from PIL import Image
+def _open_tile(path: Path, side: int) -> Any:
+    """A picture in a square of `side` pixels; a grey one with a cross if the picture is not there, or torn."""
+    from PIL import Image, ImageDraw, ImageOps
 
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), _WHITE)
-    for number, strip in enumerate(strips):
-        sheet.paste(strip, (0, sum(above.height for above in strips[:number])))
-    for quality in (88, 75, 60, 45, 30, 15):
-        file = io.BytesIO()
-        sheet.save(file, format="JPEG", quality=quality)
-        if file.tell() <= SHEET_BYTES:
-            break
-    return file.getvalue()
+    try:
+        with Image.open(path) as picture:
+            enlarged = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.BICUBIC
+            return ImageOps.pad(picture.convert("RGB"), (side, side), enlarged, "white")
+    except (OSError, ValueError):
+        tile = Image.new("RGB", (side, side), _GREY)
+        ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
+        return tile
 
 
 # ======================================================================================================
@@ -4522,16 +4390,13 @@ def describe_improvements(study: optuna.Study) -> list[str]:
     ]
 
 
-# --- the report: one page that needs no network, whatever the study's state ---
+# --- the report: one page that needs no network, whatever the study's state; its pictures are the trials' own ---
 
 REPORT_NAME = "report.html"
 DATA_SET_PICTURES = "data_set"  # in reference/
 SHOWN_PICTURES = 8
-PICTURED_TRIALS = 20  # the best ones; with 4.8 MB of plotly.js, PICTURE_BYTES of each keep the page below 12 MB
-WINNER_BYTES = 200_000  # of its pictures, and as many of the base model and of the data set
-WINNER_PROMPTS = 16
+WINNER_PROMPTS, ROW_PROMPTS, GRID_PROMPTS = 16, 8, 12
 CURVE_POINTS = 100
-Picture = dict[str, Any]
 
 
 def write_report(study: optuna.Study, output_dir: Path) -> None:
@@ -4539,25 +4404,24 @@ def write_report(study: optuna.Study, output_dir: Path) -> None:
     import jinja2
     import plotly.offline
 
+    results = output_dir / "results"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "configs"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, results)))
     page = environment.get_template(REPORT_NAME).render(
         describe_report(study, output_dir), plotly_js=plotly.offline.get_plotlyjs()
     )
-    write_atomically(output_dir / "results" / REPORT_NAME, page.encode(errors="replace"))
+    write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
 
 
 def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
     """All that the page shows, as its template's variables."""
     trials = study.get_trials(deepcopy=False)
-    plan = read_json(output_dir / "reference" / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
-    columns = first_seeds(plan["confirm"], ROW_PROMPTS)
+    reference, results = output_dir / "reference", output_dir / "results"
+    plan = read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
     ranked = scored_trials(study)
-    entries = [_report_entry(trial, rank, plan, output_dir) for rank, trial in enumerate(ranked, start=1)]
-    reference = output_dir / "reference" / "confirm"
-    base = [(reference / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in columns]
     return {
         "study_name": study.study_name,
         "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -4565,12 +4429,15 @@ def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
         "planned": study.user_attrs.get("n_trials"),
         "running": [trial.number for trial in trials if trial.state == TrialState.RUNNING],
         "terms": TERMS,
-        "pictured_trials": PICTURED_TRIALS,
-        "columns": columns,
-        "base": _small_files(base, output_dir, PICTURE_BYTES),
-        "entries": entries,
-        "winner": _report_winner(ranked[0], plan, output_dir) if ranked else None,
-        "others": [_report_other(t) for t in trials if t.state in (TrialState.PRUNED, TrialState.FAIL)],
+        "reference": reference,
+        "data_set": sorted((reference / DATA_SET_PICTURES).glob("*.png")),
+        "best_lora": results / "best_lora.safetensors",
+        "train_again": f"python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}",
+        "winner_jobs": first_seeds(plan["confirm"], WINNER_PROMPTS),
+        "row_jobs": first_seeds(plan["confirm"], ROW_PROMPTS),
+        "grid_jobs": first_seeds(plan["screen"], GRID_PROMPTS),
+        "entries": [_report_entry(trial, output_dir) for trial in ranked],
+        "others": [trial for trial in trials if trial.state in (TrialState.PRUNED, TrialState.FAIL)],
         "plots": [plot for plot in _report_plots(study) if plot] if len(ranked) > 1 else [],
         "improvements": measure_improvements(study),
         "times": where_time_went(trials),
@@ -4579,130 +4446,35 @@ def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def _report_winner(best: FrozenTrial, plan: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    """The best trial's pictures beside the base model's of the same prompts and seeds, and the data set's."""
-    jobs = first_seeds(plan["confirm"], WINNER_PROMPTS)
-    scores, reference = folder_of(best, output_dir) / "scores", output_dir / "reference"
-    with_it = [(scores / "confirm" / f"{job['name']}.png", f"with the best LoRA: {job['prompt']}") for job in jobs]
-    without = [(reference / "confirm" / f"{job['name']}.png", f"without a LoRA: {job['prompt']}") for job in jobs]
-    files = sorted((reference / DATA_SET_PICTURES).glob("*.png"))
-    data = [(file, f"picture {number} of the data set") for number, file in enumerate(files, start=1)]
-    shown = [_small_files(wanted, output_dir, WINNER_BYTES) for wanted in (with_it, without, data)]
-    results = output_dir / "results"
-    return {
-        "pairs": list(zip(jobs, *shown[:2], strict=True)),
-        "data": shown[2],
-        "lora": results / "best_lora.safetensors",
-        "command": f"python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}",
-    }
-
-
-def _report_entry(trial: FrozenTrial, rank: int, plan: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
+def _report_entry(trial: FrozenTrial, output_dir: Path) -> dict[str, Any]:
     """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
     attrs, folder = trial.user_attrs, folder_of(trial, output_dir)
     metrics = read_json(folder / "metrics.json") or {}
     screen = metrics.get("screen", [])
-    entry = {
+    return {
         "number": trial.number,
-        "rank": rank,
         "score": trial.value,
         "terms": attrs["terms"],
         "epoch": attrs["best_epoch"],
         "params": attrs["training_params"],
         "minutes": (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60,
-        "folder": folder.name,
-        "link": _link(folder, output_dir),
+        "folder": folder,
         "copies": len(metrics.get("copies", {}).get("images", [])),
-        "epochs": [{**result, "is_best": result["epoch"] == attrs["best_epoch"]} for result in screen],
+        "epochs": screen,
         "curves": _curves(trial, screen, folder, output_dir),
-        "row": [],
-        "grid": [],
     }
-    if rank <= PICTURED_TRIALS:
-        entry |= _row_and_grid(f"trial {trial.number}", folder, plan, metrics, output_dir)
-    return entry
-
-
-def _row_and_grid(
-    name: str, folder: Path, plan: Mapping[str, Any], metrics: Metrics, output_dir: Path
-) -> dict[str, Sequence[Any]]:
-    """A trial's pictures, from scores/small.json, which is made if it is not there or of an earlier scoring."""
-    kept = read_json(folder / "scores" / SMALL_PICTURES) or {}
-    is_whole = not metrics or kept.get("score") == metrics["score"]
-    sources = kept.get("sources", {}) if is_whole else keep_small_pictures(folder)
-    epochs = pictured_epochs(metrics)
-    row, grid = row_and_grid(plan, metrics)
-
-    def shown(names: Sequence[str], texts: Sequence[str]) -> list[Picture]:
-        files = [(folder / "scores" / name, text) for name, text in zip(names, texts, strict=True)]
-        return _pictures(files, [sources.get(name) for name in names], output_dir)
-
-    columns, jobs = first_seeds(plan["confirm"], ROW_PROMPTS), first_seeds(plan["screen"], GRID_PROMPTS)
-    return {
-        "row": shown(row, [f"{name}: {job['prompt']}" for job in columns]),
-        "grid": [
-            (job, shown(names, [f"epoch {epoch}: {job['prompt']}" for epoch in epochs]))
-            for job, names in zip(jobs, grid, strict=True)
-            if epochs
-        ],
-        "epochs": [
-            {**result, "is_best": result["epoch"] == metrics["best_epoch"]}
-            for result in metrics.get("screen", [])
-            if result["epoch"] in epochs
-        ],
-    }
-
-
-def _report_other(trial: FrozenTrial) -> dict[str, Any]:
-    attrs = trial.user_attrs
-    return {
-        "number": trial.number,
-        "ended": attrs.get("ended", trial.state.name.lower()),
-        "reason": attrs.get("rejection_reason") or attrs.get("reason") or "",
-        "params": attrs.get("training_params") or trial.params,
-    }
-
-
-def _link(path: Path, output_dir: Path) -> str:
-    return urllib.parse.quote(os.path.relpath(path, output_dir / "results"), errors="replace")
-
-
-def _pictures(files: Sequence[tuple[Path, str]], sources: Sequence[str | None], output_dir: Path) -> list[Picture]:
-    """(file, alt text) and what is shown of it, for the template; `src` or `link` is None where there is nothing."""
-    return [
-        {"src": source, "link": _link(path, output_dir) if path.is_file() else None, "alt": alt}
-        for (path, alt), source in zip(files, sources, strict=True)
-    ]
-
-
-def _small_files(files: Sequence[tuple[Path, str]], output_dir: Path, limit: int) -> list[Picture]:
-    dated = tuple((path, path.stat().st_mtime_ns if path.is_file() else 0) for path, _ in files)
-    return _pictures(files, _small_sources(dated, limit), output_dir)
-
-
-@functools.lru_cache(maxsize=16)  # the page is written after every trial
-def _small_sources(dated: tuple[tuple[Path, int], ...], limit: int) -> list[str | None]:
-    return small_pictures(open_small([path for path, _ in dated]), limit)
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
-    try:
-        return _read_losses(log_file, log_file.stat().st_mtime_ns, epochs)
-    except OSError:
-        return []
-
-
-@functools.lru_cache(maxsize=1000)  # logs of trials that are over stay as they are, and the page comes after each
-def _read_losses(log_file: Path, _changed: int, epochs: int) -> list[tuple[float, float | None]]:
     losses: dict[int, float | None] = {}
     steps = 0
-    for bar in re.split(r"[\r\n]", log_file.read_text(encoding="utf-8", errors="replace")):
+    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    for bar in re.split(r"[\r\n]", text):
         if (at := _STEP_BAR.search(bar)) and (loss := _AVERAGE_LOSS.search(bar)):
             steps = int(at[2])
             losses[int(at[1])] = float(loss[1]) if math.isfinite(float(loss[1])) else None
-    points = [(round(step / steps * epochs, 3), loss) for step, loss in losses.items()]
-    return _evenly(points, CURVE_POINTS)
+    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
 
 
 def _curves(trial: FrozenTrial, screen: Sequence[Mapping[str, Any]], folder: Path, output_dir: Path) -> dict[str, Any]:

@@ -6,9 +6,8 @@
 A folder is that of a finished study with a database of its own; it is not changed. Without any, two are made first: 20
 trials with pictures of 512 pixels, which takes a minute and 2 GB, and 200 trials with pictures of 64 pixels.
 
-"First" is the first page that a program writes, as --report does; "again" is the next one, for which it keeps the large
-pictures. One more trial is the best one, whose pictures are on the page twice, where all others were there before. Its
-contact sheet, small pictures, upload, page and notes are what the search does after training and scoring it.
+One more trial is the best one, whose pictures are on the page twice, where all others were there before. Its contact
+sheet, upload, page and notes are what the search does after training and scoring it.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ def link_study(source: Path, target: Path, best: FrozenTrial) -> None:
             (target / path.name).symlink_to(path.resolve())
     link_folders(folder, target / folder.name, but="scores")
     link_folders(folder / "scores", target / folder.name / "scores", but=search.CONTACT_SHEET)
-    (target / folder.name / "scores" / search.SMALL_PICTURES).unlink(missing_ok=True)
 
 
 def before_the_last(study: optuna.Study, best: FrozenTrial, target: Path) -> tuple[optuna.Study, int]:
@@ -89,10 +87,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     noted: set[int] = set()
     search.write_notes(copy, noted)
     folder = search.folder_of(best, target)
-    files = list((folder / "scores").glob("*/*-s0.png"))
-    opened = dict(zip(files, search.open_small(files), strict=True))  # as they are while the pictures are made
-    spent = {"contact sheet": seconds(search.make_contact_sheet, folder, opened)}
-    spent["small pictures"] = seconds(search.keep_small_pictures, folder, opened)
+    spent = {"contact sheet": seconds(search.make_contact_sheet, folder)}
     trial = optuna.Trial(copy, trial_id)
     spent["upload"] = seconds(search.upload_contact_sheet, trial, folder)
     assert len(search.contact_sheets(trial, copy._storage)) == 1
@@ -107,17 +102,14 @@ def measure(output_dir: Path) -> None:
     with tempfile.TemporaryDirectory() as top:
         target = Path(top) / "whole"
         link_study(output_dir, target, search.scored_trials(study)[0])
-        search._small_sources.cache_clear()
-        first, again = (seconds(search.write_report, study, target) for _ in range(2))
+        written = seconds(search.write_report, study, target)
         size = (target / "results" / search.REPORT_NAME).stat().st_size
-        search._small_sources.cache_clear()
         spent = one_more(study, output_dir, Path(top) / "one_more")
     total = sum(spent.values())
     trials = study.get_trials(deepcopy=False)
     print(f"{output_dir}: {len(trials)} trials, {len(search.scored_trials(study))} of them scored")
     print(f"  the page:        {size / 1e6:6.2f} MB")
-    print(f"  written first:   {first:6.2f} s")
-    print(f"  written again:   {again:6.2f} s")
+    print(f"  written in:      {written:6.2f} s")
     parts = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
     print(f"  one more trial:  {total:6.2f} s, {100 * total / TRIAL_SECONDS:.1f}% of a trial of a minute   ({parts})")
 

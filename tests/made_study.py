@@ -579,13 +579,6 @@ def learn(path: Path) -> Learnt:
     )
 
 
-class Forgetful(dict[Path, Any]):
-    """Keeps no open pictures: what is drawn here is less than its file, from which they are then made."""
-
-    def __setitem__(self, key: Path, value: Any) -> None:
-        pass
-
-
 class MadeImageScorer:
     """search.ImageScorer without models: the search makes all of metrics.json from what this draws and embeds."""
 
@@ -594,7 +587,6 @@ class MadeImageScorer:
         self.plan = plan
         self.device = device
         self.learnt = Learnt()
-        self.shrunk = Forgetful()
 
     @contextlib.contextmanager
     def lora(self, path: Path) -> Iterator[None]:

@@ -259,11 +259,10 @@ def test_the_sheet_has_a_row_a_checkpoint_and_the_plain_prompts_last(tmp_path: P
     assert sheet.getpixel((search.SHEET_GAP - 2, head + search.SHEET_LINE + tile // 2)) == near((255,) * 3, abs=20)
 
 
-def test_a_sheet_of_many_prompts_and_checkpoints_stays_small(tmp_path: Path) -> None:
+def test_a_sheet_of_many_prompts_and_checkpoints_fits_on_a_screen(tmp_path: Path) -> None:
     prompts = [*PROMPTS[:1], *[f"luca, number {number}, " + "word " * 50 for number in range(20)]]
-    file, sheet = sheet_of(tmp_path, prompts, epochs=(1, 2, 3, 4, 5, 6, 7, 8), noise=True)
+    _, sheet = sheet_of(tmp_path, prompts, epochs=(1, 2, 3, 4, 5, 6, 7, 8), noise=True)
     assert 1400 <= sheet.width <= 1600 and sheet.height <= 2400
-    assert file.stat().st_size <= 500_000
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------

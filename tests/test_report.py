@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import made_study
 import optuna
 import pytest
 from optuna.trial import FrozenTrial
-from PIL import Image
 
 import optuna_hyperparameter_search as search
 
@@ -25,6 +23,7 @@ TERMS = ("fidelity", "text", "preservation", "variety", "usable")
 ENDS = {2: "diverged", 3: "rejected", 4: "crashed"}
 FEW = {"prompts": 2, "plain_prompts": 2, "confirm_prompts": 3, "confirm_plain": 2, "checkpoints": 2}
 MAX_PAGE_BYTES = 12_000_000
+ODD_NAME = "it's 100% #1? <ü>"
 
 
 # --- a browser ----------------------------------------------------------------------------------------
@@ -379,11 +378,36 @@ def use_all(page: Browser) -> None:
     page.see_all()
 
 
-def test_the_page_asks_for_nothing_outside_of_itself(page: Browser, made: Path) -> None:
+def test_the_page_asks_for_pictures_in_the_studys_folder_and_nothing_else(page: Browser, made: Path) -> None:
     use_all(page)
-    asked = page.requests()
-    assert page_of(made).as_uri() in asked
-    assert [url for url in asked if url != page_of(made).as_uri() and not url.startswith(("data:", "blob:"))] == []
+    asked = [url for url in page.requests() if not url.startswith(("data:", "blob:"))]
+    pictures = [url for url in asked if url.startswith(made.as_uri()) and url.endswith(".png")]
+    assert len(pictures) > 100 and set(asked) - {*pictures} == {page_of(made).as_uri()}
+
+
+def test_pictures_far_below_are_not_loaded_at_first(page: Browser) -> None:
+    loaded = {url for url in page.requests() if url.endswith(".png")}
+    assert 0 < len(loaded) < len(page.all("img")) / 3
+
+
+def test_a_copied_folder_shows_its_own_pictures(browser: Browser, made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / ODD_NAME
+    shutil.copytree(made, copy)
+    browser.open(page_of(copy))
+    asked = [url for url in browser.requests() if url.endswith(".png")]
+    assert asked and all(url.startswith(copy.as_uri()) for url in asked) and not browser.all("a.missing")
+
+
+def test_pictures_of_trials_in_another_folder_are_shown(browser: Browser, tmp_path: Path) -> None:
+    made_in, moved_to = tmp_path / ODD_NAME, tmp_path / "out"
+    made_study.make_study(made_in, trials=1, picture_size=32, **FEW)
+    shutil.copytree(made_in, moved_to, ignore=shutil.ignore_patterns("trial_*"))
+    rewritten(moved_to)
+    browser.open(page_of(moved_to))
+    browser.see_all()
+    assert browser.wait("[...document.images].every(image => image.naturalWidth)")
+    asked = [url for url in browser.requests() if "/trial_0000/scores/" in url]
+    assert asked and all(url.startswith(made_in.as_uri()) for url in asked) and not browser.all(".missing")
 
 
 def test_the_console_stays_empty(page: Browser) -> None:
@@ -546,7 +570,7 @@ def test_texts_of_others_add_no_element(browser: Browser, evil: Path) -> None:
     browser.see_all()
     assert browser.run("return document.querySelectorAll('b, [onmouseover], [onerror], img:not([alt])').length") == 0
     plots, scripts = len(browser.all(".plot")), len(browser.all("script"))
-    assert scripts == plots + 2 and plots > 2
+    assert scripts == plots + 3 and plots > 2
 
 
 def test_texts_of_others_run_nothing(browser: Browser, evil: Path) -> None:
@@ -623,11 +647,10 @@ def test_of_two_hundred_trials_all_are_listed(many: Path) -> None:
     assert Shown(page_of(many)).rows == [f"trial-{trial.number}" for trial in ranked] and len(ranked) == 200
 
 
-def test_of_two_hundred_trials_the_best_twenty_have_pictures(many: Path) -> None:
-    ranked = search.scored_trials(study_in(many))
+def test_of_two_hundred_trials_all_have_pictures(many: Path) -> None:
     alts = [image["alt"] for image in Shown(page_of(many)).images]
-    pictured = {trial.number for trial in ranked if any(alt.startswith(f"trial {trial.number}:") for alt in alts)}
-    assert pictured == {trial.number for trial in ranked[:20]}
+    pictured = {int(alt.split(":")[0].removeprefix("trial ")) for alt in alts if alt.startswith("trial ")}
+    assert pictured == set(range(200))
 
 
 def test_the_page_of_two_hundred_trials_is_small(many: Path) -> None:
@@ -638,33 +661,13 @@ def test_a_picture_that_is_gone_is_named(small: Path) -> None:
     before = rewritten(small).missing
     best = search.scored_trials(study_in(small))[0]
     job = search.read_json(small / "reference" / "plan.json")["confirm"][0]
-    scores = search.folder_of(best, small) / "scores"
-    (scores / "confirm" / f"{job['name']}.png").unlink()
-    (scores / search.SMALL_PICTURES).unlink()
+    (search.folder_of(best, small) / "scores" / "confirm" / f"{job['name']}.png").unlink()
     shown = rewritten(small)
     assert sorted(set(shown.missing) - set(before)) == [
         f"trial {best.number}: {job['prompt']}: no picture",
         f"with the best LoRA: {job['prompt']}: no picture",
     ]
     assert "no picture" in shown.text
-
-
-def test_the_small_picture_of_one_that_is_gone_is_shown_without_a_link(small: Path) -> None:
-    best = search.scored_trials(study_in(small))[0]
-    picture = search.folder_of(best, small) / "scores" / "confirm" / "p00-s0.png"
-    before = rewritten(small)
-    picture.unlink()
-    shown = rewritten(small)
-    assert len(shown.images) == len(before.images) - 1  # the winner's large one
-    assert f"{best.user_attrs['folder']}/scores/confirm/p00-s0.png" not in shown.source
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"score": 2.0, "sources": {}}'])
-def test_small_pictures_that_are_torn_or_of_another_scoring_are_made_again(small: Path, content: str) -> None:
-    before = rewritten(small)
-    for file in small.glob(f"trial_*/scores/{search.SMALL_PICTURES}"):
-        file.write_text(content)
-    assert rewritten(small).images == before.images and before.images
 
 
 def test_a_picture_that_is_gone_is_no_link(small: Path) -> None:
@@ -674,13 +677,16 @@ def test_a_picture_that_is_gone_is_no_link(small: Path) -> None:
     assert before and gone.name not in re.findall(r'href="../reference/confirm/([^"]+)"', rewritten(small).source)
 
 
-def test_a_torn_picture_is_named(small: Path) -> None:
-    before = rewritten(small)
-    torn = min((small / "reference" / "data_set").glob("*.png"))
-    torn.write_bytes(torn.read_bytes()[:60])
-    shown = rewritten(small)
-    assert set(shown.missing) - set(before.missing) == {"picture 1 of the data set: no picture"}
-    assert len(shown.images) == len(before.images) - 1
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b""), Path.unlink])
+def test_a_picture_that_is_empty_or_goes_after_the_page_was_written_is_shown_as_missing(
+    browser: Browser, small: Path, spoil: Callable[[Path], object]
+) -> None:
+    spoil(min((small / "reference" / "data_set").glob("*.png")))
+    browser.open(page_of(small))
+    browser.see_all()
+    assert browser.wait("document.querySelector('a.missing')")
+    assert browser.texts("a.missing") == ["no picture"]
+    assert browser.run("return document.querySelector('a.missing').title") == "picture 1 of the data set"
 
 
 def test_metrics_that_are_gone_are_said_to_be(small: Path) -> None:
@@ -711,32 +717,6 @@ def test_a_password_is_not_in_the_page(tmp_path: Path, postgresql: Callable[[], 
     made_study.engine_of(study).dispose()  # the server waits for it
     shown = Shown(page_of(tmp_path / "out"))
     assert len(shown.rows) == 2 and "s3cr3t" not in shown.source
-
-
-# --- its size -----------------------------------------------------------------------------------------
-
-
-def test_all_parts_of_a_page_fit_into_its_size() -> None:
-    import plotly.offline
-
-    pictures = (search.PICTURED_TRIALS + 1) * search.PICTURE_BYTES + 3 * search.WINNER_BYTES  # and the base model's row
-    rest = len(plotly.offline.get_plotlyjs().encode()) + 11_000 * search.PICTURED_TRIALS  # texts and curves
-    assert pictures * 4 / 3 + rest < MAX_PAGE_BYTES
-
-
-def test_pictures_are_shown_where_even_the_smallest_take_too_much(small: Path) -> None:
-    file = next((small / "reference" / "data_set").glob("*.png"))
-    assert search.small_pictures(search.open_small([file]), 10)[0] is not None
-
-
-@pytest.mark.parametrize("limit", [40_000, 200_000])
-def test_pictures_fit_into_their_bytes(tmp_path: Path, limit: int) -> None:
-    paths = [tmp_path / f"{number}.png" for number in range(32)]
-    for number, path in enumerate(paths):
-        Image.effect_noise((512, 512), 8 * number).convert("RGB").save(path, compress_level=0)
-    made = search.small_pictures(search.open_small(paths), limit)
-    sizes = [len(base64.b64decode(str(uri).removeprefix("data:image/webp;base64,"))) for uri in made]
-    assert len(sizes) == 32 and limit / 4 < sum(sizes) <= limit
 
 
 # --- what it shows of the trials ----------------------------------------------------------------------

@@ -874,8 +874,7 @@ def test_a_trial_is_screened_confirmed_and_scored_the_same_in_every_process(
     flagged = [image["name"] for image in first["raw"]["images"] if image.get("nearest", -1) > anchors["copy"]]
     assert first["copies"] == {"limit": anchors["copy"], "images": flagged}
     names = {path.name for path in (folder / "scores").iterdir()}
-    kept = {search.CONTACT_SHEET, search.SMALL_PICTURES}
-    assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm", *kept}
+    assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm", search.CONTACT_SHEET}
 
 
 def test_scoring_again_keeps_what_was_screened_of_checkpoints_that_are_deleted_since(output_dir: Path) -> None:
