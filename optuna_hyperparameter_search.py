@@ -3098,7 +3098,7 @@ def measure(
     return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
 
 
-# --- what a trial's folder keeps for those who look: a contact sheet ---
+# --- the contact sheet of a trial, for those who look ---
 
 CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
 SHEET_WIDTH, SHEET_HEIGHT = 1600, 2400  # pixels, at most
@@ -4517,12 +4517,7 @@ def _report_plots(study: optuna.Study) -> Iterator[dict[str, Any] | None]:
         "A line is a trial. Drag along an axis to see only the trials that pass there.",
         lambda: optunas.plot_parallel_coordinate(study, params=list(SEARCH_SPACE)),
     )
-    yield {
-        "title": "Score against learning rate",
-        "note": "learning_rate x sqrt(network_alpha / network_dim): what a step moves the weights by, for AdamW.",
-        "figure": _strength_figure(ranked),
-    }
-    yield {"title": "Alpha bands", "note": "", "figure": _bands_figure(ranked)}
+    yield from _plots_by_band(ranked)
 
 
 def _plot(title: str, note: str, make: Callable[[], Any]) -> dict[str, Any] | None:
@@ -4538,42 +4533,25 @@ def _plot(title: str, note: str, make: Callable[[], Any]) -> dict[str, Any] | No
     return {"title": title, "note": note, "figure": figure}
 
 
-def _by_band(ranked: Sequence[FrozenTrial]) -> Iterator[tuple[str, list[FrozenTrial]]]:
+def _plots_by_band(ranked: Sequence[FrozenTrial]) -> Iterator[dict[str, Any]]:
+    """Scores against what a step moves the weights by, and scores of the guide's alpha bands."""
+    points, boxes = [], []
     for band, (ratios, _) in ALPHA_BANDS.items():
-        yield f"{band} ({ratios})", [t for t in ranked if alpha_band(t.user_attrs["training_params"]) == band]
-
-
-def _strength_figure(ranked: Sequence[FrozenTrial]) -> dict[str, Any]:
-    data = []
-    for name, found in _by_band(ranked):
+        found = [trial for trial in ranked if alpha_band(trial.user_attrs["training_params"]) == band]
         params = [trial.user_attrs["training_params"] for trial in found]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": f"alpha {name}",
-                "marker": {"size": 10},
-                "x": [p["learning_rate"] * math.sqrt(p["network_alpha"] / p["network_dim"]) for p in params],
-                "y": [trial.value for trial in found],
-                "text": [f"trial {trial.number}" for trial in found],
-            }
-        )
-    axes = {"xaxis": {"title": {"text": "learning_rate x sqrt(alpha / dim)"}, "exponentformat": "e"}}
-    return {"data": data, "layout": {**axes, "yaxis": {"title": {"text": "score"}}}}
-
-
-def _bands_figure(ranked: Sequence[FrozenTrial]) -> dict[str, Any]:
-    data = [
-        {
-            "type": "box",
-            "boxpoints": "all",
-            "name": f"{name}: {len(found)}",
-            "y": [trial.value for trial in found],
-            "text": [f"trial {trial.number}" for trial in found],
-        }
-        for name, found in _by_band(ranked)
-    ]
-    return {"data": data, "layout": {"yaxis": {"title": {"text": "score"}}, "showlegend": False}}
+        scores = {"y": [trial.value for trial in found], "text": [f"trial {trial.number}" for trial in found]}
+        rates = [p["learning_rate"] * math.sqrt(p["network_alpha"] / p["network_dim"]) for p in params]
+        shown = {"type": "scatter", "mode": "markers", "marker": {"size": 10}, "name": f"alpha {band} ({ratios})"}
+        points.append({**shown, "x": rates, **scores})
+        boxes.append({"type": "box", "boxpoints": "all", "name": f"{band} ({ratios}): {len(found)}", **scores})
+    axis = {"yaxis": {"title": {"text": "score"}}}
+    across = {"xaxis": {"title": {"text": "learning_rate x sqrt(alpha / dim)"}, "exponentformat": "e"}}
+    yield {
+        "title": "Score against learning rate",
+        "note": "learning_rate x sqrt(network_alpha / network_dim): what a step moves the weights by, for AdamW.",
+        "figure": {"data": points, "layout": {**across, **axis}},
+    }
+    yield {"title": "Alpha bands", "note": "", "figure": {"data": boxes, "layout": {**axis, "showlegend": False}}}
 
 
 def where_time_went(trials: Sequence[FrozenTrial]) -> dict[str, float]:
