@@ -340,7 +340,7 @@ def test_a_hung_trainer_is_found_though_it_has_closed_its_output(tmp_path: Path)
 def test_a_short_program_that_does_not_end_is_ended_and_refused(output: str) -> None:
     started = time.monotonic()
     code = f"import os, time\n{output}\ntime.sleep(60)"
-    with pytest.raises(search.RefusedInput, match=r"-c \.\.\.` took more than 1 s and was ended; run it by hand"):
+    with pytest.raises(search.RefusedInput, match="took more than 1 s and was ended; run it by hand"):
         search.capture([sys.executable, "-c", code], "cpu", seconds=1)
     assert time.monotonic() - started < 8
 
