@@ -564,6 +564,40 @@ def test_latents_under_the_keys_of_newer_trainers_are_good(more: dict[str, tuple
     assert [cache.read_bytes() for cache in caches] == before
 
 
+def test_latents_that_are_gone_are_made_before_the_next_trial(night: Night) -> None:
+    """A training that has to make them draws other random numbers than one that finds them."""
+    caches = sorted((night.world / "images").glob("*.npz"))
+    caches[0].unlink()
+    done = night.run(2)
+    assert done.returncode == 0 and "Trying the trainer out" in done.stdout and caches[0].is_file()
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_torn_first_step_is_made_again(keep: int, night: Night) -> None:
+    lora = night.output_dir / "reference" / "first_step" / "lora.safetensors"
+    whole = lora.read_bytes()
+    lora.write_bytes(whole[:keep])
+    done = night.run(2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Trying the trainer out" in done.stdout and lora.stat().st_size == len(whole)
+
+
+def test_a_resume_starts_without_asking_sd_scripts(night: Night) -> None:
+    """A trainer's Python that answers no probe can still train."""
+    python = night.output_dir.parent / "python"
+    script = (
+        f'#!/bin/sh\ncase "$1" in *kohya_probe.py) [ -e {python}.off ] && exit 3 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.write_text(script)
+    python.chmod(0o755)
+    assert night.run(2, "--trainer-python", python).returncode == 0
+    Path(f"{python}.off").touch()
+    done = night.run(3, "--trainer-python", python)
+    assert done.returncode == 0, done.stderr
+    refused = night.run(3, "--trainer-python", python, "--check")  # a check asks anew
+    assert refused.returncode == 2 and "no working Python" in refused.stderr
+
+
 def test_a_file_that_only_looks_like_latents_is_refused_and_kept(night: Night) -> None:
     picture = next((night.world / "images").glob("*.png"))
     (night.world / "images" / f"{picture.stem}.npz").write_bytes(b"my notes")
