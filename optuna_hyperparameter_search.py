@@ -537,7 +537,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
         remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "mend it there"
-        raise RefusedInput(f"{what}: {path} is not valid TOML ({one_line(error)}); {remedy}") from error
+        kind = "JSON" if isinstance(error, json.JSONDecodeError) else "TOML"
+        raise RefusedInput(f"{what}: {path} is not valid {kind} ({one_line(error)}); {remedy}") from error
 
 
 def _wrong_value(value: Any, kind: type, smallest: float | None) -> str:
@@ -768,7 +769,7 @@ def list_data_set(
         known = {"caption_extension": ".caption", **options, **config["general"], **dataset, **subset}
         for key in _FOLDERS:
             problems.of(_check_place, path, key, subset.get(key, "" if key == "image_dir" else None), subset)
-        if isinstance(subset.get("metadata_file"), str):
+        if os.path.isfile(str(subset.get("metadata_file"))):  # noqa: PTH113 - Path raises
             images += problems.of(_list_metadata, Path(subset["metadata_file"]), subset.get("image_dir", "")) or []
         elif os.path.isdir(str(subset.get("image_dir"))):  # noqa: PTH112 - Path raises
             images += problems.of(_list_folder, Path(subset["image_dir"]), known, problems) or []
@@ -864,13 +865,13 @@ def _read_caption(picture: Path, extension: str) -> str | None:
 
 
 def as_tags(caption: str, *, weighted: bool = False) -> str:
-    """A caption with single spaces between its tags, without a byte order mark, without kohya's weights.
+    """A caption with a comma and a space between its tags, without a byte order mark, without kohya's weights.
 
     With weighted_captions `(curly hair:1.2)` is `curly hair`, `[beach]` is `beach`, and a backslash keeps a bracket.
     """
     if weighted:
         caption = re.sub(r"\\([()\[\]\\])|:\s*[+-]?[.\d]+\s*(?=\))|[()\[\]]", lambda match: match[1] or "", caption)
-    return ", ".join(tag for tag in (" ".join(tag.split()) for tag in caption.strip("\ufeff\u200b").split(",")) if tag)
+    return ", ".join(filter(None, (tag.strip("\ufeff\u200b \t\r\n") for tag in caption.split(","))))
 
 
 def why_stopped(answer: Mapping[str, Any]) -> str:
@@ -2160,9 +2161,17 @@ def common_tags() -> re.Pattern[str]:
     return re.compile("|".join(fnmatch.translate(line) for line in lines if line and line[0] != "#"))
 
 
+NEARLY_ALL = 0.75  # of the captions have a tag that may be the name, but for a slip
+
+
+def tags_of(captions: Sequence[str]) -> list[list[str]]:
+    """Of each caption; odd line ends (U+2028) part tags as commas do."""
+    return [[tag.strip() for tag in re.split("[,，、\u2028\u2029\x85\v\f]", caption)] for caption in captions]
+
+
 def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
-    tags = [[tag.strip() for tag in re.split("[,，、]", caption)] for caption in captions] or [[]]
+    tags = tags_of(captions) or [[]]
     folded = [{tag.casefold() for tag in others} for others in tags]
     shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag.casefold() in others for others in folded)]
     common = [
@@ -5061,8 +5070,10 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
     data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
     regs = len(data.images) - len(data.subject_images)
     optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
-    others = shared_tags([text for image in data.subject_images for text in image.captions])[0]
-    others = [tag for tag in others if tag != plan["subject"]]
+    texts = [text for image in data.subject_images for text in image.captions]
+    others = [tag for tag in shared_tags(texts)[0] if tag != plan["subject"]]
+    counts = Counter(tag for tags in tags_of(texts) for tag in dict.fromkeys(tags))
+    nearly = [tag for tag, n in counts.items() if NEARLY_ALL * len(texts) <= n < len(texts) and shared_tags([tag])[0]]
     captions = sum(image.has_caption for image in data.subject_images)
     trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
     free = free_bytes(settings.output_dir)
@@ -5072,6 +5083,7 @@ def describe_inputs(settings: Settings, inputs: Inputs) -> str:
         + (f", {regs} for regularisation" * (regs > 0)),
         "subject": f"{plan['subject']!r}"
         + (f"; all captions share {', '.join(map(repr, others[:5]))} too" if others and not settings.subject else "")
+        + (f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly and not settings.subject else "")
         + " (--subject overrules it)" * (not settings.subject),
         "steps": f"{describe_steps(data)}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
         "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "

@@ -141,6 +141,7 @@ def row(said: str, name: str) -> str:
         (("\ufeffluca, a boy", "luca, a girl"), "luca"),
         (("luca, a boy\r\nsecond line\r\n", "luca, a girl\r\n"), "luca"),
         (("luca, a\u2028b", "luca, c"), "luca"),
+        (("luca\u2028a boy, b", "luca, c"), "luca"),
         (("1girl, 路飞, 微笑", "1girl, 路飞"), "路飞"),
         (("  luca  ,a boy", "luca,beach"), "luca"),
     ],
@@ -160,6 +161,13 @@ def test_several_candidates_are_shown_and_the_subject_is_asked_for(case: Case) -
     assert "--subject" in row(said, "subject")
     _, said = case.check("--subject=portorosso")
     assert row(said, "subject") == "'portorosso'"
+
+
+def test_a_name_that_one_caption_lacks_is_shown(case: Case) -> None:
+    for number in range(5):
+        case.picture(f"{number}.png", caption="1boy, luca, portorosso" if number else "1boy, portorosso")
+    _, said = case.check()
+    assert "'portorosso'; most have 'luca'" in row(said, "subject"), said
 
 
 def test_class_tokens_that_are_trained_nowhere_are_said(case: Case) -> None:
