@@ -981,6 +981,14 @@ def left_out(config: Mapping[str, Any], images: Sequence[TrainingImage]) -> list
     return notes
 
 
+def image_of(found: Mapping[str, Any], weighted: bool) -> TrainingImage:
+    """A picture as configs/kohya_probe.py describes it."""
+    captions = tuple(as_tags(text, weighted=weighted) for text in found["captions"])
+    size, bucket, arrays = (tuple(found[name]) for name in ("size", "bucket", "arrays"))
+    path, latents = Path(found["path"]), Path(found["latents"])
+    return TrainingImage(path, captions, found["has_caption"], found["is_reg"], bucket, size, latents, arrays)
+
+
 def read_data_set(
     path: Path, config: Mapping[str, Any], options: Mapping[str, Any], answer: Mapping[str, Any]
 ) -> DataSet:
@@ -991,21 +999,8 @@ def read_data_set(
     problems = Problems()
     images = list_data_set(path, config, options, problems)
     problems.of(check_answer, path, config, answer, not problems.lines)
-    weighted = options.get("weighted_captions") is True
     if "images" in answer:
-        images = [
-            TrainingImage(
-                Path(found["path"]),
-                tuple(as_tags(text, weighted=weighted) for text in found["captions"]),
-                found["has_caption"],
-                found["is_reg"],
-                tuple(found["bucket"]),
-                tuple(found["size"]),
-                Path(found["latents"]),
-                tuple(found["arrays"]),
-            )
-            for found in answer["images"]
-        ]
+        images = [image_of(found, options.get("weighted_captions") is True) for found in answer["images"]]
     if answer and not problems.lines and all(image.is_reg for image in images):
         problems.lines.append(f"--dataset-config: {path} has no images but for regularisation; add the character's own")
     smallest = min((min(image.bucket) for image in images if image.bucket), default=SMALLEST_SIDE)

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from conftest import DataSetFile, Pictures
 
 import optuna_hyperparameter_search as search
 
+sys.path.append(str(demo_world.SMALL_TRAINER))  # for its library
 KOHYA = json.loads((Path(__file__).parent / "kohya_data_set.json").read_text(encoding="utf-8"))
 OPTIONS: dict[str, Any] = {"cache_latents": True}  # otherwise kohya takes only pictures of the very resolution
 
@@ -449,7 +451,7 @@ def test_a_part_filled_accumulation_is_an_update(data_set_file: DataSetFile, pic
 
 
 def test_the_stand_in_takes_kohyas_keys() -> None:
-    config_util = importlib.import_module("small_trainer.library.config_util")
+    config_util = importlib.import_module("library.config_util")
     sanitizer = config_util.ConfigSanitizer()
     assert sorted(sanitizer.general_schema) == KOHYA["keys"]["general"]
     assert sorted(sanitizer.db_dataset_schema) == KOHYA["keys"]["dataset"]
@@ -823,7 +825,7 @@ def test_puts_pictures_into_the_buckets_that_kohya_puts_them_into(no_upscale: bo
 
 
 def bucket_of(row: Sequence[int]) -> tuple[int, int]:
-    config_util = importlib.import_module("small_trainer.library.config_util")
+    config_util = importlib.import_module("library.config_util")
     width, height, reso_width, reso_height, smallest, largest, step, no_upscale = row[:8]
     dataset = {
         "enable_bucket": True,
