@@ -1012,17 +1012,18 @@ def read_data_set(
         if not subset.get("is_reg")
     } - {""}
     class_tokens = tokens.pop() if len(tokens) == 1 else None
-    notes = answer.get("notes")  # of an earlier start, which has looked at the same files
-    if notes is None:
+    is_known = "notes" in answer  # from an earlier start, which has looked at the same files
+    notes = answer.get("notes", [])
+    if not is_known:
         notes = problems.of(look_at_pictures, images, options.get("cache_latents_to_disk") is True) or []
     if not problems.lines and answer.get("stopped"):
         problems.lines.append(
             f"--dataset-config: {path}: kohya stops before its first step: {why_stopped(answer)}; mend it"
         )
     problems.refuse()
-    if "notes" not in answer:
+    if not is_known:
         notes += left_out(config, images)
-    if "images" not in answer and answer:
+    if not is_known and "images" not in answer and answer:
         notes.append(
             f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
             "captions are taken as they lie in the folders, and its first step tells the number of batches"
@@ -1907,7 +1908,7 @@ def sizes_of_latents(file: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def state_of_latents(image: TrainingImage, trusted: Mapping[str, bool], scale: int) -> str:
-    """ "good", "missing" (kohya makes or completes it), "torn", "foreign", or "wrong": of another size, and trained on.
+    """One of "good", "missing" (kohya makes or completes it), "torn", "foreign", "wrong" (a size that kohya misreads).
 
     `trusted` says what this sd-scripts takes for a good cache: "sized" arrays, and a "plain" one of whatever size.
     """

@@ -128,6 +128,9 @@ def test_a_renamed_inside_keeps_nobody_from_training(file: str, old: str, new: s
     data_set = search.read_data_set(sd_scripts.data_set, config, OPTIONS, facts.answer)
     assert [image.captions for image in data_set.images] == [("luca, a boy, smiling",)] * 4
     assert data_set.batches_per_epoch is None and "does not say what it trains" in data_set.notes[-1]
+    search.remember_answer(facts, sd_scripts.cache, data_set.notes)
+    known = search.read_json(sd_scripts.cache)["answer"]
+    assert search.read_data_set(sd_scripts.data_set, config, OPTIONS, known).notes == data_set.notes  # said once
 
 
 def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:
