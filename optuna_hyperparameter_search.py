@@ -19,10 +19,10 @@ Data flow of a trial:
             -> scoring process -> metrics.json -> study -> results/
 
 Sections, each using only names defined above it:
-    1 imports and constants    5 safety constraints    9 objective
+    1 imports and constants    5 safety constraints    9 objective    13 command line
     2 errors, screen, files    6 sampler              10 study
     3 settings and inputs      7 training             11 results
-    4 search space             8 scoring              12 command line
+    4 search space             8 scoring              12 preparation
 """
 
 # ======================================================================================================
@@ -37,6 +37,7 @@ import codecs
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import datetime
 import difflib
 import errno
@@ -89,6 +90,7 @@ from optuna.trial import FrozenTrial, TrialState
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
 LOG_NAME = "search.log"
+ANSWER_NAME = "kohya_answer.json"  # in reference/: what sd-scripts said of the inputs
 ARTIFACTS = "artifacts"  # in the output folder, for optuna-dashboard --artifact-dir
 DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
@@ -3858,77 +3860,6 @@ def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> 
     return all(failure_kind(earlier) != kind for earlier in earlier_attempts(trial.user_attrs, by_number))
 
 
-def read_enqueue_file(path: Path, can_train: Check) -> list[Params]:
-    """Parameters to try first: one table, or several [[trial]]s; RefusedInput lists what the space doesn't hold."""
-    content = read_toml(path, "--enqueue")
-    tables = content.pop("trial", []) or [content]
-    tables = [tables] if isinstance(tables, dict) else tables
-    problems, space = [], {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
-    if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
-        raise RefusedInput(
-            f"--enqueue: {path} holds no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables"
-        )
-    for table in tables:
-        _alpha_to_ratio(table)
-        for name, value in table.items():
-            if name == "network_alpha":
-                problems.append(
-                    f"--enqueue: network_alpha = {value!r} in {path} needs a network_dim beside it of which it is 0.25 "
-                    "to 0.9 in steps of 0.05, and no ratio; give these two, or network_alpha_ratio alone"
-                )
-            elif name not in space:
-                problems.append(f"--enqueue: unknown parameter '{name}' in {path}{nearest(name, space)}")
-            elif not _holds(space[name], value):
-                problems.append(
-                    f"--enqueue: {name} = {value!r} in {path} is outside the search space "
-                    f"({describe_distribution(space[name])}); give a value in it"
-                )
-        if table.get("optimizer_type") == "AdamW8bit" and not can_train(table):
-            problems.append(
-                f"--enqueue: AdamW8bit in {path} needs bitsandbytes and a CUDA card; install it or use AdamW"
-            )
-        if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
-            problems.append(f"--enqueue: lr_scheduler_num_cycles in {path} needs lr_scheduler = 'cosine_with_restarts'")
-    if content and tables is not content and tables != [content]:
-        problems.append(
-            f"--enqueue: {path} has both [[trial]] tables and parameters outside of them; put all into tables"
-        )
-    if problems:
-        raise RefusedInput(*problems)
-    return tables
-
-
-def _alpha_to_ratio(table: Params) -> None:
-    """Take kohya's own network_alpha beside a network_dim, and no ratio, for the ratio that makes it."""
-    dim, alpha = table.get("network_dim"), table.get("network_alpha")
-    if "network_alpha_ratio" in table or dim not in SEARCH_SPACE["network_dim"].choices:
-        return
-    for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
-        if int(dim * ratio) == alpha:
-            del table["network_alpha"]
-            table["network_alpha_ratio"] = ratio
-
-
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return any(value == choice and type(value) is type(choice) for choice in distribution.choices)
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    if not distribution.low <= value <= distribution.high:  # nan is not
-        return False
-    steps = (value - distribution.low) / distribution.step if distribution.step else 0
-    return abs(steps - round(steps)) < 1e-6
-
-
-def describe_distribution(distribution: BaseDistribution) -> str:
-    if isinstance(distribution, CategoricalDistribution):
-        return ", ".join(map(str, distribution.choices))
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    step = f", step {distribution.step:g}" if distribution.step else ""
-    return f"{distribution.low:g} to {distribution.high:g}{step}"
-
-
 def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
     """Enqueue the user's own parameters; the same ones given again add nothing."""
     known = {trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)}
@@ -4596,13 +4527,601 @@ def _how_it_was_made(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
 
 
 # ======================================================================================================
-# 12. Command line: parser, checks, demo, main. The only place that prints an error and chooses an exit
-#     status: 0 complete, 1 stopped by itself, 2 refused, 130 interrupted.
+# 12. Preparation: all checks, before a GPU second or a database row is spent; then what is made once a study:
+#     its row, the trainer's first step, the reference. Touches the study, reference/ and caches of latents.
+# ======================================================================================================
+
+PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
+SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
+LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
+
+
+def keeps_latents(options: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    """Whether kohya keeps latents beside the pictures, and says where."""
+    return bool(options.get("cache_latents_to_disk")) and "trusted" in answer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs of a search, read and checked."""
+
+    settings: Settings
+    options: dict[str, Any]  # kohya's fixed ones
+    data_set: DataSet
+    base_model: BaseModel
+    plan: dict[str, Any]  # of the scoring
+    trainer: TrainerFacts
+    enqueued: list[Params]
+    fingerprint: dict[str, Any]
+    study: optuna.Study | None  # None before its first run
+
+    @property
+    def trials_left(self) -> int:
+        trained = sum(map(is_trained, self.study.get_trials(deepcopy=False))) if self.study else 0
+        return max(0, self.settings.n_trials - trained)
+
+    @property
+    def caches_latents(self) -> bool:
+        return keeps_latents(self.options, self.trainer.answer)
+
+    @property
+    def tools(self) -> dict[str, str]:
+        """Tools whose change moves scores a little: a warning, not a refusal."""
+        trainer = self.trainer
+        about = {"card": trainer.device_name, "sd-scripts": trainer.version, "PyTorch": trainer.answer["torch"]}
+        return {**about, "Optuna": optuna.__version__}
+
+    def can_train(self, params: Mapping[str, Any]) -> bool:
+        return can_train_with(self.trainer, params)
+
+    def prefers(self, params: Params) -> bool:
+        """A warm-up as long as the whole run would never reach the learning rate that was asked for."""
+        return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
+
+    def sampler(self) -> FeasibleTPESampler:
+        return FeasibleTPESampler(self.settings.seed, can_train=self.can_train, prefers=self.prefers)
+
+    def checkpoints(self, epochs: float) -> int:
+        return math.ceil(epochs / self.options["save_every_n_epochs"])
+
+    def checkpoint_bytes(self, network_dim: float) -> float:
+        half = self.options.get("save_precision") in ("fp16", "bf16")
+        return self.base_model.lora_bytes_per_dim * network_dim * (1 if half else 2)
+
+    def image_bytes(self, epochs: float) -> float:
+        pixels = {stage: sum(job["width"] * job["height"] for job in self.plan[stage]) for stage in FIRST_SEEDS}
+        return (self.checkpoints(epochs) * pixels["screen"] + pixels["confirm"]) * PNG_BYTES_PER_PIXEL
+
+    def largest_trial_bytes(self) -> float:
+        """Disk for a trial while it runs: all checkpoints of the largest network_dim, and its pictures."""
+        dim, epochs = (max(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
+        return self.checkpoints(epochs) * self.checkpoint_bytes(dim) + self.image_bytes(epochs)
+
+    def needed_bytes(self) -> float:
+        """Disk for what the trials still to train leave, by the search space's means, and for the largest of them."""
+        left = self.trials_left
+        dim, epochs = (float(np.mean(SEARCH_SPACE[name].choices)) for name in ("network_dim", "max_train_epochs"))
+        kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * self.checkpoints(epochs)
+        after = kept * self.checkpoint_bytes(dim) + left * self.image_bytes(epochs)
+        return after + (self.largest_trial_bytes() if left else 0)
+
+
+def can_train_with(trainer: TrainerFacts | None, params: Mapping[str, Any]) -> bool:
+    """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
+    if trainer is None or params.get("optimizer_type") != "AdamW8bit":
+        return True
+    return trainer.has_bitsandbytes and trainer.device_name != "cpu"
+
+
+def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
+    """Read and check everything; makes nothing. RefusedInput lists all problems at once.
+
+    What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
+    """
+    problems, checks = Problems(known_problems), InputChecks(settings)
+    raw = problems.of(load_training_options, settings.training_config)
+    scoring = problems.of(read_scoring_settings, settings.scoring_config)
+    base_model = settings.base_model and problems.of(inspect_base_model, settings.base_model)
+    config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
+    trainer = settings.sd_scripts and problems.of(checks.ask_trainer, raw or {}, config, afresh)
+    answer = trainer.answer if trainer else {}
+    if trainer:
+        problems.of(check_card, trainer, settings)
+    options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
+    data_set = config and problems.of(read_data_set, settings.dataset_config, config, raw or {}, answer)
+    problems.of(checks.precision, options or {})
+    if settings.eval_prompts:
+        problems.of(read_eval_prompts, settings.eval_prompts)
+    ready = data_set and scoring and options
+    plan = problems.of(make_plan, settings, data_set, scoring, options) if ready else None
+    problems.of(checks.scoring_tools)
+    if scoring:
+        problems.of(checks.encoders, scoring)
+    enqueued = problems.of(EnqueueFile(settings.enqueue, trainer).read) if settings.enqueue else []
+    study = problems.of(checks.output, data_set) if settings.output_dir else None
+    if ready and base_model and keeps_latents(options, answer):
+        problems.of(check_latents, data_set.images, answer["trusted"], latents_scale(settings.base_model))
+    problems.refuse()
+    fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
+    if study:
+        problems.of(check_fingerprint, study, fingerprint)
+    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, fingerprint, study)
+    problems.of(check_room, settings.output_dir, inputs.needed_bytes(), RefusedInput)
+    problems.refuse()
+    return inputs
+
+
+SCORING_TOOLS = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+
+class InputChecks:
+    """Checks of one command line's settings; each raises RefusedInput."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def ask_trainer(self, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
+        settings = self.settings
+        fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in FORBIDDEN_TRAINING_KEYS}
+        cache = settings.output_dir and not afresh and settings.reference / ANSWER_NAME
+        device = "cpu" if _wrong_device(settings.device) else settings.device
+        where = (settings.sd_scripts, settings.trainer_python, device)
+        base_model = settings.base_model or Path("missing")
+        return inspect_trainer(*where, fixed, base_model, config or {"datasets": []}, cache or None)
+
+    def precision(self, options: Mapping[str, Any]) -> None:
+        if self.settings.device == "cpu" and options.get("mixed_precision") == "fp16":
+            where = f"mixed_precision = 'fp16' in {self.settings.training_config}"
+            raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
+
+    def scoring_tools(self) -> None:
+        tools = (*SCORING_TOOLS, "PIL", "optuna_dashboard", "rich", "jinja2", "plotly", "psutil")
+        if missing := [name for name in tools if importlib.util.find_spec(name) is None]:
+            raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+
+    def encoders(self, scoring: ScoringSettings) -> None:
+        """Each is a folder, or cached, or on a hub in reach; so is a single-file base model's pipeline config."""
+        encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
+        wanted = {"dinov2": encoder, "clip": encoder}
+        if self.settings.base_model and self.settings.base_model.is_file():
+            wanted["pipeline_config"] = ("model_index.json", "tokenizer/vocab.json")
+        problems = Problems()
+        for key, files in wanted.items():
+            name = getattr(scoring, key)
+            is_folder = os.path.isdir(name or ".")  # noqa: PTH112 - Path raises on too long a name
+            check = self._folder if is_folder else self._hub
+            problems.of(check, f"--scoring-config: {key} = {name!r}", name, files)
+        problems.refuse()
+
+    def _folder(self, where: str, name: str, files: Sequence[str]) -> None:
+        if missing := [file for file in files if not (Path(name) / file).is_file()]:
+            raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
+        for file in Path(name).glob("*.safetensors"):
+            try:
+                read_safetensors_header(file)
+            except (ValueError, OSError) as error:
+                raise RefusedInput(f"{where}: can't use {file.name} ({one_line(error)}); fetch it again") from error
+
+    def _hub(self, where: str, name: str, files: Sequence[str]) -> None:
+        import huggingface_hub.utils
+        from huggingface_hub.errors import HFValidationError
+
+        huggingface_hub.utils.logging.set_verbosity_error()  # it has a way of its own to the screen
+        try:
+            if not all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
+                huggingface_hub.HfApi().model_info(name, timeout=10)
+        except HFValidationError:
+            raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
+        except Exception as error:  # the client's errors come from several libraries
+            why = f"is not whole on this machine and the hub does not give it ({type(error).__name__})"
+            fetch = f"fetch it once with `hf download {name}`, or give a folder"
+            raise RefusedInput(f"{where} {why}; {fetch}") from error
+
+    def output(self, data_set: DataSet | None) -> optuna.Study | None:
+        """The study to resume, or None where there is none yet."""
+        problems, folder = Problems(), self.settings.output_dir
+        study = problems.of(find_study, self.settings)
+        above = nearest_folder(folder)
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            problems.lines.append(f"--output-dir: {above} is no folder that this user can write; give another folder")
+        if data_set and folder in {image.path.parent for image in data_set.images}:
+            problems.lines.append(f"--output-dir: {folder} holds the data set's pictures; give another folder")
+        problems.refuse()
+        return study
+
+
+def find_study(settings: Settings) -> optuna.Study | None:
+    """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
+    file, where = sqlite_file(settings.storage), show_storage(settings.storage)
+    if settings.storage.startswith("sqlite") and file is None:
+        raise RefusedInput(f"--storage: {where} keeps nothing or has options; give sqlite:///FILE, or leave it out")
+    if file and not os.path.isdir(file.parent) and not is_own_database(settings):  # noqa: PTH112 - Path raises
+        raise RefusedInput(f"--storage: there is no folder for {where}; make it, or leave --storage out")
+    study = load_study(settings.storage, settings.study_name)
+    check_output_folder(settings, study)
+    return study
+
+
+def make_plan(
+    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    # A file that two [[datasets]] train at two resolutions is one picture.
+    images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
+    subject = find_subject([caption for _, caption in images], data_set.class_tokens, settings.subject)
+    about = (str(settings.base_model.resolve()), options["clip_skip"], options["seed"], settings.eval_prompts)
+    return build_scoring_plan(images, subject, scoring, *about)
+
+
+class EnqueueFile:
+    """Parameters to try first: one table, or several [[trial]]s."""
+
+    def __init__(self, path: Path, trainer: TrainerFacts | None) -> None:
+        self.path = path
+        self.trainer = trainer
+        self.space = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
+
+    def read(self) -> list[Params]:
+        """RefusedInput lists what the search space doesn't hold."""
+        content = read_toml(self.path, "--enqueue")
+        given = content.pop("trial", [])
+        tables = [given] if isinstance(given, dict) else given or [content]
+        if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
+            remedy = "write e.g. learning_rate = 1e-4, or [[trial]] tables"
+            raise RefusedInput(f"--enqueue: {self.path} holds no parameters; {remedy}")
+        problems = [problem for table in tables for problem in self._problems(table)]
+        if content and given:
+            problems.append("has parameters outside of its [[trial]] tables; put all into tables")
+        if problems:
+            raise RefusedInput(*(f"--enqueue: {self.path}: {problem}" for problem in problems))
+        return tables
+
+    def _problems(self, table: Params) -> Iterator[str]:
+        self._take_alpha(table)
+        for name, value in table.items():
+            if name == "network_alpha":
+                rule = "must be 0.25 to 0.9, in steps of 0.05, of a network_dim beside it"
+                yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
+            elif name not in self.space:
+                yield f"unknown parameter '{name}'{nearest(name, self.space)}"
+            elif not self._holds(self.space[name], value):
+                values = self._describe(self.space[name])
+                yield f"{name} = {value!r} is outside the search space ({values}); give a value in it"
+        if not can_train_with(self.trainer, table):
+            yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
+        if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
+            yield "lr_scheduler_num_cycles needs lr_scheduler = 'cosine_with_restarts'; add it"
+
+    def _take_alpha(self, table: Params) -> None:
+        """kohya's own network_alpha beside a network_dim becomes the ratio that makes it."""
+        dim, alpha = table.get("network_dim"), table.get("network_alpha")
+        if "network_alpha_ratio" not in table and dim in SEARCH_SPACE["network_dim"].choices:
+            for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
+                if int(dim * ratio) == alpha:
+                    del table["network_alpha"]
+                    table["network_alpha_ratio"] = ratio
+
+    def _holds(self, distribution: BaseDistribution, value: Any) -> bool:
+        types = {type(choice) for choice in getattr(distribution, "choices", (1, 1.0))}
+        if type(value) not in types:  # Optuna would take True and 1.0 for 1
+            return False
+        try:
+            optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
+        except (ValueError, OverflowError):
+            return False
+        return True
+
+    def _describe(self, distribution: BaseDistribution) -> str:
+        if isinstance(distribution, CategoricalDistribution):
+            return ", ".join(map(str, distribution.choices))
+        assert isinstance(distribution, (FloatDistribution, IntDistribution))
+        step = f", step {distribution.step:g}" if distribution.step else ""
+        return f"{distribution.low:g} to {distribution.high:g}{step}"
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or what exists of the folders above it."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def format_bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def check_room(folder: Path, needed: float, error: type[SearchError]) -> None:
+    """Raises `error` where the disk has no room for so many bytes."""
+    if needed > (free := free_bytes(folder)):
+        need = f"{format_bytes(needed)} are needed for checkpoints and pictures"
+        remedy = "make room, give another --output-dir or raise save_every_n_epochs"
+        raise error(f"--output-dir: {need}, {format_bytes(free)} are free in {folder}; {remedy}")
+
+
+NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
+    **dict.fromkeys(("9p", "v9fs", "drvfs"), "a Windows drive"),
+    **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "glusterfs"), "a network share"),
+}
+
+
+def file_system_of(folder: Path) -> str:
+    """The type of the file system that holds a folder; "" where it is unknown."""
+    import psutil
+
+    where = nearest_folder(folder).resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
+    return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+
+
+class CheckReport:
+    """What the checks found, a line each, and what is allowed but not wise."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.settings = inputs.settings
+        self.captions = [text for image in inputs.data_set.subject_images for text in image.captions]
+
+    def __str__(self) -> str:
+        lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
+        lines += [f"  note: {note}" for note in self._notes()]
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings())])
+
+    def _rows(self) -> dict[str, str]:
+        inputs, settings = self.inputs, self.settings
+        data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
+        captions = sum(image.has_caption for image in data.subject_images)
+        others = len(data.images) - len(data.subject_images)
+        optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
+        needed, free = format_bytes(inputs.needed_bytes()), format_bytes(free_bytes(settings.output_dir))
+        trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
+        return {
+            "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
+            "data set": f"{len(data.subject_images)} images, {captions} captions"
+            + (f", {others} for regularisation" if others else ""),
+            "subject": self._subject(),
+            "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
+            "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
+            f"(this search was tried with {TRIED_VERSIONS})",
+            "device": trainer.device_name,
+            "optimizers": ", ".join(optimizers) + ("" if optimizers[1:] else " (AdamW8bit wants bitsandbytes, CUDA)"),
+            "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
+            "disk": f"{needed} needed for average trials and the largest one, {free} free",
+            "study": f"{settings.study_name!r}, {trained}, in {show_storage(settings.storage)}",
+        }
+
+    def _subject(self) -> str:
+        """The subject's name and, where it was not given, the other tags that may be meant."""
+        name, captions = self.inputs.plan["subject"], self.captions
+        if self.settings.subject:
+            return repr(name)
+        others = [tag for tag in shared_tags(captions)[0] if tag != name]
+        counts = Counter(tag for tags in tags_of(captions) for tag in dict.fromkeys(tags))
+        most = [tag for tag, count in counts.items() if NEARLY_ALL * len(captions) <= count < len(captions)]
+        nearly = [tag for tag in most if shared_tags([tag])[0]]
+        said = f"; all captions share {', '.join(map(repr, others[:5]))} too" if others else ""
+        said += f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly else ""
+        return f"{name!r}{said} (--subject overrules it)"
+
+    def _steps(self) -> str:
+        """Batches an epoch and updates a training, over the accumulations that may be drawn."""
+        data_set = self.inputs.data_set
+        if data_set.batches_per_epoch is None:
+            return "to be told by the first step"
+        epochs, accumulations = (SEARCH_SPACE[n].choices for n in ("max_train_epochs", "gradient_accumulation_steps"))
+        trainings = ({"max_train_epochs": 1, "gradient_accumulation_steps": number} for number in accumulations)
+        first, *others = map(data_set.updates, trainings)
+        fewer = f" ({' or '.join(dict.fromkeys(map(str, others)))} with accumulation)" if {*others} != {first} else ""
+        return f"{first} an epoch{fewer}, {min(others) * min(epochs)} to {first * max(epochs)} a training"
+
+    def _notes(self) -> list[str]:
+        notes, tokens = list(self.inputs.data_set.notes), self.inputs.data_set.class_tokens
+        if tokens and not any(_name(tokens).search(text) for text in self.captions):
+            said = f"class_tokens {tokens!r} are trained nowhere"
+            notes.append(f"{said}: every picture has a caption, and none holds them")
+        return notes
+
+    def warnings(self) -> Iterator[str]:
+        yield from self._old_latents()
+        yield from self._long_warmup()
+        seconds = self._scoring_seconds()
+        if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
+            remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
+            yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
+        folder = self.settings.output_dir
+        if (kind := file_system_of(folder)) in NOT_LOCAL:
+            said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
+            yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
+        for table in self.inputs.enqueued:
+            if reason := self._why_unsafe(table):
+                yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
+        study = self.inputs.study
+        known = study.user_attrs.get("environment", {}) if study else {}
+        for difference in fingerprint_differences(known, self.inputs.tools) if known else []:
+            yield f"the study was begun with other tools: {difference}"
+
+    def _old_latents(self) -> Iterator[str]:
+        images = self.inputs.data_set.images if self.inputs.caches_latents else ()
+        cached = [(image.path, image.latents) for image in images if image.latents and image.latents.exists()]
+        older = [(path, file) for path, file in cached if file.stat().st_mtime < path.stat().st_mtime]
+        if older:
+            path, file = older[0]
+            said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
+            yield f"{said}; delete {file} if {path.name} has changed"
+
+    def _long_warmup(self) -> Iterator[str]:
+        """By 2,000 safe proposals: whose warm-up takes over half of the run, and all of it."""
+        if self.inputs.data_set.batches_per_epoch is None:
+            return
+        rng = np.random.default_rng(0)
+        drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(2000))
+        safe = [params for params in drawn if check_safety_constraints(params)[0] and self.inputs.can_train(params)]
+        shares = np.array([params["lr_warmup_steps"] / self.inputs.data_set.updates(params) for params in safe])
+        over_half, whole = float(np.mean(shares > 0.5)), float(np.mean(shares >= 1))
+        if over_half:
+            more = f", {whole:.0%} would for all of it and are avoided" if 0 < whole < 1 else ""
+            more = ", all for longer than the run" if whole == 1 else more
+            remedy = "a larger num_repeats or a smaller batch_size gives more steps"
+            yield f"{over_half:.0%} of the proposals warm up for more than half of the run{more}; {remedy}"
+
+    def _scoring_seconds(self) -> float:
+        """What scoring a trial of average length takes on a 16 GB card, about."""
+        checkpoints = self.inputs.checkpoints(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)))
+        jobs = checkpoints * self.inputs.plan["screen"] + self.inputs.plan["confirm"]
+        return sum(job["width"] * job["height"] * job["steps"] for job in jobs) / (512 * 512 * 25) * SECONDS_PER_IMAGE
+
+    def _why_unsafe(self, table: Params) -> str:
+        """The reason for which enqueued parameters would be rejected as the sampler completes them, or nothing."""
+        study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=self.inputs.can_train))
+        study.enqueue_trial(table)
+        return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
+
+
+def open_study(inputs: Inputs) -> optuna.Study:
+    """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
+    settings = inputs.settings
+    with refusing_storage(settings.storage), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            study_name=settings.study_name,
+            storage=open_storage(settings.storage),
+            sampler=inputs.sampler(),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        refuse_foreign_study(study)
+        check_fingerprint(study, inputs.fingerprint)
+        if "fingerprint" not in study.user_attrs:
+            study.set_user_attr("fingerprint", inputs.fingerprint)
+            study.set_user_attr("environment", inputs.tools)
+        study.set_user_attr("n_trials", settings.n_trials)
+        study.set_user_attr("command", settings.command)
+        study.set_metric_names(["score"])
+    return study
+
+
+def latents_scale(base_model: Path) -> int:
+    """Pixels of a latent: 8 in Stable Diffusion."""
+    vae = read_json(base_model / "vae" / "config.json") or {}
+    return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
+
+
+class Reference:
+    """What is made once a study, before trial 0 and for all its trials: OUTPUT_DIR/reference."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.folder = inputs.settings.reference
+
+    def write_inputs(self) -> None:
+        """What trainer and scorer read."""
+        write_json(self.folder / "plan.json", {"study": self.inputs.settings.study_name, **self.inputs.plan})
+        write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
+        with only_warning("the report will show no pictures of the data set"):
+            self._keep_pictures()
+        remember_answer(self.inputs.trainer, self.folder / ANSWER_NAME, self.inputs.data_set.notes)
+
+    def _keep_pictures(self) -> None:
+        """A few of the data set's pictures, for a report that may be made where the data set is not."""
+        from PIL import Image
+
+        for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
+            file = self.folder / DATA_SET_PICTURES / f"{number:02d}.png"
+            if not file.is_file():
+                with Image.open(image.path) as picture:
+                    picture.thumbnail((512, 512))
+                    content = io.BytesIO()
+                    picture.convert("RGB").save(content, format="PNG")
+                write_atomically(file, content.getvalue())
+
+    def train_first_step(self, trainer: KohyaTrainer) -> Inputs:
+        """Let kohya train one step: it shows that the trainer works, and caches the latents.
+
+        A run that has to make the cache draws other random numbers than one that finds it; after this all trials
+        find it, and equal parameters give equal weights. Returns the inputs with the batches that kohya printed.
+        """
+        data_set, folder = self.inputs.data_set, self.folder / FIRST_STEP
+        try:
+            with locked_pictures(image.path.parent for image in data_set.images):
+                if not self._is_tried_out():
+                    screen.begin("none yet: the trainer is tried out")
+                    say("Trying the trainer out for one step, which also caches the latents, once a study ...")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    about = (self.inputs.options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
+                    write_toml(folder / "config.toml", trial_config(FIRST_STEP_PARAMS, *about))
+                    trainer.try_out(folder / "config.toml")
+                    shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
+        except TrialFailed as error:
+            raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
+        batches = printed_batches(folder / "training.log") or data_set.batches_per_epoch
+        if batches != data_set.batches_per_epoch:
+            say(f"kohya trains {batches} batches an epoch (counted before: {data_set.batches_per_epoch or 'none'}).")
+        return replace(self.inputs, data_set=replace(data_set, batches_per_epoch=batches))
+
+    def _is_tried_out(self) -> bool:
+        """Whether the first step left its LoRA, whole, and all latents are there; deletes torn latents."""
+        try:
+            check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", is_last=False)
+        except TrialFailed:
+            return False
+        if not self.inputs.caches_latents:
+            return True
+        trusted, scale = self.inputs.trainer.answer["trusted"], latents_scale(self.inputs.settings.base_model)
+        return prepare_latents(self.inputs.data_set.images, trusted, scale)
+
+    def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
+        """The score's anchors: the base model's own images."""
+        if read_json(self.folder / "anchors.json") is None:
+            screen.begin("none yet: the reference is made")
+            say("Making the reference: the base model's own images, once a study ...")
+            try:
+                scorer(self.folder)
+            except ScoringFailed as error:
+                raise SearchStopped(f"the reference could not be made: {error}") from error
+        check_anchors(study, read_json(self.folder / "anchors.json"))
+
+
+def printed_batches(training_log: Path) -> int | None:
+    """The batches of an epoch, as kohya prints them before its first step; None where it says nothing."""
+    with contextlib.suppress(OSError):
+        said = training_log.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
+            return int(found[1])
+    return None
+
+
+def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
+    """Keep the anchors in the study; refuse ones by which scores would not be comparable with the earlier."""
+    stored = study.user_attrs.get("anchors")
+    if stored is None:
+        study.set_user_attr("anchors", anchors)
+        return
+    moved = fingerprint_differences(_comparable(stored), _comparable(anchors), tolerance=ANCHOR_TOLERANCE)
+    if moved:
+        differ = f"the score's anchors differ from the study's ({'; '.join(moved[:3])})"
+        remedy = "restore reference/, or give another --output-dir"
+        raise RefusedInput(f"{differ}: its scores would not be comparable; {remedy}")
+
+
+def _comparable(anchors: Mapping[str, Any]) -> dict[str, Any]:
+    """The anchors that scores depend on, grey values in units of the others' tolerance."""
+    usable = {name: value * ANCHOR_TOLERANCE / GREY_TOLERANCE for name, value in anchors.get("usable", {}).items()}
+    return {name: usable if name == "usable" else value for name, value in anchors.items() if name != "data"}
+
+
+# ======================================================================================================
+# 13. Command line: parser, demo, main. The only place that prints an error and chooses an exit status:
+#     0 complete, 1 stopped by itself, 2 refused, 130 interrupted.
 # ======================================================================================================
 
 
 def _path(text: str) -> Path:
     """A path that can be looked at, and be written into UTF-8 files; whether there is anything is checked later."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    if sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text):
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a path here; {path_remedy(text)}")
     try:
         text.encode()
         path = Path(text).expanduser()
@@ -4611,10 +5130,6 @@ def _path(text: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else one_line(error, 80)
         raise argparse.ArgumentTypeError(f"{text!r} can't be a path ({why}); correct it") from None
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; give a path")
-    if sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text):
-        raise argparse.ArgumentTypeError(f"{text!r} can't be a path here; {path_remedy(text)}")
     return path
 
 
@@ -4642,57 +5157,41 @@ def make_parser() -> argparse.ArgumentParser:
         "Ctrl-C, or kill with its process number, ends it within ten seconds.",
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what to train on")
-    what.add_argument("--dataset-config", type=_path, metavar="TOML", help="kohya's data set file")
-    what.add_argument(
-        "--base-model", type=_path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder"
-    )
-    what.add_argument("--subject", metavar="NAME", help="the character's name in the captions (default: found there)")
-    what.add_argument(
-        "--eval-prompts", type=_path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format"
-    )
+    add = parser.add_argument_group("what to train on").add_argument
+    add("--dataset-config", type=_path, metavar="TOML", help="kohya's data set file")
+    add("--base-model", type=_path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder")
+    add("--subject", metavar="NAME", help="the character's name in the captions (default: found there)")
+    add("--eval-prompts", type=_path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format")
 
-    how = parser.add_argument_group("how much to search")
-    how.add_argument("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
-    how.add_argument("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
-    how.add_argument("--timeout", type=float, metavar="HOURS", help="start no new trial after that")
-    how.add_argument(
-        "--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)"
-    )
-    how.add_argument("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
+    add = parser.add_argument_group("how much to search").add_argument
+    add("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
+    add("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
+    add("--timeout", dest="timeout_hours", type=float, metavar="HOURS", help="start no new trial after that")
+    minutes: dict[str, Any] = {"type": float, "default": 30.0, "metavar": "MINUTES"}
+    add("--stall-minutes", **minutes, help="stop a trainer that makes no step (30)")
+    add("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
 
-    where = parser.add_argument_group("where things are")
-    where.add_argument("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
-    where.add_argument(
-        "--keep-checkpoints",
-        choices=("best", "all"),
-        default="best",
-        help="of each scored trial the best one, of the study ten; or all (best)",
-    )
-    where.add_argument("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
-    where.add_argument("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
-    where.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
-    where.add_argument(
-        "--sd-scripts", type=_path, metavar="DIR", help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)"
-    )
-    where.add_argument(
-        "--trainer-python", type=_program, metavar="EXE", help="the Python that kohya is installed in (this one)"
-    )
+    add = parser.add_argument_group("where things are").add_argument
+    add("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
+    kept: dict[str, Any] = {"choices": ("best", "all"), "default": "best"}
+    add("--keep-checkpoints", **kept, help="of each scored trial the best one, of the study ten; or all (best)")
+    add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
+    add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
+    add("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
+    nearby: dict[str, Any] = {"default": os.environ.get("SD_SCRIPTS_DIR") or None, "metavar": "DIR"}
+    add("--sd-scripts", type=_path, **nearby, help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)")
+    this: dict[str, Any] = {"default": sys.executable, "metavar": "EXE"}
+    add("--trainer-python", type=_program, **this, help="the Python that kohya is installed in (this one)")
 
-    files = parser.add_argument_group("settings files")
-    files.add_argument(
-        "--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)"
-    )
-    files.add_argument(
-        "--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)"
-    )
+    add = parser.add_argument_group("settings files").add_argument
+    add("--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)")
+    add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
 
-    instead = parser.add_argument_group("instead of searching").add_mutually_exclusive_group()
-    instead.add_argument("--check", action="store_true", help="check all inputs, say what was found, and stop")
-    instead.add_argument("--report", action="store_true", help="write results/ and show the trials of --output-dir")
-    instead.add_argument("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
-    instead.add_argument("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
-    parser.set_defaults(command="")  # main() knows it
+    add = parser.add_argument_group("instead of searching").add_mutually_exclusive_group().add_argument
+    add("--check", action="store_true", help="check all inputs, say what was found, and stop")
+    add("--report", action="store_true", help="write results/ and show the trials of --output-dir")
+    add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
+    add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
     return parser
 
 
@@ -4700,529 +5199,94 @@ def find_sd_scripts() -> Path:
     """Where people have it: beside this script, in the current folder, at home; there perhaps inside kohya_ss."""
     bases = dict.fromkeys((HERE, HERE.parent, Path.cwd(), Path.home()))
     places = [base / name for base in bases for name in ("", "sd-scripts", "kohya_ss/sd-scripts")]
-    found = next((place for place in places if (place / "train_network.py").is_file()), None)
-    if found is None:
-        looked = ", ".join(map(str, bases))
-        raise RefusedInput(
-            f"--sd-scripts is missing; give kohya-ss/sd-scripts' folder (there is no sd-scripts/ or "
-            f"kohya_ss/sd-scripts/ in {looked})"
-        )
-    return found
+    for place in places:
+        if (place / "train_network.py").is_file():
+            return place
+    nowhere = f"there is no sd-scripts/ or kohya_ss/sd-scripts/ in {', '.join(map(str, bases))}"
+    raise RefusedInput(f"--sd-scripts is missing; give kohya-ss/sd-scripts' folder ({nowhere})")
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The command line as Settings, and what is missing and senseless in it; what is missing is None."""
-    problems = Problems(
-        f"{flag} is missing; {remedy}"
-        for flag, value, remedy in (
-            ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
-            ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
-            ("--output-dir", args.output_dir, "give a folder for the study"),
-        )
-        if not value
-    )
-    if sys.platform == "win32":
-        problems.lines.append("native Windows is not supported; run it in WSL2")
-    if wrong := _wrong_device(args.device):
-        problems.lines.append(wrong)
-    problems.lines += _senseless_values(args)
-    sd_scripts = args.sd_scripts or os.environ.get("SD_SCRIPTS_DIR")
-    try:
-        sd_scripts = _path(str(sd_scripts)) if sd_scripts else problems.of(find_sd_scripts)
-    except argparse.ArgumentTypeError as error:
-        sd_scripts = problems.lines.append(f"--sd-scripts, or SD_SCRIPTS_DIR: {error}")
-    output_dir = args.output_dir and args.output_dir.resolve()
-    settings = Settings(
-        dataset_config=args.dataset_config and args.dataset_config.resolve(),
-        base_model=args.base_model and args.base_model.absolute(),  # a link's own name is shown
-        output_dir=output_dir,
-        study_name=args.study_name or DEFAULT_STUDY_NAME,
-        n_trials=20 if args.n_trials is None else args.n_trials,
-        device=args.device,
-        sd_scripts=sd_scripts and sd_scripts.resolve(),
-        trainer_python=args.trainer_python or sys.executable,
-        training_config=args.training_config or HERE / "configs" / "training.toml",
-        scoring_config=args.scoring_config or HERE / "configs" / "scoring.toml",
-        eval_prompts=args.eval_prompts,
-        subject=args.subject,
-        storage=args.storage or (default_storage(output_dir) if output_dir else ""),
-        seed=args.seed,
-        enqueue=args.enqueue,
-        timeout_hours=args.timeout,
-        stall_minutes=args.stall_minutes,
-        keep_checkpoints=args.keep_checkpoints,
-        command=args.command,
-    )
-    return settings, problems.lines
+    problems = Problems()
+    for flag, value, remedy in (
+        ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
+        ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
+        ("--output-dir", args.output_dir, "give a folder for the study"),
+    ):
+        problems.lines += [] if value else [f"{flag} is missing; {remedy}"]
+    problems.lines += senseless_values(args)
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values["sd_scripts"] = args.sd_scripts or problems.of(find_sd_scripts)
+    for name in ("dataset_config", "output_dir", "sd_scripts"):
+        values[name] = values[name] and values[name].resolve()
+    values["base_model"] = args.base_model and args.base_model.absolute()  # a link's own name is shown
+    values["study_name"] = args.study_name or DEFAULT_STUDY_NAME
+    values["n_trials"] = 20 if args.n_trials is None else args.n_trials
+    for name in ("training", "scoring"):
+        values[f"{name}_config"] = values[f"{name}_config"] or HERE / "configs" / f"{name}.toml"
+    if args.output_dir and not args.storage:
+        values["storage"] = default_storage(values["output_dir"])
+    return Settings(**{**values, "storage": values["storage"] or ""}), problems.lines
 
 
 def _wrong_device(device: str) -> str:
-    return (
-        ""
-        if re.fullmatch(r"cpu|cuda(:\d+)?", device)
-        else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
-    )
+    is_known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    return "" if is_known else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
 
 
-def _senseless_values(args: argparse.Namespace) -> list[str]:
-    problems = []
-    if args.n_trials is not None and args.n_trials < 1:
-        problems.append(f"--n-trials: {args.n_trials} is too few; give 1 or more")
-    if args.n_trials is not None and args.n_trials >= 2**31:
+def senseless_values(args: argparse.Namespace) -> list[str]:
+    """What the command line asks for that can't be meant."""
+    trials, name, hours, minutes = args.n_trials, args.study_name, args.timeout_hours, args.stall_minutes
+    problems = [_wrong_device(args.device)]
+    if sys.platform == "win32":
+        problems.append("native Windows is not supported; run it in WSL2")
+    if trials is not None and trials < 1:
+        problems.append(f"--n-trials: {trials} is too few; give 1 or more")
+    if trials is not None and trials >= 2**31:
         problems.append("--n-trials: is too many; give fewer than 2147483648")
-    if args.timeout is not None and not 0 < args.timeout < math.inf:
-        problems.append(f"--timeout: {args.timeout} is no number of hours; give one above 0")
-    if not 0 < args.stall_minutes < math.inf:
-        problems.append(f"--stall-minutes: {args.stall_minutes} is no number of minutes; give one above 0")
+    if hours is not None and not 0 < hours < math.inf:
+        problems.append(f"--timeout: {hours} is no number of hours; give one above 0")
+    if not 0 < minutes < math.inf:
+        problems.append(f"--stall-minutes: {minutes} is no number of minutes; give one above 0")
     if not 0 <= args.seed < 2**32:
         problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
-    if args.study_name is not None and not args.study_name.strip():
+    if name is not None and not name.strip():
         problems.append("--study-name: is empty; give a name or leave it out")
-    if args.study_name is not None and args.study_name != args.study_name.encode(errors="replace").decode():
-        problems.append(f"--study-name: {args.study_name!r} is not UTF-8; give another name")
-    return problems
+    if name and name != name.encode(errors="replace").decode():
+        problems.append(f"--study-name: {name!r} is not UTF-8; give another name")
+    return list(filter(None, problems))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """All inputs of a search, read and checked."""
-
-    options: dict[str, Any]
-    data_set: DataSet
-    base_model: BaseModel
-    plan: dict[str, Any]
-    trainer: TrainerFacts
-    enqueued: list[Params]
-    fingerprint: dict[str, Any]
-    study: optuna.Study | None
-
-    def can_train(self, params: Params) -> bool:
-        return can_train_with(self.trainer, params)
-
-    def prefers(self, params: Params) -> bool:
-        """A warm-up as long as the whole run would never reach the learning rate that was asked for."""
-        return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
-
-
-def can_train_with(trainer: TrainerFacts, params: Mapping[str, Any]) -> bool:
-    """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
-    return params.get("optimizer_type") != "AdamW8bit" or (trainer.has_bitsandbytes and trainer.device_name != "cpu")
-
-
-def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
-    """Read and check everything before a GPU second or a database row is spent. Makes nothing.
-
-    What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
-    """
-    problems = Problems(known_problems)
-    raw = problems.of(load_training_options, settings.training_config)
-    scoring = problems.of(read_scoring_settings, settings.scoring_config)
-    base_model = settings.base_model and problems.of(inspect_base_model, settings.base_model)
-    config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
-    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, afresh)
-    answer = trainer.answer if trainer else {}
-    if trainer:
-        problems.of(check_card, trainer, settings)
-    options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
-    data_set = config and problems.of(read_data_set, settings.dataset_config, config, raw or {}, answer)
-    if settings.device == "cpu" and (options or {}).get("mixed_precision") == "fp16":
-        problems.lines.append(
-            f"--training-config: mixed_precision = 'fp16' in {settings.training_config} "
-            'needs a CUDA card; set it to "no" for --device cpu'
-        )
-    if settings.eval_prompts:
-        problems.of(read_eval_prompts, settings.eval_prompts)
-    plan = None
-    if data_set and scoring and options:
-        plan = problems.of(make_plan, settings, data_set, scoring, options)
-    problems.of(check_scoring_tools)
-    if scoring:
-        problems.of(check_encoders, scoring, settings.base_model)
-    enqueued = []
-    if settings.enqueue:
-        enqueued = problems.of(
-            read_enqueue_file, settings.enqueue, lambda p: trainer is None or can_train_with(trainer, p)
-        )
-    study = None
-    if settings.output_dir:
-        study = problems.of(check_output, settings, data_set)
-    if data_set and base_model and cached_on_disk(options, answer):
-        problems.of(check_latents, data_set.images, answer["trusted"], latents_scale(settings.base_model))
-    problems.refuse()
-    fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
-    if study:
-        problems.of(check_fingerprint, study, fingerprint)
-    inputs = Inputs(options, data_set, base_model, plan, trainer, enqueued, fingerprint, study)
-    problems.of(check_disk, settings, inputs)
-    problems.refuse()
-    return inputs
-
-
-def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
-    fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in FORBIDDEN_TRAINING_KEYS}
-    cache = settings.output_dir and not afresh and answer_cache(settings)
-    device = "cpu" if _wrong_device(settings.device) else settings.device
-    where = (settings.sd_scripts, settings.trainer_python, device)
-    base_model = settings.base_model or Path("missing")
-    return inspect_trainer(*where, fixed, base_model, config or {"datasets": []}, cache or None)
-
-
-def cached_on_disk(options: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> bool:
-    """Whether kohya keeps latents beside the pictures, and says where."""
-    return bool(options and options.get("cache_latents_to_disk") and "trusted" in answer)
-
-
-def check_output(settings: Settings, data_set: DataSet | None) -> optuna.Study | None:
-    """The study to resume, or None; RefusedInput lists what is wrong with the output folder and the storage."""
-    problems = Problems()
-    study = problems.of(find_study, settings)
-    above = nearest_folder(settings.output_dir)
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        problems.lines.append(f"--output-dir: {above} is a file, or not for this user to write; give another folder")
-    if data_set and settings.output_dir in {image.path.parent for image in data_set.images}:
-        problems.lines.append(f"--output-dir: {settings.output_dir} holds the data set's pictures; give another folder")
-    problems.refuse()
-    return study
-
-
-def find_study(settings: Settings) -> optuna.Study | None:
-    """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
-    file, where = sqlite_file(settings.storage), show_storage(settings.storage)
-    if settings.storage.startswith("sqlite") and file is None:
-        raise RefusedInput(f"--storage: {where} keeps nothing or has options; give sqlite:///FILE, or leave it out")
-    if file and not os.path.isdir(file.parent) and not is_own_database(settings):  # noqa: PTH112 - Path raises
-        raise RefusedInput(f"--storage: there is no folder for {where}; make it, or leave --storage out")
-    study = load_study(settings.storage, settings.study_name)
-    check_output_folder(settings, study)
-    return study
-
-
-def answer_cache(settings: Settings) -> Path:
-    return settings.reference / "kohya_answer.json"
-
-
-def make_plan(
-    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    # A file that two [[datasets]] train at two resolutions is one picture.
-    images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
-    captions = [caption for _, caption in images]
-    subject = find_subject(captions, data_set.class_tokens, settings.subject)
-    clip_skip, seed = options["clip_skip"], options["seed"]
-    return build_scoring_plan(
-        images, subject, scoring, str(settings.base_model.resolve()), clip_skip, seed, settings.eval_prompts
-    )
-
-
-SCORING_TOOLS = ("torch", "diffusers", "transformers", "peft", "safetensors")
-
-
-def check_scoring_tools() -> None:
-    missing = [
-        name
-        for name in (*SCORING_TOOLS, "PIL", "optuna_dashboard", "rich", "jinja2", "plotly")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
-
-
-def check_encoders(scoring: ScoringSettings, base_model: Path) -> None:
-    """RefusedInput for an encoder or pipeline config that is neither a folder, nor cached, nor on a hub in reach."""
-    encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
-    wanted = {"dinov2": (scoring.dinov2, encoder), "clip": (scoring.clip, encoder)}
-    if base_model and base_model.is_file():
-        wanted["pipeline_config"] = (scoring.pipeline_config, ("model_index.json", "tokenizer/vocab.json"))
-    problems = Problems()
-    for key, (name, files) in wanted.items():
-        problems.of(_check_hub_or_folder, key, name, files)
-    problems.refuse()
-
-
-def _check_hub_or_folder(key: str, name: str, files: Sequence[str]) -> None:
-    where, folder = f"--scoring-config: {key} = {name!r}", Path(name)
-    if os.path.isdir(name or "."):  # noqa: PTH112 - Path raises on too long a name
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
-        for file in folder.glob("*.safetensors"):
-            try:
-                read_safetensors_header(file)
-            except (ValueError, OSError) as error:
-                raise RefusedInput(f"{where}: can't use {file.name} ({one_line(error)}); fetch it again") from error
-        return
-    import huggingface_hub.utils
-    from huggingface_hub.errors import HFValidationError
-
-    huggingface_hub.utils.logging.set_verbosity_error()  # it has a way of its own to the screen
-    fetch = f"fetch it once with `hf download {name}`, or give a folder"
-    try:
-        if all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
-            return
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise RefusedInput(f"{where} is not whole on this machine and the hub is off; {fetch}")
-        huggingface_hub.HfApi().model_info(name, timeout=10)
-    except HFValidationError:
-        raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
-    except RefusedInput:
-        raise
-    except Exception as error:  # the client's errors come from several libraries
-        raise RefusedInput(
-            f"{where} is not whole on this machine and the hub does not give it ({type(error).__name__}); {fetch}"
-        ) from error
-
-
-PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
-SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
-LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
-
-
-def mean_checkpoints(options: Mapping[str, Any]) -> int:
-    return math.ceil(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)) / options["save_every_n_epochs"])
-
-
-def images_of_a_trial(inputs: Inputs, checkpoints: int) -> list[Mapping[str, Any]]:
-    return checkpoints * inputs.plan["screen"] + inputs.plan["confirm"]
-
-
-def bytes_per_dim(inputs: Inputs) -> float:
-    """Disk for a checkpoint over its network_dim."""
-    return inputs.base_model.lora_bytes_per_dim * (1 if inputs.options.get("save_precision") in ("fp16", "bf16") else 2)
-
-
-def image_bytes(inputs: Inputs, checkpoints: int) -> float:
-    return sum(job["width"] * job["height"] for job in images_of_a_trial(inputs, checkpoints)) * PNG_BYTES_PER_PIXEL
-
-
-def largest_trial_bytes(inputs: Inputs) -> float:
-    """Disk for a trial while it runs: all checkpoints of the largest network_dim, and its images."""
-    dim = max(SEARCH_SPACE["network_dim"].choices)
-    checkpoints = math.ceil(max(SEARCH_SPACE["max_train_epochs"].choices) / inputs.options["save_every_n_epochs"])
-    return checkpoints * dim * bytes_per_dim(inputs) + image_bytes(inputs, checkpoints)
-
-
-def needed_bytes(settings: Settings, inputs: Inputs) -> float:
-    """Disk for what the trials still to train leave, from the search space's means, and for the largest of them."""
-    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
-    left = max(0, settings.n_trials - trained)
-    checkpoint = float(np.mean(SEARCH_SPACE["network_dim"].choices)) * bytes_per_dim(inputs)
-    saved = mean_checkpoints(inputs.options)
-    kept = min(left, KEPT_TRIALS) if settings.keep_checkpoints == "best" else left * saved
-    return kept * checkpoint + left * image_bytes(inputs, saved) + (largest_trial_bytes(inputs) if left else 0)
-
-
-def check_disk(settings: Settings, inputs: Inputs) -> None:
-    needed, free = needed_bytes(settings, inputs), free_bytes(settings.output_dir)
-    if needed > free:
-        raise RefusedInput(
-            f"--output-dir: {format_bytes(needed)} are needed for checkpoints and images, {format_bytes(free)} free in "
-            f"{settings.output_dir}; make room, choose another folder or raise save_every_n_epochs"
-        )
-
-
-def check_room(settings: Settings, inputs: Inputs) -> None:
-    """Before every trial: SearchStopped where the disk has no room for the largest one."""
-    needed, free = largest_trial_bytes(inputs), free_bytes(settings.output_dir)
-    if needed > free:
-        raise SearchStopped(
-            f"a trial may need {format_bytes(needed)}, and {format_bytes(free)} are free in {settings.output_dir}; "
-            "make room and give the same command again"
-        )
-
-
-def format_bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
-    **dict.fromkeys(("9p", "v9fs", "drvfs"), "a Windows drive"),
-    **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "glusterfs"), "a network share"),
-}
-
-
-def file_system_of(folder: Path, mounts: str) -> str:
-    """The type of the file system that holds a folder, by the text of /proc/self/mounts; "" where it is unknown."""
-    where = str(nearest_folder(folder).resolve())
-    best = ("", "")
-    for line in mounts.splitlines():
-        _, point, kind, *_ = line.split()
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)  # \040 is a space
-        if (where + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1]
-
-
-def nearest_folder(path: Path) -> Path:
-    """The path itself, or what exists of the folders above it."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(nearest_folder(folder)).free
-
-
-def describe_inputs(settings: Settings, inputs: Inputs) -> str:
-    """What the checks found, one line a thing, and warnings."""
-    data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
-    regs = len(data.images) - len(data.subject_images)
-    optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
-    texts = [text for image in data.subject_images for text in image.captions]
-    others = [tag for tag in shared_tags(texts)[0] if tag != plan["subject"]]
-    counts = Counter(tag for tags in tags_of(texts) for tag in dict.fromkeys(tags))
-    nearly = [tag for tag, n in counts.items() if NEARLY_ALL * len(texts) <= n < len(texts) and shared_tags([tag])[0]]
-    captions = sum(image.has_caption for image in data.subject_images)
-    trained = sum(map(is_trained, inputs.study.get_trials(deepcopy=False))) if inputs.study else 0
-    free = free_bytes(settings.output_dir)
-    rows = {
-        "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
-        "data set": f"{len(data.subject_images)} images, {captions} captions"
-        + (f", {regs} for regularisation" * (regs > 0)),
-        "subject": f"{plan['subject']!r}"
-        + (f"; all captions share {', '.join(map(repr, others[:5]))} too" if others and not settings.subject else "")
-        + (f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly and not settings.subject else "")
-        + " (--subject overrules it)" * (not settings.subject),
-        "steps": f"{describe_steps(data)}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
-        "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
-        f"(this search was tried with {TRIED_VERSIONS})",
-        "device": trainer.device_name,
-        "optimizers": ", ".join(optimizers)
-        + ("" if len(optimizers) > 1 else " (no bitsandbytes on CUDA: no AdamW8bit)"),
-        "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
-        "disk": f"{format_bytes(needed_bytes(settings, inputs))} needed for average trials and the largest one, "
-        f"{format_bytes(free)} free",
-        "study": f"{settings.study_name!r}, {trained} of {settings.n_trials} trained, "
-        f"in {show_storage(settings.storage)}",
-    }
-    return "\n".join(
-        [f"  {name:11s} {printable(value)}" for name, value in rows.items()] + describe_warnings(settings, inputs)
-    )
-
-
-def describe_steps(data_set: DataSet) -> str:
-    """Batches an epoch and updates a training, over the accumulations that may be drawn."""
-    if data_set.batches_per_epoch is None:
-        return "to be told by the first step"
-    epochs, accumulations = (SEARCH_SPACE[name].choices for name in ("max_train_epochs", "gradient_accumulation_steps"))
-    per_epoch = [data_set.updates({"max_train_epochs": 1, "gradient_accumulation_steps": n}) for n in accumulations]
-    fewer = " or ".join(dict.fromkeys(map(str, per_epoch[1:])))
-    fewer = f" ({fewer} with accumulation)" if set(per_epoch) != {per_epoch[0]} else ""
-    return (
-        f"{per_epoch[0]} an epoch{fewer}, {min(per_epoch) * min(epochs)} to {max(per_epoch) * max(epochs)} a training"
-    )
-
-
-def describe_warnings(settings: Settings, inputs: Inputs) -> list[str]:
-    """What is allowed but not wise."""
-    lines = [f"  note: {note}" for note in inputs.data_set.notes]
-    tokens, images = inputs.data_set.class_tokens, inputs.data_set.subject_images
-    if tokens and not any(_name(tokens).search(text) for image in images for text in image.captions):
-        lines.append(
-            f"  note: class_tokens {tokens!r} are trained nowhere: every picture has a caption, and none holds them"
-        )
-    if cached_on_disk(inputs.options, inputs.trainer.answer):
-        older = [image for image in inputs.data_set.images if _is_older(image.latents, image.path)]
-        if older:
-            lines.append(
-                f"  warning: newer than their cached latents: {len(older)} of {len(inputs.data_set.images)} pictures; "
-                f"kohya trains what is cached: delete {older[0].latents} if {older[0].path.name} has changed"
-            )
-    long_warmup, never_ends = warmup_shares(inputs)
-    if long_warmup:
-        lines.append(
-            f"  warning: {long_warmup:.0%} of the proposals warm up for more than half of the run"
-            + (f", {never_ends:.0%} would for all of it and are avoided" if 0 < never_ends < 1 else "")
-            + (", all for longer than the run" if never_ends == 1 else "")
-            + "; a larger num_repeats or a smaller batch_size gives more steps"
-        )
-    jobs = images_of_a_trial(inputs, mean_checkpoints(inputs.options))
-    sizes = (job["width"] * job["height"] * job["steps"] for job in jobs)
-    seconds = sum(sizes) / (512 * 512 * 25) * SECONDS_PER_IMAGE
-    if seconds > LONG_SCORING_SECONDS and settings.device != "cpu":
-        lines.append(
-            f"  warning: scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; "
-            "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
-        )
-    mounts = Path("/proc/self/mounts")
-    kind = file_system_of(settings.output_dir, mounts.read_text(encoding="utf-8")) if mounts.is_file() else ""
-    if kind in NOT_LOCAL:
-        lines.append(
-            f"  warning: {settings.output_dir} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its "
-            "locks may fail; give an --output-dir on a local Linux disk (under WSL2: below ~)"
-        )
-    for table in inputs.enqueued:
-        if reason := why_unsafe(table, inputs):
-            lines.append(f"  warning: --enqueue: {table} will be rejected whatever completes it: {reason}")
-    stored = inputs.study.user_attrs.get("environment", {}) if inputs.study else {}
-    lines += [
-        f"  warning: the study was begun with other tools: {difference}"
-        for difference in fingerprint_differences(stored, environment_of(inputs) if stored else {})
-    ]
-    return lines
-
-
-def _is_older(file: Path | None, than: Path) -> bool:
-    return bool(file and file.exists() and file.stat().st_mtime < than.stat().st_mtime)
-
-
-def why_unsafe(table: Params, inputs: Inputs) -> str:
-    """The reason for which enqueued parameters would be rejected as the sampler completes them, or nothing."""
-    study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.can_train))
-    study.enqueue_trial(table)
-    return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
-
-
-def warmup_shares(inputs: Inputs, draws: int = 2000) -> tuple[float, float]:
-    """Shares of safe proposals whose warm-up takes over half of the run, and all of it; 0 if its length is unknown."""
-    if inputs.data_set.batches_per_epoch is None:
-        return 0.0, 0.0
-    rng = np.random.default_rng(0)
-    drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(draws))
-    shares = [
-        params["lr_warmup_steps"] / inputs.data_set.updates(params)
-        for params in drawn
-        if check_safety_constraints(params)[0] and inputs.can_train(params)
-    ]
-    return float(np.mean([s > 0.5 for s in shares])), float(np.mean([s >= 1 for s in shares]))
-
-
-def environment_of(inputs: Inputs) -> dict[str, str]:
-    """Tools whose change moves scores a little: a warning, not a refusal."""
-    return {
-        "card": inputs.trainer.device_name,
-        "sd-scripts": inputs.trainer.version,
-        "PyTorch": inputs.trainer.answer["torch"],
-        "Optuna": optuna.__version__,
-    }
-
-
-def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool = False) -> None:
+def run_search(settings: Settings, known_problems: Sequence[str], *, only_check: bool = False) -> None:
     """The whole search, or only its checks."""
     started = time.monotonic()
     say("Checking the inputs ...")
-    inputs = check_inputs(settings, senseless, afresh=only_check)
+    inputs = check_inputs(settings, known_problems, afresh=only_check)
     if only_check:
-        say(describe_inputs(settings, inputs))
+        say(str(CheckReport(inputs)))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     with locked_folder(settings.output_dir), logging_to(settings.output_dir / LOG_NAME, settings.storage):
-        say(describe_inputs(settings, inputs))
+        say(str(CheckReport(inputs)))
         end_left_over_processes(settings.output_dir)
-        study = open_study(settings, inputs)
+        study = open_study(inputs)
         scorer = ScoringProcess(settings.device, settings.stall_minutes)
         script = settings.sd_scripts / "train_network.py"
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
         with screen.live():
             show_study(study, settings.n_trials)
-            write_reference_inputs(settings, inputs)
-            inputs = train_first_step(settings, inputs, trainer)
-            study.sampler = make_sampler(settings, inputs)
-            make_reference(settings, study, scorer)
+            reference = Reference(inputs)
+            reference.write_inputs()
+            inputs = reference.train_first_step(trainer)
+            study.sampler = inputs.sampler()
+            reference.make_anchors(study, scorer)
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
 
         def before_trial() -> None:
-            check_room(settings, inputs)
+            check_room(settings.output_dir, inputs.largest_trial_bytes(), SearchStopped)
             with only_warning(f"not all of {settings.results} is written"):
                 write_results(study, settings.output_dir)
 
@@ -5231,143 +5295,6 @@ def run_search(settings: Settings, senseless: Sequence[str], *, only_check: bool
                 run_study(study, objective, settings, started, before_trial)
         finally:
             show_results(study, settings.output_dir)
-
-
-def make_sampler(settings: Settings, inputs: Inputs) -> FeasibleTPESampler:
-    return FeasibleTPESampler(settings.seed, can_train=inputs.can_train, prefers=inputs.prefers)
-
-
-def open_study(settings: Settings, inputs: Inputs) -> optuna.Study:
-    """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
-    with refusing_storage(settings.storage), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            study_name=settings.study_name,
-            storage=open_storage(settings.storage),
-            sampler=make_sampler(settings, inputs),
-            direction="maximize",
-            load_if_exists=True,
-        )
-        refuse_foreign_study(study)
-        check_fingerprint(study, inputs.fingerprint)
-        if "fingerprint" not in study.user_attrs:
-            study.set_user_attr("fingerprint", inputs.fingerprint)
-            study.set_user_attr("environment", environment_of(inputs))
-        study.set_user_attr("n_trials", settings.n_trials)
-        study.set_user_attr("command", settings.command)
-        study.set_metric_names(["score"])
-    return study
-
-
-def write_reference_inputs(settings: Settings, inputs: Inputs) -> None:
-    """What trainer and scorer read, the same for all trials of the study."""
-    write_json(settings.reference / "plan.json", {"study": settings.study_name, **inputs.plan})
-    write_toml(settings.reference / "dataset.toml", inputs.data_set.config)
-    with only_warning("the report will show no pictures of the data set"):
-        keep_data_set_pictures(inputs.data_set, settings.reference / DATA_SET_PICTURES)
-    remember_answer(inputs.trainer, answer_cache(settings), inputs.data_set.notes)
-
-
-def keep_data_set_pictures(data_set: DataSet, folder: Path) -> None:
-    """A few of the data set's pictures, for a report that may be made where the data set is not."""
-    from PIL import Image
-
-    for number, image in enumerate(_evenly(data_set.subject_images, SHOWN_PICTURES)):
-        file = folder / f"{number:02d}.png"
-        if not file.is_file():
-            with Image.open(image.path) as picture:
-                picture.thumbnail((512, 512))
-                content = io.BytesIO()
-                picture.convert("RGB").save(content, format="PNG")
-            write_atomically(file, content.getvalue())
-
-
-def make_reference(settings: Settings, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
-    """The score's anchors, made once before trial 0 and the same for all trials of the study."""
-    if read_json(settings.reference / "anchors.json") is None:
-        screen.begin("none yet: the reference is made")
-        say("Making the reference: the base model's own images, once a study ...")
-        try:
-            scorer(settings.reference)
-        except ScoringFailed as error:
-            raise SearchStopped(f"the reference could not be made: {error}") from error
-    anchors = read_json(settings.reference / "anchors.json")
-    check_anchors(study, anchors)
-
-
-def train_first_step(settings: Settings, inputs: Inputs, trainer: KohyaTrainer) -> Inputs:
-    """Let kohya train one step once before trial 0: it shows that the trainer works, and caches the latents.
-
-    A run that has to make the cache draws other random numbers than one that finds it; after this all trials
-    find it, and equal parameters give equal weights. Returns the inputs with the number of batches that kohya printed.
-    """
-    folder, data_set = settings.reference / FIRST_STEP, inputs.data_set
-    try:
-        with locked_pictures(image.path.parent for image in data_set.images):
-            answer, scale = inputs.trainer.answer, latents_scale(settings.base_model)
-            on_disk = cached_on_disk(inputs.options, answer)
-            if not is_whole_lora(folder) or (
-                on_disk and not prepare_latents(data_set.images, answer["trusted"], scale)
-            ):
-                screen.begin("none yet: the trainer is tried out")
-                say("Trying the trainer out for one step, which also caches the latents, once a study ...")
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                dataset_config = settings.reference / "dataset.toml"
-                config = trial_config(FIRST_STEP_PARAMS, inputs.options, settings.base_model, dataset_config, folder)
-                write_toml(folder / "config.toml", config)
-                trainer.try_out(folder / "config.toml")
-                shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
-    except TrialFailed as error:
-        raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
-    batches = printed_batches(folder / "training.log") or data_set.batches_per_epoch
-    if batches != data_set.batches_per_epoch:
-        say(f"kohya trains {batches} batches an epoch (counted before: {data_set.batches_per_epoch or 'none'}).")
-    return replace(inputs, data_set=replace(data_set, batches_per_epoch=batches))
-
-
-def is_whole_lora(folder: Path) -> bool:
-    """Whether the first step has left its LoRA, whole; its weights need not have moved."""
-    try:
-        check_lora(folder / f"{LORA_NAME}.safetensors", is_last=False)
-    except TrialFailed:
-        return False
-    return True
-
-
-def printed_batches(training_log: Path) -> int | None:
-    """The batches of an epoch, as kohya prints them before its first step; None where it says nothing."""
-    with contextlib.suppress(OSError):
-        said = training_log.read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
-            return int(found[1])
-    return None
-
-
-def latents_scale(base_model: Path) -> int:
-    """Pixels of a latent: 8 in Stable Diffusion."""
-    vae = read_json(base_model / "vae" / "config.json") or {}
-    return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
-
-
-def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
-    """Keep the anchors in the study; refuse ones by which scores would not be comparable with the earlier."""
-    stored = study.user_attrs.get("anchors")
-    if stored is None:
-        study.set_user_attr("anchors", anchors)
-        return
-    moved = fingerprint_differences(_rounded(stored), _rounded(anchors), tolerance=ANCHOR_TOLERANCE)
-    if moved:
-        raise RefusedInput(
-            f"the score's anchors differ from the study's ({'; '.join(moved[:3])}): its scores would not "
-            "be comparable; restore reference/, or give another --output-dir"
-        )
-
-
-def _rounded(anchors: Mapping[str, Any]) -> dict[str, Any]:
-    """The anchors that scores depend on, grey values made comparable with the others."""
-    usable = {name: value * ANCHOR_TOLERANCE / GREY_TOLERANCE for name, value in anchors.get("usable", {}).items()}
-    return {name: usable if name == "usable" else value for name, value in anchors.items() if name != "data"}
 
 
 def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
@@ -5410,9 +5337,8 @@ def run_report(args: argparse.Namespace) -> None:
     name = args.study_name or plan.get("study", DEFAULT_STUDY_NAME)
     study = load_study(args.storage or default_storage(output_dir), name)
     if study is None:
-        raise RefusedInput(
-            f"--report: no study {name!r} in {output_dir}; check --output-dir, --study-name and --storage"
-        )
+        remedy = "check --output-dir, --study-name and --storage"
+        raise RefusedInput(f"--report: no study {name!r} in {output_dir}; {remedy}")
     show_results(study, output_dir)
 
 
@@ -5435,16 +5361,11 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     maker = HERE / "tests" / "demo_world.py"
     if not maker.is_file():
         raise RefusedInput(f"--demo: {maker} is missing; get the whole repository")
-    given = [
-        f
-        for f in ("dataset_config", "base_model", "sd_scripts", "scoring_config", "training_config")
-        if getattr(args, f)
-    ]
-    if given:
-        raise RefusedInput(f"--demo: makes its own inputs; leave out --{given[0].replace('_', '-')}")
-    problems = _senseless_values(args)
+    for own in ("dataset_config", "base_model", "scoring_config", "training_config"):
+        if getattr(args, own):
+            raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
-    above = nearest_folder(args.output_dir)
+    problems, above = senseless_values(args), nearest_folder(args.output_dir)
     if not above.is_dir():
         problems.append(f"--output-dir: {above} is a file; give another folder")
     if problems:
@@ -5458,8 +5379,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
     args.sd_scripts, args.trainer_python = HERE / "tests" / "small_trainer", sys.executable
     args.training_config, args.scoring_config = world / "training.toml", world / "scoring.toml"
-    args.device, args.n_trials = "cpu", args.n_trials or 5
-    args.study_name = args.study_name or "demo"
+    args.device, args.n_trials, args.study_name = "cpu", args.n_trials or 5, args.study_name or "demo"
     return args
 
 
@@ -5500,21 +5420,26 @@ def without_storage(argv: Sequence[str] | None) -> list[str]:
     return words
 
 
+def catch_signals() -> None:
+    """Ctrl-C, SIGTERM and SIGHUP end the search in order, but where whoever started it has them ignored."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # native Windows, which is refused, has no SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, screen.interrupt)
+        elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
+            signal.signal(number, interrupt_unless_typed)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 complete, 1 stopped by itself, 2 refused before anything was done, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a search
-    storage = ""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.captureWarnings(True)
     logging.basicConfig(handlers=[LibraryLog()])
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # native Windows, which is refused below, has no SIGHUP
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, screen.interrupt)
-        elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
-            signal.signal(number, interrupt_unless_typed)
+    catch_signals()
+    storage = ""
     try:
         args = make_parser().parse_args(argv)
         storage = args.storage or ""

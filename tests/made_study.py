@@ -187,7 +187,7 @@ def read_inputs(settings: search.Settings) -> search.Inputs:
     fingerprint = search.make_fingerprint(settings, options, data_set, base_model, plan)
     answer = {"torch": "2.6.0+cu124", "bitsandbytes": True, "packages": ["", 0], "key": ""}
     trainer = search.TrainerFacts("v0.10.0 (made)", "NVIDIA GeForce RTX 4080", answer)
-    return search.Inputs(options, data_set, base_model, plan, trainer, [], fingerprint, None)
+    return search.Inputs(settings, options, data_set, base_model, plan, trainer, [], fingerprint, None)
 
 
 # --- the run ---
@@ -197,12 +197,13 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     """What the search's own run_search does under its lock, with stand-ins for trainer and scoring process."""
     clock = Clock()
     inputs = read_inputs(settings)
-    study = search.open_study(settings, inputs)
+    study = search.open_study(inputs)
     do_not_wait_for_the_disk(study)
     trainer, scorer = MadeTrainer(clock, settings.device), MadeScoring(clock, settings.device)
-    search.write_reference_inputs(settings, inputs)
-    inputs = search.train_first_step(settings, inputs, trainer)
-    search.make_reference(settings, study, scorer)
+    reference = search.Reference(inputs)
+    reference.write_inputs()
+    inputs = reference.train_first_step(trainer)
+    reference.make_anchors(study, scorer)
     objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
     times = run_trials(study, objective, settings, trainer, ends)
     search.delete_spare_checkpoints(study, settings)

@@ -476,7 +476,7 @@ ENQUEUE = [
     bad("enqueued name with ESC", "unknown parameter", lambda d: d.enqueue(f'"{ESCAPE}" = 1')),
     bad("trial a number", "holds no parameters", lambda d: d.enqueue("trial = 3")),
     bad("trials numbers", "holds no parameters", lambda d: d.enqueue("trial = [1, 2]")),
-    bad("outside [[trial]]", "outside of them", lambda d: d.enqueue("network_dim = 64\n[[trial]]\nlr_warmup_steps=50")),
+    bad("outside [[trial]]", "outside of its", lambda d: d.enqueue("network_dim = 64\n[[trial]]\nlr_warmup_steps=50")),
 ]  # fmt: skip
 
 PROMPTS = [
@@ -571,8 +571,8 @@ TRAINERS = [
 ]  # fmt: skip
 
 PLACES = [
-    bad("output a file", "is a file", lambda d: {"output_dir": d.file("mine", "mine")}),
-    bad("output below a file", "is a file", lambda d: {"output_dir": d.file("mine", "mine") / "out"}),
+    bad("output a file", "is no folder", lambda d: {"output_dir": d.file("mine", "mine")}),
+    bad("output below a file", "is no folder", lambda d: {"output_dir": d.file("mine", "mine") / "out"}),
     bad("output without name", "--output-dir", lambda d: {"output_dir": ""}),
     bad("output too long a name", "--output-dir", lambda d: {"output_dir": d.here / ("x" * 300)}),
     bad("output of nobody's home", "~nobody-here", lambda d: {"output_dir": "~nobody-here/out"}),

@@ -989,64 +989,6 @@ def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
 # --- enqueueing --------------------------------------------------------------------------------------
 
 
-def read_enqueue(tmp_path: Path, text: str, *, has_8bit: bool = True) -> list[search.Params]:
-    (tmp_path / "first.toml").write_text(text)
-    return search.read_enqueue_file(tmp_path / "first.toml", lambda params: has_8bit)
-
-
-def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
-    assert read_enqueue(tmp_path, "learning_rate = 1e-4\nnetwork_dim = 64") == [
-        {"learning_rate": 1e-4, "network_dim": 64}
-    ]
-    assert len(read_enqueue(tmp_path, "[[trial]]\nnetwork_dim = 64\n[[trial]]\nnetwork_dim = 128")) == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("learning_rate = 1.0", "outside the search space .6e-05 to 0.00012."),
-        ("learning_rate = nan", "outside the search space"),
-        ("network_dim = 96", "64, 128, 256"),
-        ("network_dim = 64.0", "64, 128, 256"),
-        ("network_alpha_ratio = 0.33", "step 0.05"),
-        ("lr_warmup_steps = true", "50 to 200"),
-        ("optimizer_type = 'Lion'", "AdamW, AdamW8bit"),
-        ("learning_rat = 1e-4", "did you mean 'learning_rate'"),
-        ("network_alpha = 32", "needs a network_dim beside it"),
-        ("network_alpha = 33\nnetwork_dim = 64", "needs a network_dim beside it"),
-        ("network_alpha = 64\nnetwork_dim = 64", "needs a network_dim beside it"),
-        ("network_alpha = 32\nnetwork_dim = 64\nnetwork_alpha_ratio = 0.75", "and no ratio"),
-        ("lr_scheduler_num_cycles = 2", "needs lr_scheduler = 'cosine_with_restarts'"),
-        ("", "holds no parameters"),
-        ("trial = 3", "holds no parameters"),
-        ("network_dim = 64\n[[trial]]\nnetwork_dim = 128", "outside of them"),
-    ],
-)
-def test_what_the_space_does_not_hold_is_refused(tmp_path: Path, line: str, says: str) -> None:
-    with pytest.raises(search.RefusedInput, match=says):
-        read_enqueue(tmp_path, line)
-
-
-def test_8bit_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
-    with pytest.raises(search.RefusedInput, match="needs bitsandbytes"):
-        read_enqueue(tmp_path, "optimizer_type = 'AdamW8bit'", has_8bit=False)
-
-
-def test_kohyas_own_alpha_is_taken_for_its_ratio(tmp_path: Path) -> None:
-    assert read_enqueue(tmp_path, "network_dim = 128\nnetwork_alpha = 96") == [
-        {"network_dim": 128, "network_alpha_ratio": 0.75}
-    ]
-
-
-def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:
-    assert read_enqueue(tmp_path, "[trial]\nnetwork_dim = 64") == [{"network_dim": 64}]
-
-
-@pytest.mark.parametrize("ratio", ["0.6", "0.85", "0.25", "0.9"])
-def test_the_grids_own_values_are_accepted(tmp_path: Path, ratio: str) -> None:
-    assert read_enqueue(tmp_path, f"network_alpha_ratio = {ratio}")
-
-
 def test_enqueued_parameters_come_first_and_once(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2)
     study = open_study(settings)
