@@ -5192,6 +5192,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--report", action="store_true", help="write results/ and show the trials of --output-dir")
     add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
+    parser.set_defaults(command="")  # main() knows it
     return parser
 
 
