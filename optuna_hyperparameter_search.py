@@ -502,102 +502,85 @@ class ScoringSettings:
     plain: tuple[str, ...]
 
 
-MAX_STEPS = 1000  # of the scheduler: it was trained on so many
-# What a key of scoring.toml must be: its type, and the smallest value that makes sense.
-_SCORING_SCHEMA: dict[str, dict[str, tuple[type, float | None]]] = {
-    "images": {
-        "resolution": (int, 16),
-        "steps": (int, 1),  # to MAX_STEPS
-        "guidance_scale": (float, 0),
-        "negative_prompt": (str, None),
-        "batch_size": (int, 1),
-    },
-    "screen": {"prompts": (int, 2), "seeds": (int, 2), "plain_prompts": (int, 2)},
-    "confirm": {"prompts": (int, 2), "seeds": (int, 2), "plain_prompts": (int, 2)},
-    "weights": dict.fromkeys(("fidelity", "text", "preservation", "variety", "usable"), (float, 0)),
-    "encoders": dict.fromkeys(("dinov2", "clip", "pipeline_config"), (str, None)),
-    "usable": dict.fromkeys(("flat_std", "black_p99", "white_p1"), (float, 0)),
-    "prompts": dict.fromkeys(("elsewhere", "style", "plain"), (list, 2)),
-}
-
-
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, as kohya does: what it can't read, the trainer can't either."""
+    kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = (
-            json.loads(text) if path.suffix.lower() == ".json" and what == "--dataset-config" else toml.loads(text)
-        )
+        content = json.loads(text) if kind == "JSON" else toml.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no table")
         return content
-    except FileNotFoundError:
-        raise RefusedInput(f"{what}: no file {path}; check the path") from None
     except OSError as error:
-        raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable TOML file") from error
+        raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable {kind} file") from error
     except UnicodeDecodeError as error:
         raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
         remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "mend it there"
-        kind = "JSON" if isinstance(error, json.JSONDecodeError) else "TOML"
         raise RefusedInput(f"{what}: {path} is not valid {kind} ({one_line(error)}); {remedy}") from error
 
 
-def _wrong_value(value: Any, kind: type, smallest: float | None) -> str:
-    """What is wrong with a value of scoring.toml, or nothing."""
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**63 else math.inf
-    if type(value) is not kind:
-        return f"must be a {kind.__name__}"
-    if kind is list and not all(isinstance(item, str) and item.strip() for item in value):
-        return "must be a list of texts"
-    size = len(value) if kind is list else value
-    if smallest is not None and not smallest <= size < 2**63:
-        return f"must be {'a list of' if kind is list else ''} at least {smallest:g}".replace("  ", " ")
-    return ""
+MAX_STEPS = 1000  # of the scheduler: it was trained on so many
 
 
 def read_scoring_settings(path: Path) -> ScoringSettings:
-    """scoring.toml, complete and checked; RefusedInput lists all that is wrong with it."""
-    given = read_toml(path, "--scoring-config")
+    """scoring.toml, checked; the shipped file says which keys there are, and of which kind their values must be."""
+    given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
     problems = [
-        f"--scoring-config: unknown table [{table}] in {path}{nearest(table, _SCORING_SCHEMA)}"
-        for table in given.keys() - _SCORING_SCHEMA.keys()
+        f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in given if table not in shipped
     ]
-    values: dict[str, dict[str, Any]] = {}
-    for table, schema in _SCORING_SCHEMA.items():
+    for table, examples in shipped.items():
         found = given.get(table)
         if not isinstance(found, dict):
-            problems.append(f"--scoring-config: {path} has no table [{table}]; take it from configs/scoring.toml")
+            problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
             continue
-        values[table] = found
-        for key in found.keys() - schema.keys():
-            problems.append(f"--scoring-config: unknown key '{key}' in [{table}] of {path}{nearest(key, schema)}")
-        for key, (kind, smallest) in schema.items():
-            wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
-            if wrong:
-                problems.append(f"--scoring-config: {key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-    if not problems and values["images"]["resolution"] % 8:
-        problems.append(
-            f"--scoring-config: resolution in [images] of {path} must be a multiple of 8 (the VAE's factor)"
-        )
-    if not problems and values["images"]["steps"] > MAX_STEPS:
-        problems.append(f"--scoring-config: steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough")
-    if not problems and not any(values["weights"].values()):
-        problems.append(f"--scoring-config: all weights of {path} are 0, so every trial would score 1; raise one")
-    for key in ("elsewhere", "style") if not problems else ():
-        for text in values["prompts"][key]:
-            if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
-                problems.append(
-                    f"--scoring-config: {text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
-                )
+        for key in found.keys() - examples.keys():
+            problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
+        for key, example in examples.items():
+            if (
+                wrong := _wrong_value(found[key], example, 1 if table == "images" else 2)
+                if key in found
+                else "is missing"
+            ):
+                problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
+    problems = problems or _odd_values(path, given["images"], given["weights"], given["prompts"])
     if problems:
-        raise RefusedInput(*sorted(problems))
-    stages = {stage: SampleCounts(**values[stage]) for stage in ("screen", "confirm")}
-    prompts = {key: tuple(templates) for key, templates in values["prompts"].items()}
+        raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
+    stages = {stage: SampleCounts(**given.pop(stage)) for stage in ("screen", "confirm")}
+    prompts = {key: tuple(templates) for key, templates in given.pop("prompts").items()}
+    weights = given.pop("weights")
     return ScoringSettings(
-        **values["images"], **stages, weights=values["weights"], **values["encoders"], **values["usable"], **prompts
+        **stages, **prompts, weights=weights, **given["images"], **given["encoders"], **given["usable"]
     )
+
+
+def _wrong_value(value: Any, example: Any, smallest: int) -> str:
+    """What is wrong with a value that should be like the example, or nothing; `smallest` is for whole numbers."""
+    if isinstance(example, str):
+        return "" if isinstance(value, str) else "must be a text"
+    if isinstance(example, list):
+        are_texts = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
+        return "" if are_texts and len(value) > 1 else "must be a list of at least 2 texts"
+    if isinstance(example, float):
+        return "" if type(value) in (int, float) and 0 <= value < 2**63 else "must be a number from 0 on"
+    is_good = type(value) is int and smallest <= value < 2**63
+    return "" if is_good else f"must be a whole number from {smallest} on"
+
+
+def _odd_values(path: Path, images: Params, weights: Params, prompts: Params) -> list[str]:
+    """Values of the right kinds with which scoring could not work."""
+    problems = []
+    if images["resolution"] % 8 or images["resolution"] < 16:
+        problems.append(f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on")
+    if images["steps"] > MAX_STEPS:
+        problems.append(f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough")
+    if not any(weights.values()):
+        problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
+    for key in ("elsewhere", "style"):
+        for text in prompts[key]:
+            if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
+                problems.append(f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces")
+    return problems
 
 
 # Options that a fixed training config must not hold, and why.
@@ -607,34 +590,41 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
     for key in table["options"].split()
 }
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
+_SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # no other kinds can be
+_SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
+# What a value must be, by the kind that kohya's parser gives its option.
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "switch": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    **dict.fromkeys(("str", "Path"), ('a text, in quotes (such as "512,768")', (str,))),
+}
 
 
 def path_remedy(text: str) -> str:
     """What to do about a path that leads nowhere: Windows' paths are known by their drive or their backslashes."""
-    typed = text.translate(
-        {ord(letter): code for letter, code in zip("\n\t\b\f\r", (r"\n", r"\t", r"\b", r"\f", r"\r"), strict=True)}
-    )
-    if drive := re.match(r"([A-Za-z]):(?=[\\/])", typed):
-        return (
-            f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{typed[2:].replace(chr(92), '/')}'"
-        )
-    if "\\" in typed:
+    for letter, typed in zip("\b\t\n\f\r", "btnfr", strict=True):  # TOML has made \n of C:\new
+        text = text.replace(letter, f"\\{typed}")
+    if drive := re.match(r"([A-Za-z]):(?=[\\/])", text):
+        linux = text[2:].replace("\\", "/")
+        return f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{linux}'"
+    if "\\" in text:
         return "write / for each backslash, which TOML changes between double quotes"
     return "correct it there"
 
 
 def load_training_options(path: Path) -> dict[str, Any]:
     """The fixed kohya options, flattened one level as kohya does, unchecked; without what only spells out a default."""
-    options: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
-        options.update(value if isinstance(value, dict) else {key: value})
-    for key, value in list(options.items()):
+        given.update(value if isinstance(value, dict) else {key: value})
+    options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
+    for key, value in given.items():
         if value == [] or (key in FORBIDDEN_TRAINING_KEYS and (value is False or value == "")):
-            del options[key]  # as tools write it that save all options
-        elif isinstance(value, str) and "/" in value and os.path.exists(value):  # noqa: PTH110 - Path raises
-            options[key] = str(Path(value).resolve())  # the trial's config is used from other folders too
-    needed = {"save_model_as": "safetensors", "network_module": "networks.lora"}
-    return {**needed, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42, **options}
+            continue  # as tools write it that save all options
+        is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110 - Path raises
+        options[key] = str(Path(value).resolve()) if is_path else value  # the config is used from other folders too
+    return options
 
 
 def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
@@ -642,46 +632,39 @@ def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | N
 
     `known` are the trainer's own options: each key must be one, and its value of its kind. kohya checks neither.
     """
-    options, where = load_training_options(path), f"in {path}"
-    problems = [
-        f"--training-config: '{key}' {where} {FORBIDDEN_TRAINING_KEYS[key]}"
-        for key in sorted(options.keys() & FORBIDDEN_TRAINING_KEYS.keys())
-    ]
-    for key, only in (("save_model_as", "safetensors"), ("network_module", "networks.lora")):
-        if options[key] != only:
-            problems.append(f"--training-config: {key} = {options[key]!r} {where} must be {only!r}, which is scored")
-    for key, low in (("save_every_n_epochs", 1), ("clip_skip", 1), ("seed", 0)):
-        if type(options[key]) is not int or not low <= options[key] < 2**32:
-            problems.append(f"--training-config: {key} = {options[key]!r} {where} must be a whole number from {low} on")
+    options, problems = load_training_options(path), []
     for key, value in options.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and Path(item).suffix.lower() in _PICKLE_SUFFIXES:
-                problems.append(f"--training-config: {key} = {item!r} {where} is a pickle; use a safetensors file")
-            if isinstance(item, str) and re.match(r"[A-Za-z]:[\\/]", item):
-                problems.append(f"--training-config: {key} = {item!r} {where} leads nowhere; {path_remedy(item)}")
-            if not isinstance(item, (bool, int, str)) and not (isinstance(item, float) and math.isfinite(item)):
-                problems.append(f"--training-config: {key} = {value} {where} must be a finite number, text or switch")
-        if known is None or key in FORBIDDEN_TRAINING_KEYS:
-            continue
-        if key not in known:
-            problems.append(f"--training-config: '{key}' {where} is no option of this sd-scripts{nearest(key, known)}")
-        elif wrong := _wrong_option(value, known[key]):
-            problems.append(f"--training-config: {key} = {value!r} {where} {wrong}")
+        if key in FORBIDDEN_TRAINING_KEYS:
+            problems.append(f"'{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}")
+        elif known is not None and key not in known:
+            problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, known)}")
+        elif wrong := _wrong_option(key, value, known[key] if known else {}):
+            problems.append(f"{key} = {value!r} in {path} {wrong}")
     if problems:
-        raise RefusedInput(*dict.fromkeys(problems))
+        raise RefusedInput(*(f"--training-config: {problem}" for problem in problems))
     return options
 
 
-def _wrong_option(value: Any, option: Mapping[str, Any]) -> str:
-    """What is wrong with a kohya option's value, by what its parser says of it, or nothing."""
-    kind, kinds = option["kind"], {"str": str, "Path": str, "int": int, "float": (int, float)}
-    if kind == "switch":
-        return "" if type(value) is bool else "is a switch; give true or false"
-    for item in value if isinstance(value, list) and option["is_list"] else [value]:
-        if option["choices"] and str(item) not in option["choices"]:
-            return f"must be one of {', '.join(option['choices'])}"
-        if type(item) is bool or not isinstance(item, kinds.get(kind, object)):
-            return f"must be of kind {kind}" + (', in quotes ("512,768")' if kinds.get(kind) is str else "")
+def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
+    """What is wrong with a fixed option's value, or nothing; `option` is what kohya's parser says of it."""
+    if value != _SCORED.get(key, value):
+        return f"must be {_SCORED[key]!r}, which is scored"
+    if key in _SMALLEST and not (type(value) is int and _SMALLEST[key] <= value < 2**32):
+        return f"must be a whole number from {_SMALLEST[key]} on"
+    wanted, kinds = _KINDS.get(option.get("kind", ""), ("", ()))
+    choices = option.get("choices") or []
+    for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
+        text = str(item)
+        if wanted and type(item) not in kinds:
+            return f"must be {wanted}"
+        if choices and text not in choices:
+            return f"must be one of {', '.join(choices)}"
+        if isinstance(item, float) and not math.isfinite(item):
+            return "must be a finite number"
+        if Path(text).suffix.lower() in _PICKLE_SUFFIXES:
+            return "is a pickle; use a safetensors file"
+        if re.match(r"[A-Za-z]:[\\/]", text):
+            return f"leads nowhere; {path_remedy(text)}"
     return ""
 
 
@@ -691,8 +674,8 @@ _PICTURE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()
 )
 _CAPTION_SUFFIXES = frozenset((".txt", ".caption", ".cap", ".tags", ".json"))
-SMALLEST_SIDE = 8  # pixels: one latent
 _FOLDERS = ("image_dir", "conditioning_data_dir", "metadata_file")  # keys of a subset that hold a path
+SMALLEST_SIDE = 8  # pixels: one latent
 
 
 @dataclass(frozen=True)
@@ -707,6 +690,24 @@ class TrainingImage:
     size: tuple[int, int] | None = None  # width, height in pixels, as kohya knows it
     latents: Path | None = None  # where kohya caches them
     arrays: tuple[str, ...] = ("latents",)  # that the cache must hold
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any], weighted: bool) -> TrainingImage:
+        """A picture as configs/kohya_probe.py describes it."""
+        captions = tuple(as_tags(text, weighted=weighted) for text in found["captions"])
+        bucket, size, arrays = (tuple(found[name]) for name in ("bucket", "size", "arrays"))
+        path, latents = Path(found["path"]), Path(found["latents"])
+        return cls(path, captions, found["has_caption"], found["is_reg"], bucket, size, latents, arrays)
+
+
+def as_tags(caption: str, *, weighted: bool = False) -> str:
+    """A caption with a comma and a space between its tags, without a byte order mark, without kohya's weights.
+
+    With weighted_captions `(curly hair:1.2)` is `curly hair`, `[beach]` is `beach`, and a backslash keeps a bracket.
+    """
+    if weighted:
+        caption = re.sub(r"\\([()\[\]\\])|:\s*[+-]?[.\d]+\s*(?=\))|[()\[\]]", lambda match: match[1] or "", caption)
+    return ", ".join(filter(None, (tag.strip("\ufeff\u200b \t\r\n") for tag in caption.split(","))))
 
 
 @dataclass(frozen=True)
@@ -736,259 +737,175 @@ def read_data_set_file(path: Path) -> dict[str, Any]:
     A relative folder is looked for from the current folder (as kohya does), then beside the file.
     """
     config = read_toml(path, "--dataset-config")
-    problems = Problems()
     if not isinstance(config.setdefault("general", {}), dict):
-        problems.lines.append(f"--dataset-config: [general] in {path} must be a table")
-    for dataset in problems.of(_tables, config, "datasets", path) or []:
-        for subset in problems.of(_tables, dataset, "subsets", path) or []:
-            for key in _FOLDERS:
-                if isinstance(subset.get(key), str) and subset[key]:
-                    with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long a name, nobody's home
-                        given = Path(subset[key]).expanduser()
-                        places = [place for place in (given, path.parent / given) if place.exists()]
-                        subset[key] = str(places[0].resolve()) if places else subset[key]
-    problems.refuse()
+        raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
+    tables = [config]
+    for name in ("datasets", "subsets"):
+        found = [table.get(name) for table in tables]
+        if not all(isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) for rows in found):
+            where = "datasets" if name == "datasets" else "datasets.subsets"
+            raise RefusedInput(f"--dataset-config: {path} has no [[{where}]]; see configs/luca_human_dataset.toml")
+        tables = list(itertools.chain(*found))
+    for subset, key in itertools.product(tables, _FOLDERS):
+        if subset.get(key) and isinstance(subset[key], str):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long a name, nobody's home
+                given = Path(subset[key]).expanduser()
+                places = [place for place in (given, path.parent / given) if place.exists()]
+                subset[key] = str(places[0].resolve()) if places else subset[key]
     return config
 
 
-def _tables(parent: dict[str, Any], name: str, path: Path) -> list[dict[str, Any]]:
-    tables = parent.get(name)
-    if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
-        name = "datasets" if name == "datasets" else "datasets.subsets"
-        raise RefusedInput(f"--dataset-config: {path} has no [[{name}]]; see configs/luca_human_dataset.toml")
-    return tables
-
-
-def list_data_set(
-    path: Path, config: Mapping[str, Any], options: Mapping[str, Any], problems: Problems
-) -> list[TrainingImage]:
-    """The pictures and captions that lie in a data set's folders, without kohya's knowledge.
-
-    Finds what people meet most. It also stands in for sd-scripts where that does not tell what it trains.
-    """
-    images: list[TrainingImage] = []
-    for dataset, subset in _subsets(config):
-        known = {"caption_extension": ".caption", **options, **config["general"], **dataset, **subset}
-        for key in _FOLDERS:
-            problems.of(_check_place, path, key, subset.get(key, "" if key == "image_dir" else None), subset)
-        if os.path.isfile(str(subset.get("metadata_file"))):  # noqa: PTH113 - Path raises
-            images += problems.of(_list_metadata, Path(subset["metadata_file"]), subset.get("image_dir", "")) or []
-        elif os.path.isdir(str(subset.get("image_dir"))):  # noqa: PTH112 - Path raises
-            images += problems.of(_list_folder, Path(subset["image_dir"]), known, problems) or []
-    return images
-
-
-def _check_place(path: Path, key: str, text: Any, subset: Mapping[str, Any]) -> None:
-    """RefusedInput where a subset names no folder, or one that is not there; its type is kohya's to judge."""
-    if text == "" and "metadata_file" not in subset:
-        raise RefusedInput(f"--dataset-config: image_dir is missing in a subset of {path}; give its folder")
-    kind = "file" if key == "metadata_file" else "folder"
-    with contextlib.suppress(OSError, ValueError):
-        if not text or not isinstance(text, str) or (Path(text).is_file if kind == "file" else Path(text).is_dir)():
-            return
-    raise RefusedInput(f"--dataset-config: {key} {text!r} in {path} is no {kind}; {path_remedy(text)}")
-
-
-def _list_folder(folder: Path, known: Mapping[str, Any], problems: Problems) -> list[TrainingImage]:
-    """A folder's pictures; `known` are its subset's settings, inherited ones included."""
-    extension, tokens = f".{known['caption_extension']}".replace("..", "."), known.get("class_tokens")
-    try:
-        files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
-    except OSError as error:
-        raise RefusedInput(
-            f"--dataset-config: can't read image_dir {folder} ({error.strerror}); mend its rights"
-        ) from error
-    if not any(file.suffix.lower() in _PICTURE_SUFFIXES for file in files):
-        raise RefusedInput(_no_images(folder))
-    known_problems = len(problems.lines)
-    pictures = [file for file in files if file.suffix in _ALWAYS_TRAINED]
-    found = [(picture, problems.of(_read_caption, picture, extension)) for picture in pictures]
-    missing = [picture for picture, caption in found if caption is None]
-    is_reg = known.get("is_reg") is True
-    if missing and not tokens and not is_reg and len(problems.lines) == known_problems:
-        problems.lines.append(
-            f"--dataset-config: {len(missing)} of {len(pictures)} images in {folder} have no {extension} caption "
-            f"and no class_tokens (the first is {missing[0].name}); write the captions, or set caption_extension "
-            "or class_tokens"
-        )
-    return [
-        TrainingImage(picture, (as_tags(caption or str(tokens or "")),), caption is not None, is_reg)
-        for picture, caption in found
-    ]
-
-
-def _subsets(config: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return [(dataset, subset) for dataset in config["datasets"] for subset in dataset["subsets"]]
-
-
-def _list_metadata(file: Path, folder: str) -> list[TrainingImage]:
-    """The pictures of kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
-        named = entries.items() if isinstance(entries, dict) else [(entry["image_path"], entry) for entry in entries]
-        pairs = [(Path(folder, name), ", ".join(filter(None, (e.get("caption"), e.get("tags"))))) for name, e in named]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RefusedInput(f"--dataset-config: can't use metadata_file {file} ({one_line(error)}); mend it") from error
-    return [TrainingImage(picture, (as_tags(caption),), True) for picture, caption in pairs]
-
-
-def _count_pictures(folder: Path) -> int:
-    """Pictures in a folder; 0 for what is none, or can't be read."""
-    with contextlib.suppress(OSError):
-        return sum(file.suffix.lower() in _PICTURE_SUFFIXES for file in folder.iterdir())
-    return 0
-
-
-def _no_images(folder: Path) -> str:
-    """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file wants these folders."""
-    counts = {inner: _count_pictures(inner) for inner in sorted(folder.iterdir())}
-    best = max(counts, key=lambda inner: counts[inner], default=folder)
-    remedy = "give the folder that holds them (kohya would train nothing and say it succeeded)"
-    if counts.get(best):
-        repeats = re.match(r"(\d+)_", best.name)
-        remedy = f"its folder {best.name!r} has {counts[best]}: give {str(best)!r}"
-        remedy += f" and num_repeats = {repeats[1]}" if repeats else ""
-    return f"--dataset-config: image_dir {folder} has no images; {remedy}"
-
-
-def _read_caption(picture: Path, extension: str) -> str | None:
-    """The first line of a picture's caption, None where there is no file. RefusedInput for what stops kohya."""
-    parts = picture.stem.split("_")
-    names = [picture.stem, *(["_".join(parts[:-4])] if len(parts) > 4 else [])]  # without the place of a face
-    file = next((file for name in names if (file := picture.with_name(name + extension)).is_file()), None)
-    try:
-        text = file.read_text(encoding="utf-8") if file else None
-    except UnicodeDecodeError:
-        raise RefusedInput(f"--dataset-config: caption {file} is not UTF-8; save it as UTF-8") from None
-    if text == "":
-        raise RefusedInput(f"--dataset-config: caption {file} is empty, at which kohya stops; write it, or delete it")
-    return text and text.split("\n")[0].strip()
-
-
-def as_tags(caption: str, *, weighted: bool = False) -> str:
-    """A caption with a comma and a space between its tags, without a byte order mark, without kohya's weights.
-
-    With weighted_captions `(curly hair:1.2)` is `curly hair`, `[beach]` is `beach`, and a backslash keeps a bracket.
-    """
-    if weighted:
-        caption = re.sub(r"\\([()\[\]\\])|:\s*[+-]?[.\d]+\s*(?=\))|[()\[\]]", lambda match: match[1] or "", caption)
-    return ", ".join(filter(None, (tag.strip("\ufeff\u200b \t\r\n") for tag in caption.split(","))))
-
-
 def why_stopped(answer: Mapping[str, Any]) -> str:
-    """kohya's own words, without the Japanese half of its messages; nothing if it got as far as the card."""
-    if "stopped" not in answer:
-        return ""
+    """kohya's own words, without the Japanese half of its messages."""
     errors = [message for level, message in answer["said"] if level in ("ERROR", "CRITICAL")]
-    texts = [*errors[-1:], answer["stopped"][0][1]]
-    return (
-        one_line("; ".join(re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", text) for text in texts if text)) or "no reason"
-    )
+    texts = [*errors[-1:], *(message for _, message in answer.get("stopped", [])[:1])]
+    texts = [re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", text) for text in texts]
+    return one_line("; ".join(filter(None, texts))) or "no reason"
 
 
-def check_answer(path: Path, config: Mapping[str, Any], answer: Mapping[str, Any], with_left_out: bool) -> None:
-    """RefusedInput lists what kohya said against the data set: keys, types, folders that it leaves out."""
-    problems = []
-    for place, message in answer.get("stopped", []):
-        if not place:
-            continue
-        key = place[-1]
-        value: Any = config
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            for part in place:
-                value = value[part]
-        if "extra keys" in message:
-            known = ("general", "datasets", *answer.get("keys", ()))
-            problems.append(f"--dataset-config: unknown key {key!r} in {path}{nearest(key, known)}")
-        else:
-            problems.append(
-                f"--dataset-config: {key} = {value!r} in {path} is refused by kohya ({message}); correct it"
-            )
-    problems += [
-        f"--dataset-config: {path}: kohya would {one_line(re.sub(r' / .*', '', said))}; mend that"
-        for level, said in answer.get("said", [])
-        if with_left_out and level == "WARNING" and said.startswith("ignore ")
-    ]
-    if problems:
-        raise RefusedInput(*problems)
+class DataSetReader:
+    """Collects what is wrong with a data set, and notes on it: without kohya's knowledge, what people meet most."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folders: dict[Path, list[Path]] = {}  # and their files
+        self.problems: list[str] = []
+        self.notes: list[str] = []
 
-def look_at_pictures(images: Sequence[TrainingImage], on_disk: bool) -> list[str]:
-    """Open each picture as scoring will. Returns notes; RefusedInput lists what kohya or scoring would stumble over."""
-    from PIL import Image
-
-    problems, turned = [], []
-    by_stem: dict[Path, Path] = {}
-    for image in {image.path: image for image in images}.values():
+    def list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
+        """The pictures that stand in where sd-scripts does not tell what it trains."""
+        place = settings.get("image_dir", "")
+        if not place or not isinstance(place, str):  # its type is kohya's to judge
+            if place == "" and "metadata_file" not in settings:
+                self.problems.append(f"image_dir is missing in a subset of {self.path}; give its folder")
+            return []
+        if not os.path.isdir(place):  # noqa: PTH112 - Path raises
+            self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
+            return []
+        folder, images = Path(place), []
         try:
-            str(image.path).encode()  # plan.json and the trainer want UTF-8
-            if not image.path.is_file():  # a pipe would be waited for
-                raise ValueError("it is no file")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of large pictures
-                with Image.open(image.path) as opened:
-                    opened.load()  # kohya stops at a truncated one, hours later perhaps
-                    width, height = opened.size
-                    turned += [image.path.name] if opened.getexif().get(0x0112, 1) != 1 else []
-        except Exception as error:  # Pillow raises all sorts on damaged files
-            remedy = "mend or remove it"
-            if image.path.suffix not in _ALWAYS_TRAINED:
-                remedy = "install Pillow's plug-in for it in this Python too, which scores with it, or convert it"
-            problems.append(f"--dataset-config: can't use {image.path} ({one_line(error)}); {remedy}")
-            continue
-        other = by_stem.setdefault(image.path.with_suffix(""), image.path)
-        if on_disk and other != image.path:
-            problems.append(
-                f"--dataset-config: {other} and {image.path.name} would share one cache of latents, so kohya would "
-                "train a wrong picture from its second run on; rename one, with its caption"
+            self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+        except OSError as error:
+            self.problems.append(f"can't read image_dir {folder} ({error.strerror}); mend its rights")
+            return []
+        if "metadata_file" in settings:
+            return []
+        if not _pictures_in(folder):
+            self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
+        extension, tokens = f".{settings['caption_extension']}".replace("..", "."), settings.get("class_tokens")
+        is_reg = settings.get("is_reg") is True
+        for picture in [file for file in files if file.suffix in _ALWAYS_TRAINED]:
+            caption = self._read_caption(picture, extension)
+            text = as_tags(caption or str(tokens or ""))
+            images.append(TrainingImage(picture, (text,), caption is not None, is_reg))
+        without = [image.path.name for image in images if not image.has_caption]
+        if without and not tokens and not is_reg:
+            self.problems.append(
+                f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens "
+                f"(the first is {without[0]}); write the captions, or set caption_extension or class_tokens"
             )
-        known = image.size or (width, height)
-        if on_disk and max(abs(known[0] - width), abs(known[1] - height)) > 1:
-            problems.append(
-                f"--dataset-config: kohya takes {image.path} for {known[0]} x {known[1]} pixels, by the name of a "
-                f"cache of latents; it has {width} x {height}; delete the .npz files that begin with its name"
-            )
-    if problems:
-        raise RefusedInput(*problems)
-    seen = f"stored turned (EXIF), and trained as stored, not as viewers show it: {', '.join(turned[:3])}"
-    return [f"{seen}, {len(turned)} of {len(images)}"] if turned else []
+        return images
+
+    def _find_images(self, files: Sequence[Path]) -> str:
+        """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file does not."""
+        best = max(files, key=lambda file: len(_pictures_in(file)), default=self.path)
+        if not (count := len(_pictures_in(best))):
+            return "give the folder that holds them (kohya would train nothing and say it succeeded)"
+        repeats = re.match(r"(\d+)_", best.name)
+        more = f" and num_repeats = {repeats[1]}" if repeats else ""
+        return f"its folder {best.name!r} has {count}: give {str(best)!r}{more}"
+
+    def _read_caption(self, picture: Path, extension: str) -> str | None:
+        """The first line of a picture's caption; None where there is no file."""
+        parts = picture.stem.split("_")
+        stems = (picture.stem, "_".join(parts[:-4]) or picture.stem)  # the second one lacks the place of a face
+        file = next((file for stem in stems if (file := picture.with_name(stem + extension)).is_file()), None)
+        try:
+            text = file.read_text(encoding="utf-8") if file else None
+        except UnicodeDecodeError:
+            self.problems.append(f"caption {file} is not UTF-8; save it as UTF-8")
+            return ""
+        if text == "":
+            self.problems.append(f"caption {file} is empty, at which kohya stops; write it, or delete it")
+        return text and text.split("\n")[0].strip()
+
+    def hear_kohya(self, config: Any, answer: Mapping[str, Any]) -> None:
+        """What kohya said against folders that it leaves out, and against keys and values of the file."""
+        left_out = [said.partition(" / ")[0] for _, said in answer.get("said", []) if said.startswith("ignore ")]
+        if not self.problems:
+            self.problems += [f"{self.path}: kohya would {one_line(said)}; mend that" for said in left_out]
+        for place, message in answer.get("stopped", []):
+            if "extra keys" in message:
+                known = ("general", "datasets", *answer.get("keys", ()))
+                self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
+            elif place:
+                value = config
+                with contextlib.suppress(KeyError, IndexError, TypeError):  # a key that lacks
+                    for part in place:
+                        value = value[part]
+                self.problems.append(f"{place[-1]} = {value!r} in {self.path} is refused by kohya ({message}); mend it")
+
+    def look_at(self, images: Iterable[TrainingImage], on_disk: bool) -> None:
+        """Open each picture as scoring will, and note what kohya or scoring would stumble over."""
+        from PIL import Image
+
+        turned, by_stem = [], {}
+        pictures = {image.path: image for image in images}
+        for path, image in pictures.items():
+            try:
+                str(path).encode()  # plan.json and the trainer want UTF-8
+                if not path.is_file():  # a pipe would be waited for
+                    raise ValueError("it is no file")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow's, of large pictures
+                    with Image.open(path) as opened:
+                        opened.load()  # kohya stops at a truncated one, hours later perhaps
+                        turned += [path.name] if opened.getexif().get(0x0112, 1) != 1 else []
+            except Exception as error:  # Pillow raises all sorts on damaged files
+                plugin = "install Pillow's plug-in for it in this Python too, which scores with it, or convert it"
+                remedy = "mend or remove it" if path.suffix in _ALWAYS_TRAINED else plugin
+                self.problems.append(f"can't use {path} ({one_line(error)}); {remedy}")
+                continue
+            other, size = by_stem.setdefault(path.with_suffix(""), path), image.size or opened.size
+            if on_disk and other != path:
+                self.problems.append(
+                    f"{other} and {path.name} would share one cache of latents; rename one, with its caption"
+                )
+            if on_disk and any(abs(size[side] - opened.size[side]) > 1 for side in (0, 1)):
+                why = f"kohya takes it for {size[0]} x {size[1]} pixels, by the name of a .npz file"
+                self.problems.append(f"{path} is not as large as its cached latents: {why}; delete its .npz files")
+        if turned:
+            counted = f"{', '.join(turned[:3])}, {len(turned)} of {len(pictures)}"
+            self.notes.append(f"stored turned (EXIF), and trained as stored, not as viewers show it: {counted}")
+
+    def find_unused(self, images: Iterable[TrainingImage]) -> None:
+        """Note what lies in the folders and is not trained, with its number."""
+        has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
+        trained = {image.path for image in images}
+        for folder, files in self.folders.items():
+            unused = [file for file in files if file not in trained]
+            pictures = [file for file in unused if file.suffix.lower() in _PICTURE_SUFFIXES and file.is_file()]
+            captions = [file for file in unused if file.suffix in _CAPTION_SUFFIXES and file.is_file()]
+            unread = [file for file in captions if has_caption.get(file.with_suffix("")) is False]
+            known = {*has_caption, *(file.with_suffix("") for file in pictures)}
+            alone = [file for file in captions if file.with_suffix("") not in known]
+            by_cache = (folder / "metadata_cache.json").is_file() and "metadata_cache.json is read instead (cache_info)"
+            for what, found, remedy in (
+                ("not trained", pictures, by_cache or "convert them, or let them lie"),
+                ("class_tokens stand in for captions", unread, "set caption_extension to read them"),
+                ("captions without a picture", alone, "let them lie, or rename them"),
+            ):
+                if found:
+                    counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
+                    self.notes.append(f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}")
+            for inner in [file for file in unused if _pictures_in(file)]:
+                count = len(_pictures_in(inner))
+                self.notes.append(f"not trained: {count} in {inner}; kohya looks into no folder of a folder")
 
 
-def left_out(config: Mapping[str, Any], images: Sequence[TrainingImage]) -> list[str]:
-    """What lies in the data set's folders and is not used, with its number."""
-    notes = []
-    trained = {image.path: image for image in images}
-    with_caption = {path.with_suffix(""): image.has_caption for path, image in trained.items()}
-    for folder in dict.fromkeys(Path(subset["image_dir"]) for _, subset in _subsets(config) if subset.get("image_dir")):
-        files = sorted(file for file in folder.iterdir() if file.name[0] != "." and file not in trained)
-        pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file.is_file()]
-        captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES and file.is_file()]
-        unread = [file for file in captions if with_caption.get(file.with_suffix("")) is False]
-        alone = [
-            f for f in captions if f.with_suffix("") not in {*with_caption, *(p.with_suffix("") for p in pictures)}
-        ]
-        by_cache = (folder / "metadata_cache.json").is_file() and "metadata_cache.json is read instead (cache_info)"
-        for what, found, remedy in (
-            ("not trained", pictures, by_cache or "convert them, or let them lie"),
-            ("class_tokens stand in for captions", unread, "set caption_extension to read them"),
-            ("captions without a picture", alone, "let them lie, or rename them"),
-        ):
-            if found:
-                counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
-                notes.append(f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}")
-        for inner in files:
-            if count := _count_pictures(inner):
-                notes.append(f"not trained: {count} in {inner}; kohya looks into no folder of a folder")
-    return notes
-
-
-def image_of(found: Mapping[str, Any], weighted: bool) -> TrainingImage:
-    """A picture as configs/kohya_probe.py describes it."""
-    captions = tuple(as_tags(text, weighted=weighted) for text in found["captions"])
-    size, bucket, arrays = (tuple(found[name]) for name in ("size", "bucket", "arrays"))
-    path, latents = Path(found["path"]), Path(found["latents"])
-    return TrainingImage(path, captions, found["has_caption"], found["is_reg"], bucket, size, latents, arrays)
+def _pictures_in(folder: Path) -> list[Path]:
+    """None for what is no folder, or can't be read."""
+    return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
 
 
 def read_data_set(
@@ -998,60 +915,58 @@ def read_data_set(
 
     RefusedInput lists all that is wrong with it.
     """
-    problems = Problems()
-    images = list_data_set(path, config, options, problems)
-    problems.of(check_answer, path, config, answer, not problems.lines)
+    inherited = {"caption_extension": ".caption", **options, **config["general"]}
+    subsets = [{**inherited, **dataset, **subset} for dataset in config["datasets"] for subset in dataset["subsets"]]
+    reader = DataSetReader(path)
+    images = [image for settings in subsets for image in reader.list_folder(settings)]
+    reader.hear_kohya(config, answer)
     if "images" in answer:
-        images = [image_of(found, options.get("weighted_captions") is True) for found in answer["images"]]
-    if answer and not problems.lines and all(image.is_reg for image in images):
-        problems.lines.append(f"--dataset-config: {path} has no images but for regularisation; add the character's own")
+        images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
+    if answer and not reader.problems and all(image.is_reg for image in images):
+        reader.problems.append(f"{path} has no images but for regularisation; add the character's own")
     smallest = min((min(image.bucket) for image in images if image.bucket), default=SMALLEST_SIDE)
     if smallest < SMALLEST_SIDE:
-        problems.lines.append(f"--dataset-config: {path}: a resolution of {smallest} pixels is too small; raise it")
-    tokens = {
-        str({**config["general"], **dataset, **subset}.get("class_tokens") or "")
-        for dataset, subset in _subsets(config)
-        if not subset.get("is_reg")
-    } - {""}
+        reader.problems.append(f"{path}: a resolution of {smallest} pixels is too small; raise it")
+    if "notes" in answer:  # of an earlier start, which has looked at the same files
+        reader.notes += answer["notes"]
+    else:
+        reader.look_at(images, options.get("cache_latents_to_disk") is True)
+        reader.find_unused(images)
+        if answer and "images" not in answer:
+            reader.notes.append(
+                f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
+                "captions are taken as they lie in the folders, and its first step tells the number of batches"
+            )
+    if answer.get("stopped") and not reader.problems:
+        reader.problems.append(f"{path}: kohya stops before its first step: {why_stopped(answer)}; mend it")
+    if reader.problems:
+        raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(reader.problems)))
+    tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
     class_tokens = tokens.pop() if len(tokens) == 1 else None
-    is_known = "notes" in answer  # from an earlier start, which has looked at the same files
-    notes = answer.get("notes", [])
-    if not is_known:
-        notes = problems.of(look_at_pictures, images, options.get("cache_latents_to_disk") is True) or []
-    if not problems.lines and answer.get("stopped"):
-        problems.lines.append(
-            f"--dataset-config: {path}: kohya stops before its first step: {why_stopped(answer)}; mend it"
-        )
-    problems.refuse()
-    if not is_known:
-        notes += left_out(config, images)
-    if not is_known and "images" not in answer and answer:
-        notes.append(
-            f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
-            "captions are taken as they lie in the folders, and its first step tells the number of batches"
-        )
-    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, tuple(notes))
+    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, tuple(reader.notes))
 
 
 # Which model a safetensors file is, by a tensor that only this family has; the first match wins.
-_FAMILY_MARKS = (
-    ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX"),
-    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "SD3"),
-    ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "SDXL"),
-    ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", "SDXL refiner"),
-)
+_FAMILY_MARKS = {
+    r"(?m)^lora_": "a LoRA",
+    r"(?m)double_blocks\.0\.img_attn\.norm\.key_norm\.scale$": "FLUX",
+    r"(?m)joint_blocks\.0\.context_block\.adaLN_modulation\.1\.bias$": "SD3",
+    r"(?m)conditioner\.embedders\.1\.model\.transformer\.resblocks\.9\.mlp\.c_proj\.bias$": "SDXL",
+    r"(?m)conditioner\.embedders\.0\.model\.transformer\.resblocks\.9\.mlp\.c_proj\.bias$": "SDXL refiner",
+}
+_FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 _CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 # How many tensors kohya reads of each part of a Stable Diffusion 1.x file; it stops at one less or more.
 _PARTS_OF_A_FILE = {
-    "UNet": (r"model\.diffusion_model\.(time_embed|input_blocks|middle_block|output_blocks|out)\.", 686),
-    "VAE": (r"first_stage_model\.(encoder|decoder|quant_conv|post_quant_conv)\.", 248),
-    "text encoder": (r"cond_stage_model\.transformer\.(?!text_model\.embeddings\.position_ids$)", 196),
+    "UNet": (r"(?m)^model\.diffusion_model\.(time_embed|input_blocks|middle_block|output_blocks|out)\.", 686),
+    "VAE": (r"(?m)^first_stage_model\.(encoder|decoder|quant_conv|post_quant_conv)\.", 248),
+    "text encoder": (r"(?m)^cond_stage_model\.transformer\.(?!text_model\.embeddings\.position_ids$)", 196),
 }
-# What kohya (all but the tokenizer) and the scoring load of a diffusers folder; a name without suffix is of weights.
+# What kohya (all but the tokenizer) and the scoring load of a diffusers folder.
 _PARTS_OF_A_FOLDER = {
-    "unet": ("config.json", "diffusion_pytorch_model"),
-    "vae": ("config.json", "diffusion_pytorch_model"),
-    "text_encoder": ("config.json", "model"),
+    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("config.json", "model.safetensors"),
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("vocab.json", "merges.txt"),
     "feature_extractor": ("preprocessor_config.json",),  # only where model_index.json names it
@@ -1075,70 +990,14 @@ class BaseModel:
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, dtypes, shapes and offsets of a safetensors file; ValueError if it is none or torn.
+    """Names, dtypes, shapes and offsets of a safetensors file; ValueError if it is none or torn."""
+    from safetensors import SafetensorError, safe_open
 
-    A file is whole when its size is 8 + header length + the largest data offset (the format's definition).
-    """
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= 100_000_000:
-            raise ValueError("it is no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-            tensors = [entry for key, entry in header.items() if key != "__metadata__"]
-            end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
-            if not all(type(e["shape"]) is list and all(type(n) is int for n in e["shape"]) for e in tensors):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
-            raise ValueError("it is no safetensors file, or its header is torn") from None
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError("it is torn: not as long as its header says")
-    return header
-
-
-def inspect_base_model(path: Path) -> BaseModel:
-    """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
-    remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
-    if not path.exists():
-        raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
-    if path.is_file():
-        _check_file_name(path, remedy)
-    elif not (path / "model_index.json").is_file():
-        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json; {remedy}")
-    files = [path] if path.is_file() else sorted(path.glob("*/*.safetensors"))
-    headers: dict[str, Any] = {}
-    for file in files:
-        try:
-            header = read_safetensors_header(file)
-            if path.is_file() or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-                headers.update({name_in_file(key): entry for key, entry in header.items()})
-        except (ValueError, OSError) as error:
-            raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
-    family = _family_of_folder(path) if path.is_dir() else _family_of_file(headers)
-    if family != "SD1.x":
-        raise RefusedInput(f"--base-model: {path.name} is {family}, which this search does not train; {remedy}")
-    missing = list(_missing_in_folder(path) if path.is_dir() else _missing_in_file(headers))
-    if missing:
-        raise RefusedInput(f"--base-model: {path} has {', '.join(missing)}, so that it can't be loaded; {remedy}")
-    shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
-    per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
-    fingerprint = digest("".join(digest_of_weights(file) for file in files))
-    return BaseModel(path.resolve(), family, fingerprint, per_dim)
-
-
-def _check_file_name(path: Path, remedy: str) -> None:
-    """RefusedInput for a file that kohya would load as a pickle: it goes by the name, of a link by its target's."""
-    real = path.resolve()
-    if real.suffix.lower() == ".safetensors":
-        return
-    with contextlib.suppress(ValueError, OSError):
-        read_safetensors_header(real)
-        raise RefusedInput(
-            f"--base-model: kohya would take {real} for a pickle, since its name does not end in .safetensors (that of "
-            f"a link to it does not count); copy it to such a name, cp -L {shlex.quote(str(path))} MODEL.safetensors"
-        )
-    raise RefusedInput(f"--base-model: {path.name} may be a pickle, which can run code when loaded; {remedy}")
+    try:
+        with safe_open(path, "np"), path.open("rb") as file:  # it judges the header, and the file's size by it
+            return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    except SafetensorError as error:
+        raise ValueError(f"it is torn, or no safetensors file: {error}") from error
 
 
 def name_in_file(key: str) -> str:
@@ -1146,58 +1005,77 @@ def name_in_file(key: str) -> str:
     return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
 
 
-def _missing_in_file(names: Iterable[str]) -> Iterator[str]:
-    for part, (pattern, expected) in _PARTS_OF_A_FILE.items():
-        found = sum(1 for name in names if re.match(pattern, name))
-        if found != expected:
-            yield f"{found} tensors of its {part} instead of {expected}" if found else f"no {part}"
+def inspect_base_model(path: Path) -> BaseModel:
+    """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
+    remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
+    if not path.exists():
+        raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
+    is_file, real = path.is_file(), path.resolve()
+    if is_file and real.suffix.lower() != ".safetensors":
+        copy = f"cp -L {shlex.quote(str(path))} MODEL.safetensors"
+        why = f"kohya would take {real} for a pickle by its name, and it may be a pickle, which can run code"
+        raise RefusedInput(f"--base-model: {why}; if it is a safetensors file, copy it with the right name: {copy}")
+    if not is_file and not (path / "model_index.json").is_file():
+        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json; {remedy}")
+    files, headers = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
+    for file in files:
+        try:
+            header = read_safetensors_header(file)
+        except (ValueError, OSError) as error:
+            raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
+        if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
+            headers.update({name_in_file(key): entry for key, entry in header.items()})
+    if wrong := _wrong_in_file(headers) if is_file else _wrong_in_folder(path):
+        raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
+    shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
+    per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
+    return BaseModel(real, "SD1.x", digest("".join(map(digest_of_weights, files))), per_dim)
 
 
-def _missing_in_folder(folder: Path) -> Iterator[str]:
-    index = read_json(folder / "model_index.json") or {}
-    for part, names in _PARTS_OF_A_FOLDER.items():
-        place = folder / part
-        if index.get(part) in (None, [None, None]):
-            yield from [f"no {part} in model_index.json"] if part != "feature_extractor" else []
-        elif part != "tokenizer" or not (place / "tokenizer.json").is_file():
-            for file in itertools.chain(*(_files_of(place, name) for name in names)):
-                if read_json(file) is None if file.suffix == ".json" else not file.is_file():
-                    variants = [v.name for v in sorted(place.glob(f"{file.stem}.*.safetensors"))]
-                    hint = f" (rename {' or '.join(variants)})" if variants else ""
-                    yield f"no whole {part}/{file.name}{hint}"
+def _wrong_in_file(header: Mapping[str, Any]) -> str:
+    """Why a file is no whole Stable Diffusion 1.x, or nothing."""
+    names = "\n".join(header)
+    counts = {part: len(re.findall(pattern, names)) for part, (pattern, _) in _PARTS_OF_A_FILE.items()}
+    first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
+    families = [family for mark, family in _FAMILY_MARKS.items() if re.search(mark, names)]
+    families += ["an inpainting model"] if first[1:2] == [9] else []
+    if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
+        families.append("SD2.x" if cross[-1] == 1024 else "of an unknown family")
+    if families:
+        return f"is {families[0]}, which this search does not train"
+    missing = [
+        f"{counts[part]} tensors of its {part} instead of {expected}" if counts[part] else f"no {part}"
+        for part, (_, expected) in _PARTS_OF_A_FILE.items()
+        if counts[part] != expected
+    ]
+    return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
 
 
-def _files_of(part: Path, name: str) -> list[Path]:
-    """A file that diffusers loads of a part, or those of its weights: the shards of an index, else one file."""
-    file = part / (name if "." in name else f"{name}.safetensors")
-    shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
-    if isinstance(shards, dict) and not (name == "model" and file.is_file()):  # transformers prefers the whole file
-        return sorted({part / str(shard) for shard in shards.values()})
-    return [file]
-
-
-def _family_of_file(header: Mapping[str, Any]) -> str:
-    if any(key.startswith("lora_") for key in header):
-        return "a LoRA"
-    for mark, family in _FAMILY_MARKS:
-        if any(key.endswith(mark) for key in header):
-            return family
-    first = header.get("model.diffusion_model.input_blocks.0.0.weight")
-    if first and first["shape"][1:2] == [9]:
-        return "an inpainting model"
-    parts = {key.partition(".")[0] for key in header}
-    if "model" not in parts and parts & {"first_stage_model", "cond_stage_model"}:
-        return "SD1.x"  # as far as it goes: without UNet
-    width = [0, *header.get(_CROSS_ATTENTION, {}).get("shape", [])][-1]
-    return {768: "SD1.x", 1024: "SD2.x"}.get(width, "of an unknown family")
-
-
-def _family_of_folder(path: Path) -> str:
-    pipeline = (read_json(path / "model_index.json") or {}).get("_class_name", "of an unknown family")
-    unet = read_json(path / "unet" / "config.json") or {}
+def _wrong_in_folder(folder: Path) -> str:
+    """Why a diffusers folder is no whole Stable Diffusion 1.x, or nothing."""
+    index, unet = (read_json(folder / file) or {} for file in ("model_index.json", "unet/config.json"))
+    pipeline = "SD2.x" if unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
     if pipeline != "StableDiffusionPipeline":
-        return f"a {pipeline}"
-    return "SD2.x" if unet.get("cross_attention_dim") == 1024 else "SD1.x"
+        return f"is {pipeline}, which this search does not train"
+    missing = []
+    for part, names in _PARTS_OF_A_FOLDER.items():
+        if index.get(part) in (None, [None, None]):
+            missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
+        elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
+            for file in itertools.chain(*(_shards(folder / part / name) for name in names)):
+                if read_json(file) is None if file.suffix == ".json" else not file.is_file():
+                    variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
+                    missing.append(
+                        f"no whole {part}/{file.name}" + f" (rename {' or '.join(variants)})" * bool(variants)
+                    )
+    return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
+
+
+def _shards(file: Path) -> list[Path]:
+    """The files that an index names in place of one, or that one."""
+    shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
+    is_split = isinstance(shards, dict) and not file.is_file()
+    return sorted({file.with_name(str(shard)) for shard in shards.values()}) if is_split else [file]
 
 
 # ======================================================================================================
@@ -2101,7 +1979,12 @@ def _has_same_packages(answer: Mapping[str, Any]) -> bool:
 
 def _files_below(data_set: Mapping[str, Any]) -> list[Any]:
     """All files of a data set by name, size and time, without the caches of latents."""
-    named = {str(subset.get(key, "")) for _, subset in _subsets(data_set) for key in _FOLDERS}
+    named = {
+        str(subset.get(key, ""))
+        for dataset in data_set["datasets"]
+        for subset in dataset["subsets"]
+        for key in _FOLDERS
+    }
     about = []
     for place in (Path(name) for name in sorted(named) if os.path.exists(name)):  # noqa: PTH110 - Path raises
         with contextlib.suppress(PermissionError):
