@@ -2027,26 +2027,44 @@ def _ask_kohya(
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
-FIRST_SEEDS = {"screen": 1001, "confirm": 2001}
+FIRST_SEEDS = {"screen": 1001, "confirm": 2001}  # the two stages, under their names in all files
 # Keys of the plan that may differ between machines or runs of one study; the encoders have a fingerprint of their own.
 NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
+# Tags of quality, rating, number, view and looks, which are nobody's name.
+_COMMON_LINES = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
+COMMON_TAGS = re.compile("|".join(fnmatch.translate(line) for line in _COMMON_LINES if line and line[0] != "#"))
+NEARLY_ALL = 0.75  # share of the captions that hold a tag which may be the name where a caption was forgotten
+# Letters of scripts that part words with spaces; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 # Letters in either case, as kohya reads them. 0 pixels, 0 steps, and seeds that torch can't take are not understood.
-_PROMPT_OPTION = re.compile(r"(n) +(.+)|([whs]) +(0*[1-9]\d{0,3})|(d) +(\d{1,18})|(l) +(\d+\.?\d*)", re.IGNORECASE)
-_OPTION_NAMES = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "cfg", "s": "steps"}
+_PROMPT_OPTION = re.compile(
+    r"n +(?P<negative>.+)|w +(?P<width>0*[1-9]\d{0,3})|h +(?P<height>0*[1-9]\d{0,3})|s +(?P<steps>0*[1-9]\d{0,3})"
+    r"|d +(?P<seed>\d{1,18})|l +(?P<cfg>\d+\.?\d*)",
+    re.IGNORECASE,
+)
+Prompt = dict[str, Any]  # "prompt" and "subject", and what a line of --eval-prompts sets besides
 
 
-@functools.cache
-def common_tags() -> re.Pattern[str]:
-    """Tags that name nobody: of quality, rating, number, view, looks (configs/common_tags.txt)."""
-    lines = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
-    return re.compile("|".join(fnmatch.translate(line) for line in lines if line and line[0] != "#"))
+class Subject:
+    """A subject's name, found as a word of its own in either case."""
 
+    def __init__(self, name: str) -> None:
+        before = rf"(?<!{_LETTER})" if re.match(_LETTER, name) else ""
+        after = rf"(?!{_LETTER})" if re.match(_LETTER, name[-1:]) else ""
+        self.name = name
+        self._pattern = re.compile(f"{before}{re.escape(name)}{after}", re.IGNORECASE)
 
-NEARLY_ALL = 0.75  # of the captions have a tag that may be the name, but for a slip
+    def is_in(self, text: str) -> bool:
+        return self._pattern.search(text) is not None
+
+    def left_out_of(self, prompt: str) -> str:
+        """The prompt for CLIP, which has never learnt the name."""
+        tags = (" ".join(tag.split()) for tag in self._pattern.sub(" ", prompt).split(","))
+        return ", ".join(tag for tag in tags if tag)
 
 
 def tags_of(captions: Sequence[str]) -> list[list[str]]:
-    """Of each caption; odd line ends (U+2028) part tags as commas do."""
+    """The tags of each caption; odd line ends (U+2028) part tags as commas do."""
     return [[tag.strip() for tag in re.split("[,，、\u2028\u2029\x85\v\f]", caption)] for caption in captions]
 
 
@@ -2054,53 +2072,144 @@ def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
     tags = tags_of(captions) or [[]]
     folded = [{tag.casefold() for tag in others} for others in tags]
-    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag.casefold() in others for others in folded)]
-    common = [
-        tag for tag in shared if common_tags().match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower())
-    ]
-    return [tag for tag in shared if tag not in common], common
+    shared: tuple[list[str], list[str]] = [], []
+    for tag in dict.fromkeys(tags[0]):
+        if tag and all(tag.casefold() in others for others in folded):
+            plain = re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()
+            shared[COMMON_TAGS.match(plain) is not None].append(tag)
+    return shared
 
 
 def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
     """The subject's name: as given, else class_tokens, else the first tag that all captions share and that may be one.
 
-    A name that no caption holds was never trained: RefusedInput, which lists what the captions have in common.
+    RefusedInput for a name that no caption holds, since it was never trained; it lists what the captions share.
     """
     candidates, common = shared_tags(captions)
     # One word such as `1girl` is what taggers write; a phrase such as `a boy` is meant.
     is_tag = class_tokens in common and " " not in class_tokens
     name = (given or ("" if is_tag else class_tokens) or "").strip()
-    if name and any(_name(name).search(caption) for caption in captions):
+    if name and any(map(Subject(name).is_in, captions)):
         return name
     if given:
         raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
-    if candidates:
-        return candidates[0]
-    if is_tag:
-        return class_tokens
+    if candidates or is_tag:
+        return candidates[0] if candidates else class_tokens
     words = [set(re.findall(r"[^\W\d_]{2,}", caption)) for caption in captions] or [set()]
-    in_all = sorted(word for word in set.intersection(*words) if not common_tags().match(word.lower()))
+    in_all = sorted(word for word in set.intersection(*words) if not COMMON_TAGS.match(word.lower()))
     said = f"class_tokens {class_tokens!r} stand in no caption, and " if class_tokens else ""
     said += f"the captions share {'only ' + ', '.join(common) if common else 'no tag'}"
     said += f"; these words stand in all of them: {', '.join(in_all[:10])}" if in_all else ""
     raise RefusedInput(f"--subject: {said}; give the subject's name as the captions have it, --subject NAME")
 
 
-# Letters of scripts that part words with spaces; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
-_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """Up to `count` of the items, spread over all of them."""
+    count = min(count, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
 
 
-def _name(subject: str) -> re.Pattern[str]:
-    """The subject's name as a word of its own, in either case."""
-    before = rf"(?<!{_LETTER})" if re.match(_LETTER, subject) else ""
-    after = rf"(?!{_LETTER})" if re.match(_LETTER, subject[-1:]) else ""
-    return re.compile(f"{before}{re.escape(subject)}{after}", re.IGNORECASE)
+class PromptChooser:
+    """Chooses prompts and seeds: screening and confirmation share none, and no seed is the training's."""
 
+    def __init__(self, subject: str, settings: ScoringSettings) -> None:
+        self.subject = Subject(subject)
+        self.settings = settings
+        self.counts: dict[str, SampleCounts] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
 
-def without_subject(prompt: str, subject: str) -> str:
-    """The prompt as CLIP shall see it: a name that CLIP has never learnt would only be noise."""
-    tags = (" ".join(tag.split()) for tag in _name(subject).sub(" ", prompt).split(","))
-    return ", ".join(tag for tag in tags if tag)
+    def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
+        """A quarter captions of the data set, half the subject elsewhere, a quarter in another style; then plain ones.
+
+        Where captions are too few, templates stand in, and one kind of template for the other.
+        """
+        named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.left_out_of(c)]
+        chosen = {
+            stage: _evenly(named[number::2], counts.prompts // 4)
+            for number, (stage, counts) in enumerate(self.counts.items())
+        }
+        elsewhere, style = (
+            [text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)]
+            for templates in (self.settings.elsewhere, self.settings.style)
+        )
+        needed = sum(counts.prompts - len(chosen[stage]) for stage, counts in self.counts.items())
+        if len(elsewhere) + len(style) < needed:
+            raise RefusedInput(
+                f"--scoring-config: the stages need {needed} templates from the lists 'elsewhere' and 'style' in "
+                f"[prompts], which hold {len(elsewhere) + len(style)}; add some, or lower the counts of prompts"
+            )
+        elsewhere, style, plain = iter(elsewhere), iter(style), self._plain()
+        for stage, counts in self.counts.items():
+            texts = chosen[stage]
+            texts += itertools.islice(style, counts.prompts // 4)
+            texts += itertools.islice(elsewhere, counts.prompts - len(texts))
+            texts += itertools.islice(style, counts.prompts - len(texts))
+        return {
+            stage: [{"prompt": text, "subject": True} for text in texts] + plain[stage]
+            for stage, texts in chosen.items()
+        }
+
+    def _plain(self) -> dict[str, list[Prompt]]:
+        """For each stage what has nothing to do with the subject: two at least, since an anchor compares them.
+
+        A template that happens to name the subject ("a dog running", of a dog) is left out.
+        """
+        texts = dict.fromkeys(self.settings.plain)
+        pool = iter(text for text in texts if "{subject}" not in text and not self.subject.is_in(text))
+        chosen = {
+            stage: [{"prompt": text, "subject": False} for text in itertools.islice(pool, counts.plain_prompts)]
+            for stage, counts in self.counts.items()
+        }
+        if any(len(prompts) < 2 for prompts in chosen.values()):
+            raise RefusedInput(
+                "--scoring-config: the list 'plain' in [prompts] is too short: screening and confirmation need two or "
+                f"more each that do not name {self.subject.name!r}; add some"
+            )
+        return chosen
+
+    def from_file(self, path: Path) -> dict[str, list[Prompt]]:
+        """The user's prompts, by turns for screening and confirmation; those without the subject are the plain ones.
+
+        Fewer than four plain prompts (two a stage make an anchor) are replaced by scoring.toml's.
+        """
+        lines = [{**line, "subject": self.subject.is_in(line["prompt"])} for line in read_eval_prompts(path)]
+        about, plain = ([line for line in lines if line["subject"] is kind] for kind in (True, False))
+        problems = [
+            f"--eval-prompts: '{line['prompt']}' in {path} is nothing but the subject's name; say what it shows"
+            for line in about
+            if not self.subject.left_out_of(line["prompt"])
+        ]
+        if len(about) < 4:  # two a stage, whose pictures are compared with each other's prompts
+            name = self.subject.name
+            problems.append(f"--eval-prompts: {path} has {len(about)} prompts with {name!r}; write at least four")
+        if problems:
+            raise RefusedInput(*problems)
+        others = {"screen": plain[0::2], "confirm": plain[1::2]} if len(plain) >= 4 else self._plain()
+        return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
+
+    def image_jobs(self, prompts: Sequence[Prompt], stage: str, training_seed: int) -> list[dict[str, Any]]:
+        """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
+        settings, seeds = self.settings, self.counts[stage].seeds
+        jobs = []
+        for number, prompt in enumerate(prompts):
+            # A prompt's own seed is where screening begins; confirmation begins as far behind it as its first seed is.
+            start = prompt.get("seed", FIRST_SEEDS["screen"]) + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
+            unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
+            for count, seed in enumerate(unused[: seeds if prompt["subject"] else 1]):
+                jobs.append(
+                    {  # in this order, which a study's fingerprint holds
+                        "name": f"p{number:02d}-s{count}",
+                        "prompt": prompt["prompt"],
+                        "text": self.subject.left_out_of(prompt["prompt"]),
+                        "negative": prompt.get("negative", settings.negative_prompt),
+                        "seed": seed,
+                        "width": prompt.get("width", settings.resolution),
+                        "height": prompt.get("height", settings.resolution),
+                        "steps": prompt.get("steps", settings.steps),
+                        "cfg": prompt.get("cfg", settings.guidance_scale),
+                        "subject": prompt["subject"],
+                    }
+                )
+        return jobs
 
 
 def build_scoring_plan(
@@ -2112,18 +2221,10 @@ def build_scoring_plan(
     training_seed: int,
     eval_prompts: Path | None,
 ) -> dict[str, Any]:
-    """All that the scoring process needs, as JSON: models, settings, and the image jobs of both stages.
-
-    Screening and confirmation share neither prompts nor seeds, and no seed is the training's.
-    """
-    if eval_prompts:
-        prompts = _prompts_from_file(eval_prompts, subject, settings)
-    else:
-        prompts = _prompts_from_captions([caption for _, caption in images], subject, settings)
-    stages = {
-        stage: _image_jobs(prompts[stage], counts, FIRST_SEEDS[stage], settings, subject, training_seed)
-        for stage, counts in _stages(settings)
-    }
+    """All that the scoring process needs, as JSON: models, settings, and the image jobs of both stages."""
+    chooser = PromptChooser(subject, settings)
+    captions = [caption for _, caption in images]
+    prompts = chooser.from_file(eval_prompts) if eval_prompts else chooser.from_captions(captions)
     return {
         "base_model": base_model,
         "pipeline_config": settings.pipeline_config,
@@ -2135,95 +2236,8 @@ def build_scoring_plan(
         "resolution": settings.resolution,
         "weights": settings.weights,
         "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
-        **stages,
+        **{stage: chooser.image_jobs(prompts[stage], stage, training_seed) for stage in FIRST_SEEDS},
     }
-
-
-Prompt = dict[str, Any]  # "prompt" and "subject", and what a line of --eval-prompts sets besides
-
-
-def _prompts_from_captions(captions: Sequence[str], subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
-    """A quarter captions of the data set, half the subject elsewhere, a quarter in another style; then plain ones.
-
-    Captions that the data set lacks are made up for by templates, and one kind of template by the other.
-    """
-    named = [c for c in dict.fromkeys(captions) if _name(subject).search(c) and without_subject(c, subject)]
-    own = {
-        stage: _evenly(named[number::2], counts.prompts // 4)
-        for number, (stage, counts) in enumerate(_stages(settings))
-    }
-    elsewhere, style = (
-        [text.replace("{subject}", subject) for text in dict.fromkeys(templates)]
-        for templates in (settings.elsewhere, settings.style)
-    )
-    needed = sum(counts.prompts - len(own[stage]) for stage, counts in _stages(settings))
-    if len(elsewhere) + len(style) < needed:
-        raise RefusedInput(
-            f"--scoring-config: screening and confirmation need {needed} templates from the lists 'elsewhere' and "
-            f"'style' in [prompts], which hold {len(elsewhere) + len(style)}; add some, or lower the counts of prompts"
-        )
-    plain = _plain_prompts(subject, settings)
-    chosen: dict[str, list[Prompt]] = {}
-    for stage, counts in _stages(settings):
-        texts = own[stage] + _take(style, counts.prompts // 4)
-        texts += _take(elsewhere, counts.prompts - len(texts))
-        texts += _take(style, counts.prompts - len(texts))
-        chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + plain[stage]
-    return chosen
-
-
-def _plain_prompts(subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
-    """For each stage what has nothing to do with the subject, at least two, since an anchor compares different ones.
-
-    A template that happens to name the subject ("a dog running", of a dog) is left out.
-    """
-    texts = dict.fromkeys(settings.plain)
-    pool = [text for text in texts if "{subject}" not in text and not _name(subject).search(text)]
-    chosen = {stage: _take(pool, counts.plain_prompts) for stage, counts in _stages(settings)}
-    if any(len(texts) < 2 for texts in chosen.values()):
-        raise RefusedInput(
-            f"--scoring-config: the list 'plain' in [prompts] is too short without what names {subject!r}: "
-            "screening and confirmation need two or more each; add some"
-        )
-    return {stage: [{"prompt": text, "subject": False} for text in texts] for stage, texts in chosen.items()}
-
-
-def _stages(settings: ScoringSettings) -> tuple[tuple[str, SampleCounts], ...]:
-    return ("screen", settings.screen), ("confirm", settings.confirm)
-
-
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` of the items, spread over all of them."""
-    count = min(count, len(items))
-    return [items[position * len(items) // count] for position in range(count)]
-
-
-def _take(pool: list[str], count: int) -> list[str]:
-    """Remove up to `count` templates from the front of a pool, so that no later stage takes them again."""
-    taken, pool[:] = pool[: max(0, count)], pool[max(0, count) :]
-    return taken
-
-
-def _prompts_from_file(path: Path, subject: str, settings: ScoringSettings) -> dict[str, list[Prompt]]:
-    """The user's own prompts, alternately to screening and confirmation; those without the subject are the plain ones.
-
-    Fewer than four plain prompts (two a stage make an anchor) are replaced by scoring.toml's.
-    """
-    lines = [{**line, "subject": bool(_name(subject).search(line["prompt"]))} for line in read_eval_prompts(path)]
-    about = [line for line in lines if line["subject"]]
-    plain = [line for line in lines if not line["subject"]]
-    problems = [
-        f"--eval-prompts: '{line['prompt']}' in {path} is nothing but the subject's name; say what else is to be seen"
-        for line in about
-        if not without_subject(line["prompt"], subject)
-    ]
-    if len(about) < 4:  # two a stage, whose pictures are compared with each other's prompts
-        problems.append(f"--eval-prompts: {path} has {len(about)} prompts with {subject!r}; write at least four")
-    if problems:
-        raise RefusedInput(*problems)
-    own = {"screen": plain[0::2], "confirm": plain[1::2]}
-    others = own if len(plain) >= 4 else _plain_prompts(subject, settings)
-    return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
 
 
 def read_eval_prompts(path: Path) -> list[Prompt]:
@@ -2237,15 +2251,14 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     problems = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.strip().startswith("#"):
-            continue
-        try:
-            prompt = _parse_prompt(line)
-            if prompt["prompt"] in prompts:  # screening and confirmation would share it
-                raise ValueError("this prompt stands there twice; delete one, several seeds are used anyway")
-            prompts[prompt["prompt"]] = prompt
-        except ValueError as error:
-            problems.append(f"--eval-prompts: line {number} of {path}: {error}")
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                prompt = _parse_prompt(line)
+                if prompt["prompt"] in prompts:  # screening and confirmation would share it
+                    raise ValueError("this prompt stands there twice; delete one, several seeds are used anyway")
+                prompts[prompt["prompt"]] = prompt
+            except ValueError as error:
+                problems.append(f"--eval-prompts: line {number} of {path}: {error}")
     if problems:
         raise RefusedInput(*problems)
     return list(prompts.values())
@@ -2254,9 +2267,9 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 def _parse_prompt(line: str) -> Prompt:
     """One line of a prompt file. ValueError says what is wrong with it and what to write."""
     text, *options = (" " + line.strip()).split(" --")
-    if not text.strip():
-        raise ValueError("no prompt before the first option; write `text --w 512 ...`")
     prompt: Prompt = {"prompt": text.strip()}
+    if not prompt["prompt"]:
+        raise ValueError("no prompt before the first option; write `text --w 512 ...`")
     for option in options:
         match = _PROMPT_OPTION.fullmatch(option.strip())
         if not match:
@@ -2264,49 +2277,13 @@ def _parse_prompt(line: str) -> Prompt:
                 f"'--{one_line(option, 40)}' is not understood; known are --n text, --w, --h, --s whole numbers "
                 "from 1, --d a whole number, --l a number"
             )
-        letter, value = (group for group in match.groups() if group is not None)
-        kind = {"n": str, "l": float}.get(letter.lower(), int)
-        prompt[_OPTION_NAMES[letter.lower()]] = kind(value)
+        kind = {"negative": str, "cfg": float}.get(match.lastgroup, int)
+        prompt[match.lastgroup] = kind(match[match.lastgroup])
     if prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8:
         raise ValueError("--w and --h must be multiples of 8")
     if prompt.get("steps", 1) > MAX_STEPS:
         raise ValueError(f"--s must be at most {MAX_STEPS}")
     return prompt
-
-
-def _image_jobs(
-    prompts: Sequence[Prompt],
-    counts: SampleCounts,
-    first_seed: int,
-    settings: ScoringSettings,
-    subject: str,
-    training_seed: int,
-) -> list[dict[str, Any]]:
-    """One job an image: every subject prompt with `counts.seeds` seeds, every plain prompt with one.
-
-    A prompt's own seed is where screening begins; confirmation begins as far behind it as its first seed is.
-    """
-    jobs = []
-    for number, prompt in enumerate(prompts):
-        own = prompt.get("seed")
-        start = first_seed if own is None else own + first_seed - FIRST_SEEDS["screen"]
-        candidates = (seed for seed in range(start, start + counts.seeds + 1) if seed != training_seed)
-        for count, seed in zip(range(counts.seeds if prompt["subject"] else 1), candidates, strict=False):
-            jobs.append(
-                {
-                    "name": f"p{number:02d}-s{count}",
-                    "prompt": prompt["prompt"],
-                    "text": without_subject(prompt["prompt"], subject),
-                    "negative": prompt.get("negative", settings.negative_prompt),
-                    "seed": seed,
-                    "width": prompt.get("width", settings.resolution),
-                    "height": prompt.get("height", settings.resolution),
-                    "steps": prompt.get("steps", settings.steps),
-                    "cfg": prompt.get("cfg", settings.guidance_scale),
-                    "subject": prompt["subject"],
-                }
-            )
-    return jobs
 
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
@@ -4799,7 +4776,7 @@ class CheckReport:
 
     def _notes(self) -> list[str]:
         notes, tokens = list(self.inputs.data_set.notes), self.inputs.data_set.class_tokens
-        if tokens and not any(_name(tokens).search(text) for text in self.captions):
+        if tokens and not any(Subject(tokens).is_in(text) for text in self.captions):
             said = f"class_tokens {tokens!r} are trained nowhere"
             notes.append(f"{said}: every picture has a caption, and none holds them")
         return notes

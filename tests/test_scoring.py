@@ -260,7 +260,7 @@ def test_asks_for_the_subject_where_captions_share_no_tag(captions: list[str]) -
     ],
 )
 def test_takes_the_subject_out_of_a_prompt(prompt: str, text: str) -> None:
-    assert search.without_subject(prompt, "luca") == text
+    assert search.Subject("luca").left_out_of(prompt) == text
 
 
 def settings_of_configs() -> search.ScoringSettings:
