@@ -2303,9 +2303,9 @@ def self_similarity(x: np.ndarray) -> float:
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
     """q(X) = mean cos(X, data) / sqrt(max(s(X), s(data)) s(data)); about 1 for the data set itself.
 
-    What monotony would gain is divided away, as CyberHarem does; but only that: images less alike than the data
-    set's are no merit here. Divided by their own s(X), a LoRA that gets the subject right now and then had 0.95 where
-    one image in two was right (`tests/small_world/benchmark.py` has the evidence).
+    As in CyberHarem, this divides away what monotony would gain. The maximum is there because images that are less
+    alike than the data set's are no better: divided by their own s(X), a LoRA that got the subject right in one image
+    of two had 0.95 (`tests/small_world/benchmark.py`).
     """
     s_data = max(self_similarity(data), SIMILARITY_FLOOR)
     return float((x @ data.T).mean() / math.sqrt(max(self_similarity(x), s_data) * s_data))
@@ -2330,24 +2330,21 @@ def spread_within(x: np.ndarray, labels: Sequence[str]) -> float:
     return float((1 - x @ x.T)[alike].mean()) if alike.any() else 0.0
 
 
-def between(value: float, zero: float, one: float, min_headroom: float = 1e-6) -> float:
-    """Where `value` stands between two anchors, clipped to [0, 1]."""
-    return float(np.clip((value - zero) / max(one - zero, min_headroom), 0.0, 1.0))
-
-
 def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, float]:
-    """The five terms in [0, 1] of a stage's raw values, against the base model's anchors of the same stage.
+    """The five terms in [0, 1]: where a stage's raw values stand between the base model's anchors of that stage.
 
-    A value that could not be measured, for want of usable images, is None and its term 0.
+    A raw value is None, and its term 0, where no image was usable.
     """
-    spread = min(anchors["spread"], anchors["data_spread"])
     scaled = {
         "fidelity": (raw["q"], anchors["q"], 1.0, MIN_HEADROOM["fidelity"]),
         "text": (raw["m"], anchors["m_crossed"], anchors["m"], MIN_HEADROOM["text"]),
         "preservation": (raw["plain"], anchors["plain_crossed"], 1.0, 1e-6),
-        "variety": (raw["spread"], 0.0, spread, 1e-6),
+        "variety": (raw["spread"], 0.0, min(anchors["spread"], anchors["data_spread"]), 1e-6),
     }
-    terms = {name: 0.0 if value[0] is None else between(*value) for name, value in scaled.items()}
+    terms = {
+        name: 0.0 if value is None else float(np.clip((value - zero) / max(one - zero, headroom), 0.0, 1.0))
+        for name, (value, zero, one, headroom) in scaled.items()
+    }
     return {**terms, "usable": raw["usable"]}
 
 
@@ -2356,53 +2353,29 @@ def combine(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
     return math.prod(max(terms[name], TERM_FLOOR) ** weight for name, weight in weights.items())
 
 
-def luminance(image: Any) -> np.ndarray:
-    """Grey values 0..255 of a PIL image, flattened."""
-    return np.asarray(image.convert("L"), dtype=np.float64).ravel()
-
-
 def grey_statistics(image: Any) -> dict[str, float]:
-    """What tells a flat, a black and a white image, under the names of their limits; 0..255."""
-    grey = luminance(image)
+    """Of the grey values 0..255 of a PIL image; those that tell a flat, black or white one have their limit's name."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64).ravel()
     p1, p99 = np.percentile(grey, (1, 99))
-    return {"flat_std": float(grey.std()), "black_p99": float(p99), "white_p1": float(p1)}
+    return {"mean": float(grey.mean()), "flat_std": float(grey.std()), "black_p99": float(p99), "white_p1": float(p1)}
 
 
 def is_usable(image: Any | None, limits: Mapping[str, float]) -> bool:
-    """Whether an image is none of: made from non-finite latents (None), flat, black, white."""
-    if image is None:
-        return False
-    found = grey_statistics(image)
-    return (
-        found["flat_std"] >= limits["flat_std"]
-        and found["black_p99"] >= limits["black_p99"]
-        and found["white_p1"] <= limits["white_p1"]
-    )
+    """Whether an image is neither flat, black nor white, nor None, which stands for latents that are not finite."""
+    return image is not None and widen_limits(limits, [image]) == limits
 
 
 def widen_limits(limits: Mapping[str, float], images: Sequence[Any]) -> dict[str, float]:
-    """The limits of a usable image, moved so far that every image of the data set is one."""
+    """The limits of a usable image, wide enough for all of the data set's images."""
     found = [limits, *map(grey_statistics, images)]
     return {name: (max if name == "white_p1" else min)(one[name] for one in found) for name in limits}
 
 
-def nearest_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """Cosine of each row of x with its nearest row of data, itself left out where x is data."""
-    cosines = x @ data.T
-    if x is data:
-        np.fill_diagonal(cosines, -1.0)
-    return cosines.max(axis=1)
-
-
 def brightness_and_contrast(images: Sequence[Any]) -> dict[str, float | None]:
     """Mean and standard deviation of the grey values, 0..255, averaged over the images (V1's users look for them)."""
-    greys = [luminance(image) for image in images]
-    if not greys:
-        return {"brightness": None, "contrast": None}
-    return {
-        "brightness": float(np.mean([grey.mean() for grey in greys])),
-        "contrast": float(np.mean([grey.std() for grey in greys])),
-    }
+    found = [grey_statistics(image) for image in images]
+    names = {"brightness": "mean", "contrast": "flat_std"}
+    return {key: float(np.mean([one[name] for one in found])) if found else None for key, name in names.items()}
 
 
 # --- the child process: models, images, embeddings ---
@@ -2412,26 +2385,30 @@ class ImageScorer:
     """Owns the pipeline and both encoders, loaded once a process: renders jobs, embeds images and texts."""
 
     def __init__(self, plan: Mapping[str, Any], device: str) -> None:
+        import diffusers
+        import huggingface_hub.utils
         import torch
+        import transformers
 
+        # No progress bars and no advice that a user of this program can't follow.
+        warnings.filterwarnings("ignore")
+        huggingface_hub.utils.logging.set_verbosity_error()
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
         self.torch = torch
         self.plan = plan
         self.batch_size: int = plan["batch_size"]
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ScoringFailed(
-                f"PyTorch {torch.__version__} sees no {device}; mend the installation or use --device cpu"
-            )
+            raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
         self.device = device
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
-        silence_libraries()
         encoders, base_model = plan["encoders"], plan["base_model"]
         configs = [plan["pipeline_config"]] if Path(base_model).is_file() else []
         self.pipeline = self._load(base_model, self._load_pipeline, *configs)
         self.dinov2, self.dinov2_processor = self._load(encoders["dinov2"], self._load_encoder)
         self.clip, self.clip_processor = self._load(encoders["clip"], self._load_encoder)
-        from transformers import AutoTokenizer
-
-        self.clip_tokenizer = self._load(encoders["clip"], AutoTokenizer.from_pretrained)
+        self.clip_tokenizer = self._load(encoders["clip"], transformers.AutoTokenizer.from_pretrained)
 
     def _load(self, name: str, load: Callable[[str], Any], *needed: str) -> Any:
         """`needed` is what has to be there too: of a base model in one file, its configs and tokenizer."""
@@ -2442,7 +2419,7 @@ class ImageScorer:
         except Exception as error:
             remedies = (
                 f"restore {place}" if Path(place).is_absolute() or Path(place).exists() else f"`hf download {place}`"
-                for place in dict.fromkeys((name, *needed))
+                for place in (name, *needed)
             )
             raise ScoringFailed(
                 f"can't load {name} ({type(error).__name__}: {one_line(error, 160)}); {' or '.join(remedies)}, "
@@ -2498,10 +2475,8 @@ class ImageScorer:
         try:
             self.pipeline.load_lora_weights(read_lora(path), adapter_name="trial")
         except (ValueError, ImportError, AttributeError) as error:  # as a library says that another is too old for it
-            raise ScoringFailed(
-                f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)}); "
-                "do the libraries fit together? pip install -r requirements.txt"
-            ) from error
+            said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
+            raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         try:
             yield
         finally:
@@ -2524,20 +2499,14 @@ class ImageScorer:
         position = 0
         while position < len(items):
             batch = items[position : position + self.batch_size]
-            made = None
-            try:
-                made = work(batch)
-            except self.torch.cuda.OutOfMemoryError as error:  # torch.OutOfMemoryError is not there before torch 2.5
-                if len(batch) == 1:
-                    raise ScoringFailed(
-                        "out of memory with one image at a time: is another program on the card?"
-                    ) from error
-            if made is None:
-                self.batch_size = len(batch) // 2
-                self.torch.cuda.empty_cache()  # not in the handler, where the exception holds the batch's tensors
+            with contextlib.suppress(self.torch.cuda.OutOfMemoryError):  # torch.OutOfMemoryError came with torch 2.5
+                yield batch, work(batch)
+                position += len(batch)
                 continue
-            position += len(batch)
-            yield batch, made
+            if len(batch) == 1:
+                raise ScoringFailed("out of memory with one image at a time: is another program on the card?")
+            self.batch_size = len(batch) // 2
+            self.torch.cuda.empty_cache()  # not before the exception is gone, which holds the batch's tensors
 
     def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
         torch, first = self.torch, jobs[0]
@@ -2567,13 +2536,8 @@ class ImageScorer:
         Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
         """
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        tokens = tokenizer(list(prompts), return_tensors="pt", **cut)
         output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
         norm = getattr(encoder, "text_model", encoder).final_layer_norm
         return norm(output.hidden_states[-max(1, self.plan["clip_skip"])])
@@ -2581,12 +2545,12 @@ class ImageScorer:
     def through_vae(self, images: Sequence[Any]) -> list[Any]:
         """Data set images as this model's VAE shows them: the scoring resolution's area, their own proportions."""
         result: list[Any] = []
+        vae, processor = self.pipeline.vae, self.pipeline.image_processor
         with self.torch.inference_mode():
             for image in images:
                 scale = self.plan["resolution"] / math.sqrt(image.width * image.height)
                 width, height = (max(8, round(side * scale / 8) * 8) for side in image.size)
-                vae = self.pipeline.vae
-                pixels = self.pipeline.image_processor.preprocess(image.convert("RGB"), height=height, width=width)
+                pixels = processor.preprocess(image.convert("RGB"), height=height, width=width)
                 latents = vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
                 result += self._decode(latents * vae.config.scaling_factor)
         return result
@@ -2597,20 +2561,17 @@ class ImageScorer:
 
     def embed_images_for_text(self, images: Sequence[Any]) -> np.ndarray:
         """CLIP unit vectors (n, d) of images."""
-        clip = self.clip
-        return self._embed(
-            images,
-            self.clip_processor,
-            lambda pixels: clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output),
-        )
+
+        def project(pixels: Any) -> Any:
+            return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+
+        return self._embed(images, self.clip_processor, project)
 
     def _embed(self, images: Sequence[Any], processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
         def work(batch: Sequence[Any]) -> np.ndarray:
+            pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
             with self.torch.inference_mode():
-                pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")[
-                    "pixel_values"
-                ]
-                return _unit(model(pixels.to(self.device, self.dtype)).float().cpu().numpy())
+                return self._unit_vectors(model(pixels.to(self.device, self.dtype)))
 
         return np.concatenate([vectors for _, vectors in self._in_batches(images, work)])
 
@@ -2619,27 +2580,14 @@ class ImageScorer:
         tokens = self.clip_tokenizer(list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt")
         with self.torch.inference_mode():
             tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-            return _unit(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output).float().cpu().numpy())
+            return self._unit_vectors(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output))
 
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = vectors.astype(np.float64)
-    if not np.isfinite(vectors).all():  # would become a score of NaN
-        raise ScoringFailed("an encoder gave values that are not finite; check [encoders] in the scoring config")
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def silence_libraries() -> None:
-    """No progress bars and no advice that a user of this program can't follow."""
-    import diffusers
-    import huggingface_hub.utils
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    huggingface_hub.utils.logging.set_verbosity_error()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    @staticmethod
+    def _unit_vectors(output: Any) -> np.ndarray:
+        vectors = output.float().cpu().numpy().astype(np.float64)
+        if not np.isfinite(vectors).all():  # would become a score of NaN
+            raise ScoringFailed("an encoder gave values that are not finite; check [encoders] in the scoring config")
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def read_lora(path: Path) -> dict[str, Any]:
@@ -2656,18 +2604,7 @@ def read_lora(path: Path) -> dict[str, Any]:
 
 # --- the child process: reference, screening, confirmation ---
 
-
-# metrics.json has the same keys whatever the outcome.
-UNSCORED: dict[str, Any] = {
-    "score": None,
-    "best_epoch": None,
-    "checkpoint": None,
-    "terms": {},
-    "raw": {},
-    "screen": [],
-    "copies": {},
-    "device": None,
-}
+Metrics = dict[str, Any]  # the content of a trial's metrics.json
 
 
 def score_folder(folder: Path, device: str) -> None:
@@ -2675,34 +2612,23 @@ def score_folder(folder: Path, device: str) -> None:
 
     Raises RefusedInput for a folder that is neither, ScoringFailed for whatever else goes wrong.
     """
+    started = time.monotonic()
+    reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        _score_folder(folder, device)
+        check_checkpoints(checkpoints)
+        scorer = FolderScorer(ImageScorer(plan, device), reference)
+        metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
+    except Diverged as error:
+        print(f"  diverged: {error}", flush=True)
+        metrics = dict.fromkeys(("score", "best_epoch", "checkpoint", "device"))  # the same keys as of a scored trial
+        metrics |= {"outcome": "diverged", "reason": str(error), "terms": {}, "raw": {}, "screen": [], "copies": {}}
     except SearchError:
         raise
     except Exception as error:
         kind = "out of memory" if "out of memory" in str(error).lower() else type(error).__name__
         raise ScoringFailed(f"{kind} while scoring {folder}: {one_line(error)}") from error
-
-
-def _score_folder(folder: Path, device: str) -> None:
-    started = time.monotonic()
-    reference, plan, checkpoints = find_what_to_score(folder)
-    metrics = dict(UNSCORED)
-    try:
-        check_checkpoints(checkpoints)
-    except Diverged as error:
-        print(f"  diverged: {error}", flush=True)
-        metrics |= {"outcome": "diverged", "reason": str(error)}
-    else:
-        scorer = ImageScorer(plan, device)
-        if folder == reference and (folder / FIRST_STEP / f"{LORA_NAME}.safetensors").is_file():
-            with scorer.lora(folder / FIRST_STEP / f"{LORA_NAME}.safetensors"):
-                pass  # better now than after the first training
-        anchors, embeddings = load_reference(scorer, reference)
-        if checkpoints:
-            metrics |= score_checkpoints(scorer, folder, checkpoints, anchors, embeddings)
     seconds = time.monotonic() - started
-    if checkpoints:
+    if metrics:
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
         if metrics["outcome"] == "scored":
             with only_warning("no contact sheet could be made"):
@@ -2716,22 +2642,16 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[i
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
-        raise RefusedInput(
-            f"--score: {folder} is no trial's folder of a search (no whole {reference / 'plan.json'}); give one"
-        )
-    return reference, plan, [] if is_reference else find_checkpoints_to_score(folder)
-
-
-def find_checkpoints_to_score(folder: Path) -> list[tuple[int, Path]]:
+        raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
+    if is_reference:
+        return reference, plan, []
     if not (folder / "config.toml").is_file():
         raise RefusedInput(f"--score: {folder} has no config.toml; give a trial's folder")
     checkpoints = [(epoch, path) for epoch, path in find_checkpoints(folder) if path.is_file()]
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
     if not checkpoints or not (scored or checkpoints[-1][1].stem == LORA_NAME):
-        raise RefusedInput(
-            f"--score: {folder} has no {LORA_NAME}.safetensors; give a trial's folder whose training has finished"
-        )
-    return checkpoints
+        raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
+    return reference, plan, checkpoints
 
 
 SECONDS_PER_COUNT = 0.5
@@ -2761,242 +2681,184 @@ class ImageCount:
             print(" " * len(str(self)), end="\r", flush=True)
 
 
-Embeddings = dict[str, np.ndarray]
-Metrics = dict[str, Any]  # the content of a trial's metrics.json
+class StageImages:
+    """A stage's images, and what the encoders see in those that are usable."""
+
+    def __init__(
+        self, scorer: ImageScorer, stage: str, images: Sequence[Any], limits: Mapping[str, float], data: np.ndarray
+    ) -> None:
+        jobs = scorer.plan[stage]
+        self.jobs, self.images, self.data = jobs, images, data
+        self.usable = np.array([is_usable(image, limits) for image in images])
+        usable = np.flatnonzero(self.usable)
+        self.about, self.plain = ([n for n in usable if jobs[n]["subject"] is kind] for kind in (True, False))
+        self.vectors = np.zeros((len(images), data.shape[1]))
+        if len(usable):
+            self.vectors[usable] = scorer.embed_images([images[n] for n in usable])
+        if self.about:
+            self.pictures = scorer.embed_images_for_text([images[n] for n in self.about])
+            self.texts = scorer.embed_texts([jobs[n]["text"] for n in self.about])
+
+    def _prompts(self, numbers: Sequence[int]) -> list[str]:
+        return [self.jobs[n]["prompt"] for n in numbers]
+
+    def _about_subject(self) -> dict[str, float]:
+        vectors = self.vectors[self.about]
+        return {
+            "q": subject_similarity(vectors, self.data),
+            "m": paired_similarity(self.pictures, self.texts),
+            "spread": spread_within(vectors, self._prompts(self.about)),
+        }
+
+    def anchors(self) -> dict[str, float]:
+        """What the base model reaches on a stage's own prompts and seeds: where a term is 0, and where it is 1."""
+        return {
+            **self._about_subject(),
+            "m_crossed": crossed_similarity(self.pictures, self.texts, self._prompts(self.about)),
+            "plain_crossed": crossed_similarity(
+                self.vectors[self.plain], self.vectors[self.plain], self._prompts(self.plain)
+            ),
+        }
+
+    def raw_values(self, base: np.ndarray, base_usable: np.ndarray) -> dict[str, Any]:
+        """Averages over the usable images, None where there is none; `base` holds the base model's vectors."""
+        raw: dict[str, Any] = {**dict.fromkeys(("q", "m", "plain", "spread")), "usable": float(self.usable.mean())}
+        per_image = [{"name": job["name"], "usable": bool(ok)} for job, ok in zip(self.jobs, self.usable, strict=True)]
+        if self.about:
+            raw |= self._about_subject()
+            nearest = (self.vectors[self.about] @ self.data.T).max(axis=1)
+            for number, text, near in zip(self.about, (self.pictures * self.texts).sum(axis=1), nearest, strict=True):
+                to_data = float((self.vectors[number] @ self.data.T).mean())
+                per_image[number].update(data=to_data, nearest=float(near), text=float(text))
+        plain = [n for n in self.plain if base_usable[n]]
+        if plain:
+            raw["plain"] = paired_similarity(self.vectors[plain], base[plain])
+        usable = [image for image, ok in zip(self.images, self.usable, strict=True) if ok]
+        return {**raw, **brightness_and_contrast(usable), "images": per_image}
 
 
-def load_reference(scorer: ImageScorer, reference: Path) -> tuple[dict[str, Any], Embeddings]:
-    """The study's anchors and the embeddings behind them; made if they are not there yet.
+class FolderScorer:
+    """Scores trials against their study's reference, which it makes if it is not there yet."""
 
-    anchors.json is written last, so that it vouches for everything else.
-    """
-    anchors = read_json(reference / "anchors.json")
-    if anchors is None:
-        anchors = make_reference_files(scorer, reference)
-    with np.load(reference / "embeddings.npz") as stored:
-        return anchors, dict(stored)
+    def __init__(self, scorer: ImageScorer, reference: Path) -> None:
+        self.scorer = scorer
+        self.plan = scorer.plan
+        self.reference = reference
+        self.anchors: dict[str, Any] | None = read_json(reference / "anchors.json")
+        if self.anchors is None:
+            self._make_reference()
+        with np.load(reference / "embeddings.npz") as stored:
+            self.embeddings = dict(stored)
 
-
-def make_reference_files(scorer: ImageScorer, reference: Path) -> dict[str, Any]:
-    from PIL import Image
-
-    plan = scorer.plan
-    print(f"  data set: {len(plan['images'])} images through the VAE", flush=True)
-    shown = [image for path in plan["images"] for image in scorer.through_vae([Image.open(path)])]
-    limits = widen_limits(plan["usable"], shown)
-    unusable = [
-        Path(path).name for path, i in zip(plan["images"], shown, strict=True) if not is_usable(i, plan["usable"])
-    ]
-    if unusable:
-        print(
-            f"  note: {len(unusable)} images of the data set look flat, black or white ({unusable[0]}); "
-            "the limits are widened to include them",
-            flush=True,
-        )
-    data = scorer.embed_images(shown)
-    anchors: dict[str, Any] = {
-        "usable": limits,
-        "data_spread": 1 - self_similarity(data),
-        "copy": float(np.percentile(nearest_similarity(data, data), 95)) if len(data) > 1 else 1.0,
-        "data": brightness_and_contrast(shown),
-    }
-    embeddings = {"data": data}
-    count = ImageCount(len(plan["screen"]) + len(plan["confirm"]))
-    for stage in ("screen", "confirm"):
-        images = render_stage(scorer, plan[stage], reference / stage, count.add)
-        embeddings[stage] = np.zeros((len(images), data.shape[1]))
-        embeddings[f"{stage}_usable"] = np.array([is_usable(image, limits) for image in images])
-        usable = [number for number, ok in enumerate(embeddings[f"{stage}_usable"]) if ok]
-        if {plan[stage][number]["subject"] for number in usable} != {True, False}:
-            raise ScoringFailed(
-                "the base model's own images, with or without the subject, are all flat, black, white or broken "
-                f"({reference / stage}); check --base-model"
-            )
-        embeddings[stage][usable] = scorer.embed_images([images[number] for number in usable])
-        anchors[stage] = base_anchors(scorer, plan[stage], images, usable, embeddings[stage], data)
-    count.clear()
-    stored = io.BytesIO()
-    np.savez(stored, **embeddings)
-    write_atomically(reference / "embeddings.npz", stored.getvalue())
-    write_json(reference / "anchors.json", anchors)
-    return anchors
-
-
-def base_anchors(
-    scorer: ImageScorer,
-    jobs: Sequence[Mapping[str, Any]],
-    images: Sequence[Any],
-    usable: Sequence[int],
-    vectors: np.ndarray,
-    data: np.ndarray,
-) -> dict[str, float]:
-    """What the base model reaches on a stage's own prompts and seeds: where a term is 0, and where it is 1."""
-    about = [number for number in usable if jobs[number]["subject"]]
-    plain = [number for number in usable if not jobs[number]["subject"]]
-    names = [jobs[number]["prompt"] for number in about]
-    pictures = scorer.embed_images_for_text([images[number] for number in about])
-    texts = scorer.embed_texts([jobs[number]["text"] for number in about])
-    return {
-        "q": subject_similarity(vectors[about], data),
-        "m": paired_similarity(pictures, texts),
-        "m_crossed": crossed_similarity(pictures, texts, names),
-        "plain_crossed": crossed_similarity(vectors[plain], vectors[plain], [jobs[n]["prompt"] for n in plain]),
-        "spread": spread_within(vectors[about], names),
-    }
-
-
-def render_stage(
-    scorer: ImageScorer,
-    jobs: Sequence[Mapping[str, Any]],
-    folder: Path,
-    report: Callable[[int], None] = lambda made: None,
-) -> list[Any]:
-    """Render and keep the images of a stage."""
-    for left_over in folder.glob("*.png"):  # of a scoring that was interrupted
-        left_over.unlink()
-    images = scorer.render(jobs, report)
-    for job, image in zip(jobs, images, strict=True):
-        if image is not None:
-            file = io.BytesIO()
-            image.save(file, format="PNG")
-            write_atomically(folder / f"{job['name']}.png", file.getvalue())
-    return images
-
-
-def score_checkpoints(
-    scorer: ImageScorer,
-    folder: Path,
-    checkpoints: Sequence[tuple[int, Path]],
-    anchors: Mapping[str, Any],
-    embeddings: Embeddings,
-) -> dict[str, Any]:
-    """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by; for metrics.json.
-
-    What was screened before and is deleted since stays there, marked; it can't be confirmed, so it is never the best.
-    """
-    known = (read_json(folder / "metrics.json") or {}).get("screen", [])
-    deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
-    screened = []
-    count = ImageCount(len(checkpoints) * len(scorer.plan["screen"]) + len(scorer.plan["confirm"]))
-    for epoch, path in checkpoints:
-        images = folder / "scores" / f"epoch-{epoch:06d}"
-        result = score_one(scorer, path, "screen", images, anchors, embeddings, count.add)
-        screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+    def _make_reference(self) -> None:
+        """The study's anchors and the embeddings behind them; anchors.json comes last and vouches for all the rest."""
+        first_step = self.reference / FIRST_STEP / f"{LORA_NAME}.safetensors"
+        if first_step.is_file():
+            with self.scorer.lora(first_step):
+                pass  # a LoRA that can't be loaded is better found now than after the first training
+        self._measure_data_set()
+        count = ImageCount(len(self.plan["screen"]) + len(self.plan["confirm"]))
+        for stage in FIRST_SEEDS:
+            made = self._render(stage, self.reference / stage, count.add)
+            if not (made.about and made.plain):
+                raise ScoringFailed(
+                    "the base model's own images, with or without the subject, are all flat, black, white or broken "
+                    f"({self.reference / stage}); check --base-model"
+                )
+            self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
+            self.anchors[stage] = made.anchors()
         count.clear()
-        print(f"  epoch {epoch:3d}    {describe_terms(result)}", flush=True)
-    best = max(screened, key=lambda result: result["score"])
-    path = folder / best["checkpoint"]
-    confirmed = score_one(scorer, path, "confirm", folder / "scores" / "confirm", anchors, embeddings, count.add)
-    count.clear()
-    print(f"  epoch {best['epoch']:3d} is {describe_terms(confirmed)}   on other prompts and seeds", flush=True)
-    return {
-        "outcome": "scored",
-        "reason": "",
-        "score": confirmed["score"],
-        "best_epoch": best["epoch"],
-        "checkpoint": best["checkpoint"],
-        "terms": confirmed["terms"],
-        "raw": confirmed["raw"],
-        "screen": sorted(deleted + screened, key=lambda result: result["epoch"]),
-        "copies": copies_among(confirmed["raw"], anchors["copy"]),
-        "device": scorer.device,
-    }
+        stored = io.BytesIO()
+        np.savez(stored, **self.embeddings)
+        write_atomically(self.reference / "embeddings.npz", stored.getvalue())
+        write_json(self.reference / "anchors.json", self.anchors)
 
+    def _measure_data_set(self) -> None:
+        from PIL import Image
 
-def copies_among(raw: Mapping[str, Any], limit: float) -> dict[str, Any]:
-    """The images closer to a training image than 95% of the training images are to their nearest neighbour."""
-    return {"limit": limit, "images": [image["name"] for image in raw["images"] if image.get("nearest", -1.0) > limit]}
+        paths, limits = self.plan["images"], self.plan["usable"]
+        print(f"  data set: {len(paths)} images through the VAE", flush=True)
+        shown = [image for path in paths for image in self.scorer.through_vae([Image.open(path)])]
+        unusable = [Path(path).name for path, image in zip(paths, shown, strict=True) if not is_usable(image, limits)]
+        if unusable:
+            said = f"{len(unusable)} images of the data set look flat, black or white ({unusable[0]})"
+            print(f"  note: {said}; the limits are widened to include them", flush=True)
+        data = self.scorer.embed_images(shown)
+        cosines = data @ data.T - 2 * np.eye(len(data))  # an image is not its own neighbour
+        self.embeddings = {"data": data}
+        self.anchors = {
+            "usable": widen_limits(limits, shown),
+            "data_spread": 1 - self_similarity(data),
+            "copy": float(np.percentile(cosines.max(axis=1), 95)) if len(data) > 1 else 1.0,
+            "data": brightness_and_contrast(shown),
+        }
 
+    def _render(self, stage: str, folder: Path, report: Callable[[int], None]) -> StageImages:
+        """Render, keep and embed the images of a stage."""
+        for left_over in folder.glob("*.png"):  # of a scoring that was interrupted
+            left_over.unlink()
+        images = self.scorer.render(self.plan[stage], report)
+        for job, image in zip(self.plan[stage], images, strict=True):
+            if image is not None:
+                file = io.BytesIO()
+                image.save(file, format="PNG")
+                write_atomically(folder / f"{job['name']}.png", file.getvalue())
+        return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
-def describe_terms(result: Mapping[str, Any]) -> str:
-    terms = "  ".join(f"{name} {value:.3f}" for name, value in result["terms"].items())
-    return f"score {result['score']:.4f}  ({terms})"
+    def score_checkpoint(
+        self, path: Path, stage: str, images: Path, report: Callable[[int], None] = lambda made: None
+    ) -> dict[str, Any]:
+        """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
+        with self.scorer.lora(path):
+            made = self._render(stage, images, report)
+        raw = made.raw_values(self.embeddings[stage], self.embeddings[f"{stage}_usable"])
+        terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
+        return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
+    def score_trial(self, folder: Path, checkpoints: Sequence[tuple[int, Path]]) -> Metrics:
+        """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by.
 
-def score_one(
-    scorer: ImageScorer,
-    checkpoint: Path,
-    stage: str,
-    images_folder: Path,
-    anchors: Mapping[str, Any],
-    made: Embeddings,
-    report: Callable[[int], None] = lambda made: None,
-) -> dict[str, Any]:
-    """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
-    jobs = scorer.plan[stage]
-    with scorer.lora(checkpoint):
-        images = render_stage(scorer, jobs, images_folder, report)
-    raw = measure(scorer, jobs, images, anchors, made["data"], made[stage], made[f"{stage}_usable"])
-    terms = terms_of(raw, {**anchors, **anchors[stage]})
-    return {"score": combine(terms, scorer.plan["weights"]), "terms": terms, "raw": raw}
+        What was screened before and is deleted since stays, marked; it is never the best, since it can't be confirmed.
+        """
+        known = (read_json(folder / "metrics.json") or {}).get("screen", [])
+        deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
+        count = ImageCount(len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"]))
+        screened = []
+        for epoch, path in checkpoints:
+            images = folder / "scores" / f"epoch-{epoch:06d}"
+            result = self.score_checkpoint(path, "screen", images, count.add)
+            screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+            count.clear()
+            print(f"  epoch {epoch:3d}    {self._describe(result)}", flush=True)
+        best = max(screened, key=lambda result: result["score"])
+        path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
+        confirmed = self.score_checkpoint(path, "confirm", images, count.add)
+        count.clear()
+        print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
+        limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]
+        return {
+            "outcome": "scored",
+            "reason": "",
+            **confirmed,
+            "best_epoch": best["epoch"],
+            "checkpoint": best["checkpoint"],
+            "screen": sorted(deleted + screened, key=lambda result: result["epoch"]),
+            "copies": {"limit": limit, "images": [i["name"] for i in looked_at if i.get("nearest", -1.0) > limit]},
+            "device": self.scorer.device,
+        }
 
-
-def measure(
-    scorer: ImageScorer,
-    jobs: Sequence[Mapping[str, Any]],
-    images: Sequence[Any],
-    anchors: Mapping[str, Any],
-    data: np.ndarray,
-    base: np.ndarray,
-    base_usable: np.ndarray,
-) -> dict[str, Any]:
-    """All raw values of a set of images; averages over the usable ones, None where there is none."""
-    usable = [number for number, image in enumerate(images) if is_usable(image, anchors["usable"])]
-    vectors = np.zeros_like(base)
-    if usable:
-        vectors[usable] = scorer.embed_images([images[number] for number in usable])
-    about = [number for number in usable if jobs[number]["subject"]]
-    plain = [number for number in usable if not jobs[number]["subject"] and base_usable[number]]
-    raw: dict[str, Any] = dict.fromkeys(("q", "m", "plain", "spread"))
-    raw["usable"] = len(usable) / len(images)
-    per_image = [{"name": job["name"], "usable": number in usable} for number, job in enumerate(jobs)]
-    if about:
-        pictures = scorer.embed_images_for_text([images[number] for number in about])
-        texts = scorer.embed_texts([jobs[number]["text"] for number in about])
-        nearest_data = nearest_similarity(vectors[about], data)
-        raw["q"] = subject_similarity(vectors[about], data)
-        raw["m"] = paired_similarity(pictures, texts)
-        raw["spread"] = spread_within(vectors[about], [jobs[number]["prompt"] for number in about])
-        for number, text, near in zip(about, (pictures * texts).sum(axis=1), nearest_data, strict=True):
-            to_data = float((vectors[number] @ data.T).mean())
-            per_image[number].update(data=to_data, nearest=float(near), text=float(text))
-    if plain:
-        raw["plain"] = paired_similarity(vectors[plain], base[plain])
-    return {**raw, **brightness_and_contrast([images[number] for number in usable]), "images": per_image}
+    @staticmethod
+    def _describe(result: Mapping[str, Any]) -> str:
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in result["terms"].items())
+        return f"score {result['score']:.4f}  ({terms})"
 
 
 # --- the contact sheet of a trial, for those who look ---
 
 CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
-SHEET_WIDTH, SHEET_HEIGHT = 1600, 2400  # pixels, at most
-SHEET_COLUMNS = 12
+SHEET_WIDTH, SHEET_HEIGHT, SHEET_COLUMNS = 1600, 2400, 12  # pixels and columns, at most
 SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, between pictures, a line of text
 _BLACK, _GREY, _GREEN = (30, 30, 30), (200, 200, 200), (0, 140, 60)
-
-
-def make_contact_sheet(folder: Path) -> Path:
-    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it."""
-    from PIL import Image
-
-    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
-    if plan is None or metrics is None:
-        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
-    scores, best = folder / "scores", metrics["best_epoch"]
-    rows = []
-    for result in metrics["screen"]:
-        label = f"epoch {result['epoch']}  score {result['score']:.4f}"
-        label, colour = (f"{label}  best", _GREEN) if result["epoch"] == best else (label, _BLACK)
-        rows.append((scores / f"epoch-{result['epoch']:06d}", label, colour))
-    label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-    confirmed = [(scores / "confirm", label, _GREEN)]
-    tile = min(SHEET_TILE, SHEET_HEIGHT // (len(rows) + 2) - 2 * SHEET_LINE)
-    sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
-    right, middle = _draw_stage(sheet, 0, first_seeds(plan["screen"], SHEET_COLUMNS), rows, tile)
-    more, bottom = _draw_stage(sheet, middle, first_seeds(plan["confirm"], SHEET_COLUMNS), confirmed, tile)
-    file = io.BytesIO()
-    sheet.crop((0, 0, max(right, more), bottom)).save(file, format="JPEG", quality=80)
-    write_atomically(scores / CONTACT_SHEET, file.getvalue())
-    return scores / CONTACT_SHEET
 
 
 def first_seeds(jobs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
@@ -3005,48 +2867,58 @@ def first_seeds(jobs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[s
     return sorted(_evenly(first, count), key=lambda job: not job["subject"])
 
 
-def _draw_stage(
-    sheet: Any,
-    top: int,
-    jobs: Sequence[Mapping[str, Any]],
-    rows: Sequence[tuple[Path, str, tuple[int, int, int]]],
-    tile: int,
-) -> tuple[int, int]:
-    """Draw the prompts in up to three lines, and below them the rows: folder, label, colour. The lower right corner."""
-    from PIL import ImageDraw, ImageFont
+def make_contact_sheet(folder: Path) -> Path:
+    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it."""
+    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
+    if plan is None or metrics is None:
+        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
+    best, screened = metrics["best_epoch"], []
+    for result in metrics["screen"]:
+        label, colour = ("  best", _GREEN) if result["epoch"] == best else ("", _BLACK)
+        label = f"epoch {result['epoch']}  score {result['score']:.4f}{label}"
+        screened.append((folder / "scores" / f"epoch-{result['epoch']:06d}", label, colour))
+    label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
+    rows = {"screen": screened, "confirm": [(folder / "scores" / "confirm", label, _GREEN)]}
+    file = io.BytesIO()
+    _draw_sheet(plan, rows).save(file, format="JPEG", quality=80)
+    write_atomically(folder / "scores" / CONTACT_SHEET, file.getvalue())
+    return folder / "scores" / CONTACT_SHEET
 
+
+def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, tuple[int, int, int]]]]) -> Any:
+    """Each stage's prompts, and below them its rows: folder, label, colour."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
     draw.font = ImageFont.load_default(13)  # has most of the prompts' characters
-    tile = min(tile, (SHEET_WIDTH - SHEET_GAP) // len(jobs) - SHEET_GAP)
-    columns = [(SHEET_GAP + number * (tile + SHEET_GAP), job) for number, job in enumerate(jobs)]
-    for left, job in columns:
-        lines = textwrap.wrap(printable(job["prompt"]), max(4, tile // 7), max_lines=3, placeholder=" ...")
-        corner = (left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines)))
-        draw.text(corner, "\n".join(lines), fill=_BLACK)
-    top += 3 * SHEET_LINE + SHEET_GAP
-    for folder, label, colour in rows:
-        draw.text((SHEET_GAP, top), label, fill=colour)
-        top += SHEET_LINE
+    right = top = 0
+    highest = min(SHEET_TILE, SHEET_HEIGHT // (len(rows["screen"]) + 2) - 2 * SHEET_LINE)
+    for stage in rows:
+        jobs = first_seeds(plan[stage], SHEET_COLUMNS)
+        side = min(highest, (SHEET_WIDTH - SHEET_GAP) // len(jobs) - SHEET_GAP)
+        columns = [(SHEET_GAP + number * (side + SHEET_GAP), job) for number, job in enumerate(jobs)]
         for left, job in columns:
-            sheet.paste(_open_tile(folder / f"{job['name']}.png", tile), (left, top))
-            if colour != _BLACK:
-                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=colour, width=2)
-        top += tile + SHEET_GAP
-    return columns[-1][0] + tile + SHEET_GAP, top
-
-
-def _open_tile(path: Path, side: int) -> Any:
-    """A picture in a square of `side` pixels; a grey one with a cross if the picture is not there, or torn."""
-    from PIL import Image, ImageDraw, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            enlarged = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.BICUBIC
-            return ImageOps.pad(picture.convert("RGB"), (side, side), enlarged, "white")
-    except (OSError, ValueError):
-        tile = Image.new("RGB", (side, side), _GREY)
-        ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
-        return tile
+            lines = textwrap.wrap(printable(job["prompt"]), max(4, side // 7), max_lines=3, placeholder=" ...")
+            corner = (left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines)))
+            draw.text(corner, "\n".join(lines), fill=_BLACK)
+        top += 3 * SHEET_LINE + SHEET_GAP
+        for folder, label, colour in rows[stage]:
+            draw.text((SHEET_GAP, top), label, fill=colour)
+            top += SHEET_LINE
+            for left, job in columns:
+                try:
+                    with Image.open(folder / f"{job['name']}.png") as picture:
+                        enlarged = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.BICUBIC
+                        tile = ImageOps.pad(picture.convert("RGB"), (side, side), enlarged, "white")
+                except (OSError, ValueError):  # not there, or torn: grey with a cross
+                    tile = Image.new("RGB", (side, side), _GREY)
+                    ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
+                frame = "white" if colour == _BLACK else colour
+                sheet.paste(ImageOps.expand(tile, 2, frame), (left - 2, top - 2))
+            top += side + SHEET_GAP
+        right = max(right, columns[-1][0] + side + SHEET_GAP)
+    return sheet.crop((0, 0, right, top))
 
 
 # ======================================================================================================

@@ -77,10 +77,9 @@ def write_lora(path: Path, seed: int, like: Path | None) -> None:
 def score_one_in_this_process(trial: Path, checkpoint: str, stage: str) -> None:
     """What a program without a scoring process of its own does for every checkpoint: load all, score, end."""
     reference = trial.parent / "reference"
-    scorer = search.ImageScorer(search.read_json(reference / "plan.json"), "cpu")
-    anchors, embeddings = search.load_reference(scorer, reference)
+    scorer = search.FolderScorer(search.ImageScorer(search.read_json(reference / "plan.json"), "cpu"), reference)
     images = trial / "fresh" / Path(checkpoint).stem / stage
-    print(json.dumps(search.score_one(scorer, trial / checkpoint, stage, images, anchors, embeddings)))
+    print(json.dumps(scorer.score_checkpoint(trial / checkpoint, stage, images)))
 
 
 def timed(command: list[str]) -> tuple[float, str]:

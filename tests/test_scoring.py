@@ -157,12 +157,6 @@ def test_lost_prompts_cannot_be_bought_back_by_copying() -> None:
     assert search.combine(balanced, WEIGHTS) > search.combine(copying, WEIGHTS)
 
 
-def test_nearest_similarity_leaves_an_image_of_the_data_set_itself_out() -> None:
-    data = np.array([[1.0, 0], [0, 1], [0.6, 0.8]])
-    assert search.nearest_similarity(data, data) == pytest.approx([0.6, 0.8, 0.8])
-    assert search.nearest_similarity(data.copy(), data) == pytest.approx([1, 1, 1])
-
-
 # --- usable images -----------------------------------------------------------------------------------
 
 
@@ -457,8 +451,20 @@ def scorer(output_dir: Path) -> search.ImageScorer:
 
 
 @pytest.fixture(scope="module")
-def anchors(scorer: search.ImageScorer, output_dir: Path) -> dict[str, Any]:
-    return search.load_reference(scorer, output_dir / "reference")[0]
+def folder_scorer(scorer: search.ImageScorer, output_dir: Path) -> search.FolderScorer:
+    return search.FolderScorer(scorer, output_dir / "reference")
+
+
+@pytest.fixture(scope="module")
+def anchors(folder_scorer: search.FolderScorer) -> dict[str, Any]:
+    return folder_scorer.anchors
+
+
+def seen_in(folder_scorer: search.FolderScorer, images: list[Image.Image], **anchors: Any) -> dict[str, Any]:
+    """The raw values of a screening that has drawn these."""
+    limits, made = {**folder_scorer.anchors, **anchors}["usable"], folder_scorer.embeddings
+    stage = search.StageImages(folder_scorer.scorer, "screen", images, limits, made["data"])
+    return stage.raw_values(made["screen"], made["screen_usable"])
 
 
 TARGETS = {
@@ -737,19 +743,16 @@ def test_data_set_images_keep_their_proportions_and_get_the_scorings_area(scorer
 
 
 def test_the_base_models_own_images_are_the_anchors(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+    folder_scorer: search.FolderScorer, anchors: dict[str, Any], output_dir: Path
 ) -> None:
     """A LoRA that does nothing has the base model's raw values, so fidelity 0 and preservation 1."""
     folder = make_trial(output_dir, "trial_nothing", [1e-12], 2)
-    _, made = search.load_reference(scorer, output_dir / "reference")
-    result = search.score_one(
-        scorer, folder / "lora.safetensors", "screen", folder / "scores", anchors, made
-    )  # fmt: skip
+    result = folder_scorer.score_checkpoint(folder / "lora.safetensors", "screen", folder / "scores")
     for name in ("q", "m", "spread"):
         assert result["raw"][name] == pytest.approx(anchors["screen"][name], abs=1e-4)
     assert result["terms"]["preservation"] == pytest.approx(1, abs=0.02)
     assert result["terms"]["fidelity"] == pytest.approx(0, abs=0.01)
-    assert len(list((folder / "scores").glob("*.png"))) == len(scorer.plan["screen"])
+    assert len(list((folder / "scores").glob("*.png"))) == len(folder_scorer.plan["screen"])
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -761,70 +764,65 @@ def test_a_base_model_that_draws_nothing_usable_is_an_error_and_no_anchor(
 
     monkeypatch.setattr(scorer, "render", render)
     with pytest.raises(search.ScoringFailed, match="check --base-model"):
-        search.make_reference_files(scorer, tmp_path)
+        search.FolderScorer(scorer, tmp_path)
     assert not (tmp_path / "anchors.json").exists()
 
 
 def test_images_of_an_interrupted_scoring_do_not_stay(
-    scorer: search.ImageScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_scorer: search.FolderScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "p99-s0.png").write_bytes(b"half an ima")
-    monkeypatch.setattr(scorer, "render", lambda jobs, report: [None, noise(0, 256)])
-    search.render_stage(scorer, scorer.plan["screen"][:2], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["p00-s1.png"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "p99-s0.png").write_bytes(b"half an ima")
+    write_lora(tmp_path / "lora.safetensors")
+    monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: [None, *[noise(0, 256)] * (len(jobs) - 1)])
+    folder_scorer.score_checkpoint(tmp_path / "lora.safetensors", "screen", tmp_path / "images")
+    names = {job["name"] for job in folder_scorer.plan["screen"][1:]}
+    assert {path.stem for path in (tmp_path / "images").iterdir()} == names
 
 
 @pytest.mark.parametrize("fill", ["black", "white"])
 def test_a_lora_that_draws_black_or_white_has_no_usable_image_and_loses_all(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path, fill: str
+    folder_scorer: search.FolderScorer, anchors: dict[str, Any], fill: str
 ) -> None:
-    _, made = search.load_reference(scorer, output_dir / "reference")
-    jobs = scorer.plan["screen"]
-    images = [Image.new("RGB", (64, 64), fill) for _ in jobs]
-    usable = made["screen_usable"]
-    raw = search.measure(scorer, jobs, images, anchors, made["data"], made["screen"], usable)
+    jobs = folder_scorer.plan["screen"]
+    raw = seen_in(folder_scorer, [Image.new("RGB", (64, 64), fill) for _ in jobs])
     terms = search.terms_of(raw, {**anchors, **anchors["screen"]})
     assert terms == dict.fromkeys(WEIGHTS, 0.0)
     assert raw["images"][0] == {"name": jobs[0]["name"], "usable": False}
 
 
 def test_copies_of_the_data_set_are_flagged(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+    folder_scorer: search.FolderScorer, output_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, (_, made) = scorer.plan, search.load_reference(scorer, output_dir / "reference")
-    shown = scorer.through_vae([Image.open(path) for path in plan["images"]])
-    images = [shown[number % len(shown)] for number in range(len(plan["screen"]))]
-    raw = search.measure(scorer, plan["screen"], images, anchors, made["data"], made["screen"], made["screen_usable"])
-    copies = search.copies_among(raw, anchors["copy"])
-    assert copies["images"] == [job["name"] for job in plan["screen"] if job["subject"]]
+    plan, folder = folder_scorer.plan, make_trial(output_dir, "trial_copies", [1.0], 2)
+    shown = folder_scorer.scorer.through_vae([Image.open(path) for path in plan["images"]])
+    copies = [shown[number % len(shown)] for number in range(len(plan["confirm"]))]
+    monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: copies[: len(jobs)])
+    metrics = folder_scorer.score_trial(folder, [(2, folder / "lora.safetensors")])
+    assert metrics["copies"]["images"] == [job["name"] for job in plan["confirm"] if job["subject"]]
 
 
-def test_the_copy_limit_is_what_95_percent_of_the_data_set_stay_under(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
-) -> None:
-    data = search.load_reference(scorer, output_dir / "reference")[1]["data"]
-    assert anchors["copy"] == pytest.approx(np.percentile(search.nearest_similarity(data, data), 95))
-    near = [{"name": "below", "nearest": anchors["copy"] - 1e-6}, {"name": "above", "nearest": anchors["copy"] + 1e-6}]
-    assert search.copies_among({"images": [*near, {"name": "unusable"}]}, anchors["copy"])["images"] == ["above"]
+def test_the_copy_limit_is_what_95_percent_of_the_data_set_stay_under(folder_scorer: search.FolderScorer) -> None:
+    data = folder_scorer.embeddings["data"]
+    nearest = [max(float(x @ y) for other, y in enumerate(data) if other != one) for one, x in enumerate(data)]
+    assert folder_scorer.anchors["copy"] == pytest.approx(np.percentile(nearest, 95))
 
 
 def test_usable_images_are_told_by_the_widened_limits(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+    folder_scorer: search.FolderScorer, anchors: dict[str, Any]
 ) -> None:
-    _, made = search.load_reference(scorer, output_dir / "reference")
-    jobs, dark = scorer.plan["screen"], noise(0, 14)
-    widened = {**anchors, "usable": search.widen_limits(anchors["usable"], [dark])}
-    for limits, usable in ((anchors, 0.0), (widened, 1.0)):
-        raw = search.measure(
-            scorer, jobs, [dark] * len(jobs), limits, made["data"], made["screen"], made["screen_usable"]
-        )
-        assert raw["usable"] == usable
-    assert raw["brightness"] == pytest.approx(search.luminance(dark).mean())
+    dark = noise(0, 14)
+    images = [dark] * len(folder_scorer.plan["screen"])
+    assert seen_in(folder_scorer, images)["usable"] == 0.0
+    raw = seen_in(folder_scorer, images, usable=search.widen_limits(anchors["usable"], [dark]))
+    assert raw["usable"] == 1.0
+    assert raw["brightness"] == pytest.approx(np.asarray(dark.convert("L")).mean())
 
 
 def test_the_base_models_anchors_are_what_its_own_images_say(
-    scorer: search.ImageScorer, anchors: dict[str, Any], output_dir: Path
+    folder_scorer: search.FolderScorer, anchors: dict[str, Any], output_dir: Path
 ) -> None:
+    scorer = folder_scorer.scorer
     for stage in ("screen", "confirm"):
         jobs = scorer.plan[stage]
         images = [Image.open(output_dir / "reference" / stage / f"{job['name']}.png") for job in jobs]
@@ -838,7 +836,7 @@ def test_the_base_models_anchors_are_what_its_own_images_say(
         assert anchors[stage]["m_crossed"] == pytest.approx(cosines[names[:, None] != names].mean(), abs=1e-4)
         between_plain = (vectors[plain] @ vectors[plain].T)[~np.eye(plain.sum(), dtype=bool)]
         assert anchors[stage]["plain_crossed"] == pytest.approx(between_plain.mean(), abs=1e-4)
-    data = search.load_reference(scorer, output_dir / "reference")[1]["data"]
+    data = folder_scorer.embeddings["data"]
     assert anchors["data_spread"] == pytest.approx(1 - (data @ data.T)[~np.eye(len(data), dtype=bool)].mean())
     assert 0 < anchors["data"]["brightness"] < 255 and 0 < anchors["data"]["contrast"] < 128
 
