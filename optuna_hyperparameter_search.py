@@ -79,12 +79,7 @@ from typing import Any, NoReturn
 import numpy as np
 import optuna
 import toml
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 HERE = Path(__file__).resolve().parent
@@ -1093,16 +1088,12 @@ SEARCH_SPACE: dict[str, BaseDistribution] = {
     "gradient_accumulation_steps": CategoricalDistribution((1, 2, 4)),
     "lr_warmup_steps": IntDistribution(50, 200, step=50),  # optimizer updates
 }
-# Only with cosine_with_restarts; one cycle would be plain cosine.
-RESTART_CYCLES = IntDistribution(2, 3)
+RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cycle would be plain cosine
 
 
 def complete_params(values: Mapping[str, Any]) -> Params:
-    """Suggested values and the network_alpha that follows from them.
-
-    The ratio is rounded to its grid's two decimals: Optuna's 0.6000000000000001 would print badly.
-    """
-    ratio = round(values["network_alpha_ratio"], 2)
+    """Suggested values and the network_alpha that follows from them."""
+    ratio = round(values["network_alpha_ratio"], 2)  # Optuna may give 0.6000000000000001
     return {**values, "network_alpha_ratio": ratio, "network_alpha": int(values["network_dim"] * ratio)}
 
 
@@ -1117,29 +1108,21 @@ def suggest_hyperparameters(trial: optuna.trial.BaseTrial) -> Params:
 def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(name, distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
-    assert isinstance(distribution, FloatDistribution)
-    return trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
     """The parameters as the screen shows them, one a line, alpha with its ratio."""
-    lines = ["Parameters:"]
-    for key, value in params.items():
-        if key == "network_alpha":
-            ratio = params.get("network_alpha_ratio", value / params["network_dim"])
-            value = f"{value} (ratio: {ratio:.3f})"
-        lines.append(f"  {key}: {value}")
-    return "\n".join(lines)
+    shown = {**params, "network_alpha": f"{params['network_alpha']} (ratio: {params['network_alpha_ratio']:.3f})"}
+    return "\n".join(["Parameters:", *(f"  {name}: {value}" for name, value in shown.items())])
 
 
 def brief_params(params: Mapping[str, Any]) -> list[str]:
     """The parameters for one line, the most telling first; the epochs are in the training's own line."""
-    ratio = params["network_alpha_ratio"]
     return [
         f"dim {params['network_dim']}",
-        f"alpha {params['network_alpha']} (ratio {ratio:.3f})",
+        f"alpha {params['network_alpha']} (ratio {params['network_alpha_ratio']:.3f})",
         f"lr {params['learning_rate']:.1e}/{params['text_encoder_lr']:.1e}",
         params["optimizer_type"],
         params["lr_scheduler"],
@@ -1185,8 +1168,7 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
             "optimizer = AdamW": optimizer == "AdamW",
             "warmup >= 150": warmup >= 150,
         }
-        failed = [name for name, passed in required.items() if not passed]
-        if failed:
+        if failed := [name for name, passed in required.items() if not passed]:
             return False, f"High alpha (≥0.75) requires: {', '.join(failed)}"
     if ratio >= 0.85 and lr > 0.0001:
         return False, "Very high alpha (≥0.85) + LR >0.0001 = explosion risk"
@@ -1220,16 +1202,12 @@ def fixed_params(trial: FrozenTrial) -> Params:
 class FeasibleTPESampler(optuna.samplers.BaseSampler):
     """TPE over the whole unconditional space, drawn again until the proposal may be trained.
 
-    Args:
-        seed: of the study. Every draw comes from (seed, trial.number), so that neither a resumed study nor
-            parallel workers repeat a proposal, and the same study gives the same proposals.
-        can_train: what this machine can train at all (AdamW8bit needs CUDA and bitsandbytes).
-        prefers: what it should train where there is a choice (a warm-up shorter than the run).
-
-    For the first 20 trials that were not enqueued or tried again, the band of the alpha ratio is dealt from
-    shuffled blocks of 3 low, 4 mid and 3 high, and TPE proposes the rest around it. Enqueued values are kept
-    and completed the same way. Constraints come first: where nothing passes all checks, `prefers` is given up
-    before safety is, and a proposal that no completion can save is left for `train_lora` to reject.
+    Every draw comes from (seed, trial.number): neither a resumed study nor parallel workers repeat a proposal.
+    `can_train` says what this machine can train at all (AdamW8bit needs CUDA and bitsandbytes), `prefers` what it
+    should train where there is a choice (a warm-up shorter than the run). For the first 20 trials that were not
+    enqueued, the alpha band is dealt from shuffled blocks of 3 low, 4 mid and 3 high, and TPE proposes the rest.
+    Enqueued values are kept and completed. If nothing passes all checks, `prefers` is given up first and safety last:
+    what no completion makes safe is left for `train_lora` to reject.
     """
 
     def __init__(self, seed: int, *, can_train: Check = _anything, prefers: Check = _anything) -> None:
@@ -1248,14 +1226,22 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         if "lr_scheduler_num_cycles" in fixed:  # without restarts this value would be dropped
             fixed = {"lr_scheduler": "cosine_with_restarts", **fixed}
         free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
-        if not free:
-            return {}
-        whole: Params = {}
-        for proposal, passes in self._proposals(study, trial, free, rng):
-            whole = {**fixed, **proposal}
-            if passes(complete_params(whole)):
+        tpe = self._tpe(trial.number, multivariate=True)
+        tried: list[Params] = []
+        for _ in range(TPE_TRIES):
+            learnt = tpe.sample_relative(study, trial, free)
+            if not learnt:  # TPE has too few trials to learn from
                 break
-        return whole
+            tried.append({**fixed, **learnt})
+            if self._is_wanted(complete_params(tried[-1])):
+                return tried[-1]
+        for _ in range(RANDOM_TRIES):
+            tried.append({**fixed, **{name: _draw(distribution, rng) for name, distribution in free.items()}})
+            if self._is_wanted(complete_params(tried[-1])):
+                return tried[-1]
+        safe = [values for values in tried if self._is_possible(complete_params(values))]
+        trainable = [values for values in tried if self._can_train(complete_params(values))]
+        return (safe or trainable or tried[-1:])[0]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -1263,25 +1249,6 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         """lr_scheduler_num_cycles, the one conditional parameter: in the joint space TPE would drop most trials."""
         sampler = self._tpe(trial.number, multivariate=False)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def _proposals(
-        self, study: optuna.Study, trial: FrozenTrial, free: dict[str, BaseDistribution], rng: np.random.Generator
-    ) -> Iterator[tuple[Params, Check]]:
-        """Ever simpler ways to fill the free parameters, each with the check that it has to pass."""
-        tpe = self._tpe(trial.number, multivariate=True)
-        learnt: list[Params] = []
-        for _ in range(TPE_TRIES):
-            proposal = tpe.sample_relative(study, trial, free)
-            if not proposal:  # before TPE has enough trials to learn from
-                break
-            learnt.append(proposal)
-            yield proposal, self._is_wanted
-        drawn: list[Params] = []
-        for _ in range(RANDOM_TRIES):
-            drawn.append({name: _draw(distribution, rng) for name, distribution in free.items()})
-            yield drawn[-1], self._is_wanted
-        for check in (self._is_possible, self._can_train):  # the last for what no completion makes safe
-            yield from ((proposal, check) for proposal in learnt + drawn)
 
     def _is_possible(self, params: Params) -> bool:
         return check_safety_constraints(params)[0] and self._can_train(params)
@@ -1291,8 +1258,7 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
 
     def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
         """A ratio of the band whose turn it is, counting only the trials that the sampler itself proposed."""
-        trials = study.get_trials(deepcopy=False)
-        turn = sum(t.number < trial.number and not fixed_params(t) for t in trials)
+        turn = sum(t.number < trial.number and not fixed_params(t) for t in study.get_trials(deepcopy=False))
         if turn >= DEALT_TRIALS:
             return {}
         block, position = divmod(turn, len(BAND_BLOCK))
@@ -1313,7 +1279,6 @@ def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
     """A uniform draw (uniform in the logarithm for a log distribution)."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[rng.integers(len(distribution.choices))]
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
     low, high, step = distribution.low, distribution.high, distribution.step
     if distribution.log:
         return float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))

@@ -147,10 +147,6 @@ def test_describes_every_other_parameter_as_name_and_value() -> None:
     ]
 
 
-def test_describes_alpha_of_params_that_hold_no_ratio() -> None:
-    assert "  network_alpha: 96 (ratio: 0.750)" in search.describe_params({"network_dim": 128, "network_alpha": 96})
-
-
 def test_the_digest_follows_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
     before = search.search_space_digest()
     assert search.search_space_digest() == before
