@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import toml
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = TESTS / "small_trainer" / "train_network.py"
 EPOCHS, EVERY, BATCHES = 12, 4, 10  # of the shared run; the demo's data set gives 10 batches an epoch
 RANK, ALPHA = 16, 8
