@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,29 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their programs, ignore it
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers whose processes take all cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 Pictures = Callable[..., Path]
 DataSetFile = Callable[..., Path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist one worker makes the demo, and each module's fixtures are made once."""
+    for item in items:
+        shared = "demo" if "demo" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line says what was not run, and what it needs."""
+    reasons = (report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+    left_out = [f"{count} {reason}" for reason, count in Counter(reasons).most_common()]
+    if config.option.markexpr == "not slow":
+        left_out.append('slow tests (give -m "")')
+    if left_out:
+        terminalreporter.write_line(f"not run: {'; '.join(left_out)}")
 
 
 @pytest.fixture
@@ -116,11 +139,10 @@ def _postgresql_programs() -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[str]:
-    """A PostgreSQL of its own on loopback: user, password and address of a URL; skipped where none is installed."""
-    pytest.importorskip("psycopg", reason="no driver for PostgreSQL (pip install 'psycopg[binary]')")
+    """A PostgreSQL of its own on loopback: user, password and address of a URL."""
     programs = _postgresql_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    if programs is None or not importlib.util.find_spec("psycopg"):
+        pytest.skip("on PostgreSQL (apt-get install postgresql, pip install 'psycopg[binary]')")
     # The server refuses to run as root; Debian's package has made a user for it.
     user = "postgres" if os.geteuid() == 0 else None
     top = Path(tempfile.mkdtemp(prefix="postgresql-"))

@@ -328,7 +328,7 @@ def circle(path: Path) -> Path:
 
 
 def row(name: str, *values: object) -> Any:
-    root = pytest.mark.skipif(os.geteuid() == 0, reason="root may do all")
+    root = pytest.mark.skipif(os.geteuid() == 0, reason="of what a user may not read or write (root may do all)")
     return pytest.param(*values, id=name, marks=[root] if "no rights" in name else [])
 
 

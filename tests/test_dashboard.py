@@ -270,7 +270,7 @@ def test_a_sheet_of_many_prompts_and_checkpoints_fits_on_a_screen(tmp_path: Path
 
 def test_tensorboard_shows_every_trained_trial_by_name_with_kohyas_tags(demo: Demo) -> None:
     if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("tensorboard is not installed, so that the trainer writes no logs")
+        pytest.skip("of the trainer's logs (pip install tensorboard)")
     with served(program("tensorboard"), "--logdir", str(demo.output_dir)) as get:
         tags: dict[str, Any] = {}
         for _ in range(60):

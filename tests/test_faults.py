@@ -93,14 +93,14 @@ def night(evening: Night, tmp_path: Path) -> Night:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Callable[[int], Path]:
-    """A file system of so many MB; skipped where this user may mount none."""
+    """A file system of so many MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def mount(megabytes: int) -> Path:
         options = ["-o", f"size={megabytes}m"]
         if subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode:
-            pytest.skip("this user may not mount a small file system")
+            pytest.skip("on a full disk (need a user who may mount a tmpfs)")
         return folder
 
     yield mount

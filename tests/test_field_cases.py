@@ -24,7 +24,7 @@ from PIL import Image
 import optuna_hyperparameter_search as search
 
 REAL = os.environ.get("SD_SCRIPTS_DIR")
-needs_kohya = pytest.mark.skipif(not REAL, reason="SD_SCRIPTS_DIR does not name kohya-ss/sd-scripts")
+needs_kohya = pytest.mark.skipif(not REAL, reason="with the real sd-scripts (SD_SCRIPTS_DIR=its folder)")
 
 
 @pytest.fixture(scope="module")

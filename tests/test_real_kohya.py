@@ -25,7 +25,7 @@ import optuna_hyperparameter_search as search
 
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR")
 PYTHON = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
-pytestmark = pytest.mark.skipif(not SD_SCRIPTS, reason="SD_SCRIPTS_DIR does not name kohya-ss/sd-scripts")
+pytestmark = pytest.mark.skipif(not SD_SCRIPTS, reason="with the real sd-scripts (SD_SCRIPTS_DIR=its folder)")
 
 # Run by kohya's Python in kohya's folder: argv[1] is the file to make, argv[2] the folder for the configs.
 MAKE_SD15 = """

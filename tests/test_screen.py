@@ -49,7 +49,7 @@ class Terminal:
     """A terminal of so many columns: what was printed into it, as it looks and in its scroll-back."""
 
     def __init__(self, columns: int = 80, rows: int = 24) -> None:
-        pyte = pytest.importorskip("pyte", reason="no terminal emulator (pip install pyte)")
+        pyte = pytest.importorskip("pyte", reason="of the screen in a terminal (pip install pyte)")
         self._screen = pyte.HistoryScreen(columns, rows, history=10_000)
         self._stream = pyte.ByteStream(self._screen)
         self.columns = columns

@@ -240,7 +240,6 @@ def test_every_trial_ends_as_it_was_told(night: Path) -> None:
 
 
 def test_scored_trials_were_trained_and_their_loras_can_be_loaded(night: Path) -> None:
-    pytest.importorskip("safetensors")
     for trial in search.scored_trials(study_in(night)):
         folder = search.folder_of(trial, night)
         assert search.has_finished_training(folder)
