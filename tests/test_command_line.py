@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -91,15 +92,6 @@ def test_help_and_errors_do_not_wait_for_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_the_docstrings_sections_are_the_files_sections() -> None:
-    text = SCRIPT.read_text(encoding="utf-8")
-    banners = re.findall(r"^# =+\n# (\d+)\. ([A-Za-z ]+?)[.,:(]", text, re.MULTILINE)
-    assert [int(number) for number, _ in banners] == list(range(1, 14))
-    listed = dict(re.findall(r"\b(\d+) ([a-z][a-z, ]+?)(?:  |$)", search.__doc__ or "", re.MULTILINE))
-    for number, title in banners:
-        assert title.lower().startswith(listed[number].split(",")[0].split(" and ")[0].rstrip("s")[:6]), (number, title)
 
 
 # --- what is refused ---------------------------------------------------------------------------------
@@ -302,8 +294,6 @@ def test_a_refusal_that_nobody_reads_is_a_refusal_still(flag: str, nobody: str) 
 
 
 def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Path, tmp_path: Path) -> None:
-    import dataclasses
-
     settings, _ = search.read_settings(search.make_parser().parse_args(command()))
     inputs = search.check_inputs(settings)
     assert not any("scoring a trial takes" in line for line in search.CheckReport(inputs).warnings())
@@ -329,12 +319,9 @@ def test_an_encoder_out_of_reach_is_refused(
     assert any("clip =" in line and "folder without config.json" in line for line in lines)
 
 
-def test_too_small_a_disk_is_refused(
-    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(search, "free_bytes", lambda folder: 1000)
-    (line,) = errors_of(capsys, command())
-    assert "MB are needed for checkpoints and pictures" in line and not (tmp_path / "out").exists()
+def test_too_small_a_disk_is_refused(command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (line,) = errors_of(capsys, command(n_trials=2 * 10**9))
+    assert "GB are needed for checkpoints and pictures" in line and not (tmp_path / "out").exists()
 
 
 def test_8bit_cannot_be_enqueued_on_the_cpu(
@@ -522,37 +509,36 @@ MOUNTS = {
     ],
 )
 def test_knows_the_file_system_of_a_folder(
-    folder: str, kind: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+    folder: str, kind: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import psutil
 
-    mounts = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in MOUNTS.items()]
+    top = tmp_path.resolve()
+    (top / folder[1:]).mkdir(parents=True)
+    mounts = [SimpleNamespace(mountpoint=f"{top}{point}".rstrip("/"), fstype=kind) for point, kind in MOUNTS.items()]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    monkeypatch.setattr(search, "nearest_folder", lambda path: path)
-    assert search.file_system_of(Path(folder)) == kind
+    assert search.file_system_of(top / folder[1:] / "new") == kind
     assert (kind in search.NOT_LOCAL) == warned
 
 
 def test_a_network_share_is_warned_of(
-    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(search, "file_system_of", lambda folder: "9p")
+    kind = search.file_system_of(tmp_path)
+    monkeypatch.setitem(search.NOT_LOCAL, kind, "a Windows drive")
     assert search.main([*command(), "--check"]) == 0
-    assert (
-        "is on a Windows drive (9p), where a database is slow and its locks may fail; give" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"is on a Windows drive ({kind}), where a database is slow and its locks may fail; give" in said
 
 
-def test_room_is_looked_for_before_every_trial(
-    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     settings = search.read_settings(search.make_parser().parse_args(command()))[0]
     inputs = search.check_inputs(settings)
-    room = (settings.output_dir, inputs.largest_trial_bytes(), search.SearchStopped)
-    search.check_room(*room)
-    monkeypatch.setattr(search, "free_bytes", lambda folder: 10_000)
-    with pytest.raises(search.SearchStopped, match=r"0\.0 MB are free in .*; make room"):
-        search.check_room(*room)
+    search.check_room(settings.output_dir, inputs.largest_trial_bytes(), search.SearchStopped)
+    huge = {"name": "p", "width": 10**9, "height": 10**9}
+    inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
+    with pytest.raises(search.SearchStopped, match=r"B are free in .*; make room"):
+        search.check_room(settings.output_dir, inputs.largest_trial_bytes(), search.SearchStopped)
 
 
 def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
@@ -576,11 +562,3 @@ def test_files_have_the_users_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "new" / "x.json").stat().st_mode & 0o777 == 0o600
-
-
-def test_no_shell_no_pickle_and_no_server() -> None:
-    """What the script may not even name; its child processes get lists, its weights are safetensors."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    for name in (r"shell=True", r"os\.system", r"os\.popen", r"torch\.load", r"allow_pickle=True", r"\.listen\(\d",
-                 r"import pickle", r"(?<!\.)\beval\(", r"\bexec\(", r"http\.server", r"\.bind\("):  # fmt: skip
-        assert not re.search(name, text), name
