@@ -73,7 +73,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -3567,60 +3566,6 @@ def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
             study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
 
 
-def write_notes(study: optuna.Study, written: set[int]) -> None:
-    """What optuna-dashboard shows as the notes of the study and of its finished trials; a user's own are left alone.
-
-    `written` are the numbers of trials that have one; it grows.
-    """
-    from optuna_dashboard import get_note, save_note
-
-    for frozen in study.get_trials(deepcopy=False):
-        # save_note takes no FrozenTrial, and an optuna.Trial would draw parameters anew; it reads these three alone.
-        trial: Any = SimpleNamespace(storage=study._storage, study=study, _trial_id=frozen._trial_id)
-        if frozen.state.is_finished() and frozen.number not in written:
-            if not get_note(trial):
-                save_note(trial, note_of_trial(frozen))
-            written.add(frozen.number)
-    note, present = note_of_study(study), get_note(study)
-    if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
-        study.set_user_attr("own_notes", [digest(present), digest(note)])  # both, as a kill may come in between
-        save_note(study, note)
-
-
-def as_markdown(text: object) -> str:
-    """A text that Markdown shows as it is."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
-
-
-def note_of_trial(trial: FrozenTrial) -> str:
-    attrs = trial.user_attrs
-    lines = [f"**{as_markdown(attrs.get('ended', trial.state.name.lower()))}**"]
-    if trial.state == TrialState.COMPLETE:
-        epochs = attrs["training_params"]["max_train_epochs"]
-        lines = [f"**Score {trial.value:.4f}**, epoch {attrs['best_epoch']} of {epochs}", "| term | |\n|---|---|"]
-        lines[-1] += "".join(f"\n| {name} | {value:.3f} |" for name, value in attrs["terms"].items())
-    if reason := attrs.get("rejection_reason") or attrs.get("reason"):
-        lines.append(as_markdown(reason))
-    if "folder" in attrs:
-        lines.append(f"Folder: {as_markdown(Path(attrs['output_dir']) / attrs['folder'])}")
-    return "\n\n".join(lines)
-
-
-def note_of_study(study: optuna.Study) -> str:
-    trained = sum(map(is_trained, study.get_trials(deepcopy=False)))
-    planned, command = study.user_attrs.get("n_trials"), study.user_attrs.get("command")
-    lines = [f"{trained}{f' of {planned}' if planned else ''} trials trained."]
-    lines.append(
-        "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it look "
-        "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), variety (do "
-        "seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other prompts and seeds than "
-        "those it was chosen by."
-    )
-    if command:
-        lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
-    return "\n\n".join(lines)
-
-
 def run_study(
     study: optuna.Study,
     objective: Callable[[optuna.Trial], float],
@@ -3633,7 +3578,6 @@ def run_study(
     `started` is when the program was, in time.monotonic()'s seconds; `before_trial` may raise SearchStopped.
     """
     failures: list[tuple[str, Params]] = []
-    noted: set[int] = set()
     waiting = False
     idle_since = started
     while True:
@@ -3655,8 +3599,6 @@ def run_study(
             screen.wait(POLL_SECONDS)
             continue
         waiting = False
-        with only_warning("the notes for optuna-dashboard are not all written"):
-            write_notes(study, noted)
         before_trial()
         trial = study.ask()
         try:
@@ -3812,54 +3754,152 @@ def format_seconds(seconds: float) -> str:
 
 
 # ======================================================================================================
-# 11. Results: the best LoRA and how to make it again, the table of trials, what the guide promised and
-#     what was measured. Writes results/, and what is missing in artifacts/.
+# 11. Results: the table of trials, what the guide promised and what was measured, the best LoRA and how to
+#     make it again, the report, optuna-dashboard's notes. Writes results/, and what is missing in artifacts/.
 # ======================================================================================================
 
 TERMS = ("fidelity", "text", "preservation", "variety", "usable")
 OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the best score
 QUALITY_FAILURE_BELOW = 0.9  # share of usable images
-ALPHA_BANDS = {"low": ("0.25-0.40", "30%"), "mid": ("0.45-0.70", "40%"), "high": ("0.75-0.90", "30%")}  # the guide's
+ALPHA_BANDS = {  # the guide's, with the shares of the trials that it expects
+    "low alpha (0.25-0.40)": (LOW_ALPHA, "30%"),
+    "mid alpha (0.45-0.70)": (MID_ALPHA, "40%"),
+    "high alpha (0.75-0.90)": (HIGH_ALPHA, "30%"),
+}
+# The table's columns: a head, and what stands below it of a trial's facts.
+TABLE = """
+    trial={trial:5d} score={score:.4f} fidel.={fidelity:6.3f} text={text:.3f} pres.={preservation:.3f}
+    var.={variety:.3f} usable={usable:6.3f} epoch={best_epoch:2d}/{max_train_epochs} learning_rate={learning_rate:13.2e}
+    te_lr={text_encoder_lr:.1e} dim={network_dim:3d} alpha={network_alpha:5d} optimizer={optimizer_type}
+    scheduler={lr_scheduler} accum={gradient_accumulation_steps:5d} warmup={lr_warmup_steps:6d} minutes={minutes:7.1f}
+"""
+REPORT_NAME = "report.html"
+DATA_SET_PICTURES = "data_set"  # in reference/
+SHOWN_PICTURES = 8
+CURVE_POINTS = 100
 
 
-def write_results(study: optuna.Study, output_dir: Path) -> None:
-    """Everything in results/, made anew from the study and the trial folders. SearchStopped if these are gone."""
-    results = output_dir / "results"
-    write_trials_csv(study, results / "trials.csv")
-    ranked = scored_trials(study)
-    try:
-        if ranked:
-            _write_best(ranked[0], study, output_dir)
-    finally:
-        with only_warning(f"{results / REPORT_NAME} is not written"):
-            write_report(study, output_dir)
+def facts_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names."""
+    attrs = trial.user_attrs
+    return {
+        "trial": trial.number,
+        "state": trial.state.name,
+        "score": trial.value,
+        "outcome": attrs.get("ended", trial.state.name.lower()),
+        "why": attrs.get("rejection_reason") or attrs.get("reason") or "",
+        "minutes": (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60,
+        **attrs,
+        **attrs.get("terms", {}),
+        **attrs.get("training_params", trial.params),
+    }
 
 
-def _write_best(best: FrozenTrial, study: optuna.Study, output_dir: Path) -> None:
-    """The best LoRA, its parameters, and the config that trains it again."""
-    results = output_dir / "results"
-    folder = folder_of(best, output_dir)
-    checkpoint = folder / best.user_attrs["checkpoint"]
-    if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
-        raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
-    labels = {"study": study.study_name, "trial": best.number, "epoch": best.user_attrs["best_epoch"]}
-    lora = label_lora(checkpoint, {**labels, "score": best.value})
-    copy = results / "best_lora.safetensors"
-    if not (copy.is_file() and copy.read_bytes() == lora):
-        write_atomically(copy, lora)
-    write_json(
-        results / "best_parameters.json",
-        {
-            "study": study.study_name,
-            "trial": best.number,
-            "score": best.value,
-            "best_epoch": best.user_attrs["best_epoch"],
-            "checkpoint": str(checkpoint),
-            "terms": best.user_attrs["terms"],
-            "parameters": best.user_attrs["training_params"],
-        },
-    )
-    _write_best_config(best, folder, results)
+def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]:
+    """The guide's expected improvements: name, part and whole as this study measured them, and the target."""
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    proposals = [t.user_attrs.get("ended") for t in trials if "enqueued" not in t.user_attrs]
+    trained = [facts_of(t) for t in trials if is_trained(t)]
+    scored = [facts_of(t) for t in scored_trials(study)]
+    failures = [facts for facts in scored if facts["usable"] < QUALITY_FAILURE_BELOW]
+    optimal = [facts for facts in scored if facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"]]
+    ratios = [facts["network_alpha_ratio"] for facts in trained]
+    bands = [(name, sum(r in band for r in ratios), len(trained), share) for name, (band, share) in ALPHA_BANDS.items()]
+    return [
+        ("rejected proposals", proposals.count("rejected"), len(proposals), "< 10%"),
+        ("stable trainings", len(scored), len(trained), "80-90%"),
+        ("quality failures (usable < 0.9)", len(failures), len(trained), "< 10%"),
+        ("optimal (within 5% of the best)", len(optimal), len(trained), "30-40%"),
+        *bands,
+    ]
+
+
+def describe_study(study: optuna.Study) -> str:
+    """The table of the trials, best first, how the others ended, and the measured improvements."""
+    others = [facts_of(t) for t in study.get_trials(deepcopy=False) if t.state != TrialState.COMPLETE]
+    ended = ", ".join(f"{count} {name}" for name, count in Counter(facts["outcome"] for facts in others).items())
+    ranked = [facts_of(trial) for trial in scored_trials(study)]
+    if not ranked:
+        reasons = [facts["why"] for facts in others if facts["why"]]
+        last = f" The last one: {reasons[-1]}" if reasons else ""
+        return f"Nothing was scored yet in study {study.study_name!r}: {ended or 'it has no trials'}.{last}"
+    heads, cells = zip(*(column.split("=") for column in TABLE.split()), strict=True)
+    rows = [heads, *([cell.format(**facts) for cell in cells] for facts in ranked)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"\nStudy {study.study_name!r}, best first:", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
+    if ended:
+        lines.append(f"Without a score: {ended} (results/trials.csv says why)")
+    lines += ["", "Expected improvements, measured:"]
+    for name, part, whole, target in measure_improvements(study):
+        lines.append(f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})")
+    return "\n".join(lines)
+
+
+def describe_best(study: optuna.Study, output_dir: Path) -> str:
+    """Where the best trial's files are, once they are written."""
+    best, results = scored_trials(study)[0], output_dir / "results"
+    lines = [
+        f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
+        f"  the LoRA        {results / 'best_lora.safetensors'}",
+        f"  its settings    {results / 'best_config.toml'}",
+        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}",
+        f"  base model's    {output_dir / 'reference' / 'confirm'}",
+        f"  all trials      {results / 'trials.csv'}",
+        f"  why, to look at {results / REPORT_NAME}",
+    ]
+    return "\n".join(lines)
+
+
+class Results:
+    """The files in results/ but the report, made anew from the study and the trials' folders."""
+
+    def __init__(self, study: optuna.Study, output_dir: Path) -> None:
+        self.study, self.output_dir, self.folder = study, output_dir, output_dir / "results"
+
+    def write_trials_csv(self) -> None:
+        about = "trial state score ended best_epoch training_seconds scoring_seconds rejection_reason reason folder"
+        columns = [*about.split(), *TERMS, *SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(map(facts_of, self.study.get_trials(deepcopy=False)))
+        write_atomically(self.folder / "trials.csv", file.getvalue())
+
+    def write_best(self, best: FrozenTrial) -> None:
+        """The best LoRA, its parameters, and the config that trains it again. SearchStopped if its files are gone."""
+        attrs, folder = best.user_attrs, folder_of(best, self.output_dir)
+        checkpoint = folder / attrs["checkpoint"]
+        if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
+            raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
+        about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
+        lora = label_lora(checkpoint, {**about, "epoch": attrs["best_epoch"]})
+        copy = self.folder / "best_lora.safetensors"
+        if not (copy.is_file() and copy.read_bytes() == lora):
+            write_atomically(copy, lora)
+        kept = {"best_epoch": attrs["best_epoch"], "checkpoint": str(checkpoint), "terms": attrs["terms"]}
+        write_json(self.folder / "best_parameters.json", {**about, **kept, "parameters": attrs["training_params"]})
+        self.write_best_config(best, folder)
+
+    def write_best_config(self, best: FrozenTrial, folder: Path) -> None:
+        """The best trial's config, to be run anew in a folder of its own with a data set config of its own."""
+        config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        retrained = self.folder / f"retrained_{folder.name}"
+        for earlier in self.folder.glob("retrained_trial_*"):
+            with contextlib.suppress(OSError):  # somebody has trained in it
+                earlier.rmdir()
+        retrained.mkdir(exist_ok=True)
+        data_set, path = self.folder / "dataset.toml", self.folder / "best_config.toml"
+        if (dataset_config := folder.parent / "reference" / "dataset.toml").is_file():
+            write_atomically(data_set, dataset_config.read_bytes())
+            config["dataset_config"] = str(data_set)
+        config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
+        epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
+        comment = (
+            f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
+            f"#     python train_network.py --config_file {shlex.quote(str(path))}\n"
+            f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
+        )
+        write_toml(path, config, comment)
 
 
 def label_lora(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
@@ -3868,8 +3908,7 @@ def label_lora(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
         header = read_safetensors_header(checkpoint)
     except ValueError as error:
         raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
-    known = header.pop("__metadata__", {})
-    metadata = {**known, **{f"optuna_{name}": printable(value) for name, value in labels.items()}}
+    metadata = header.pop("__metadata__", {}) | {f"optuna_{name}": printable(value) for name, value in labels.items()}
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data = checkpoint.read_bytes()
@@ -3887,217 +3926,6 @@ def restore_artifacts(study: optuna.Study, output_dir: Path) -> None:
                 write_atomically(file, made.read_bytes())
 
 
-def _write_best_config(best: FrozenTrial, folder: Path, results: Path) -> None:
-    """The best trial's config, to be run anew in a folder of its own with a data set config of its own."""
-    config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    retrained = results / f"retrained_{folder.name}"
-    retrained.mkdir(exist_ok=True)
-    for earlier in results.glob("retrained_trial_*"):
-        if earlier != retrained:
-            with contextlib.suppress(OSError):  # of an earlier best, and used
-                earlier.rmdir()
-    dataset_config = folder.parent / "reference" / "dataset.toml"
-    if dataset_config.is_file():
-        write_atomically(results / "dataset.toml", dataset_config.read_bytes())
-        config["dataset_config"] = str(results / "dataset.toml")
-    config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
-    epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
-    comment = (
-        f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
-        f"#     python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}\n"
-        f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
-    )
-    write_toml(results / "best_config.toml", config, comment)
-
-
-def write_trials_csv(study: optuna.Study, path: Path) -> None:
-    parameters = [*SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
-    attributes = "ended best_epoch training_seconds scoring_seconds rejection_reason reason retry_of folder".split()
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(["trial", "state", "score", *attributes, *TERMS, *parameters])
-    for trial in study.get_trials(deepcopy=False):
-        attrs = trial.user_attrs
-        params = attrs.get("training_params", trial.params)
-        writer.writerow(
-            [trial.number, trial.state.name, trial.value]
-            + [attrs.get(name) for name in attributes]
-            + [attrs.get("terms", {}).get(name) for name in TERMS]
-            + [params.get(name) for name in parameters]
-        )
-    write_atomically(path, file.getvalue())
-
-
-def describe_study(study: optuna.Study) -> str:
-    """The table of the trials, best first, how the others ended, and the measured improvements."""
-    ranked = scored_trials(study)
-    others = Counter(
-        trial.user_attrs.get("ended", trial.state.name.lower())
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state != TrialState.COMPLETE
-    )
-    ended = ", ".join(f"{count} {name}" for name, count in others.items())
-    if not ranked:
-        return f"Nothing was scored yet in study {study.study_name!r}: {_why_nothing_was_scored(study, ended)}"
-    lines = [f"\nStudy {study.study_name!r}, best first:", _TABLE_HEAD, *map(_table_row, ranked)]
-    if ended:
-        lines.append(f"Without a score: {ended} (results/trials.csv says why)")
-    lines += ["", "Expected improvements, measured:", *describe_improvements(study)]
-    return "\n".join(lines)
-
-
-def describe_best(study: optuna.Study, output_dir: Path) -> str:
-    """Where the best trial's files are, once they are written."""
-    best, results = scored_trials(study)[0], output_dir / "results"
-    lines = [
-        "",
-        f"Best: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
-        f"  the LoRA        {results / 'best_lora.safetensors'}",
-        f"  its settings    {results / 'best_config.toml'}",
-        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}",
-        f"  base model's    {output_dir / 'reference' / 'confirm'}",
-        f"  all trials      {results / 'trials.csv'}",
-        f"  why, to look at {results / REPORT_NAME}",
-    ]
-    return "\n".join(lines)
-
-
-_TABLE_HEAD = (
-    "trial  score  fidel.  text  pres.  var.  usable  epoch  learning_rate  te_lr    dim  alpha  optimizer  "
-    "scheduler             accum  warmup  minutes"
-)
-
-
-def _table_row(trial: FrozenTrial) -> str:
-    params, terms, attrs = trial.user_attrs["training_params"], trial.user_attrs["terms"], trial.user_attrs
-    minutes = (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60
-    return (
-        f"{trial.number:5d} {trial.value:6.4f}  {terms['fidelity']:6.3f} {terms['text']:5.3f}  "
-        f"{terms['preservation']:5.3f} {terms['variety']:5.3f}  {terms['usable']:6.3f}  "
-        f"{attrs['best_epoch']:2d}/{params['max_train_epochs']:2d}  {params['learning_rate']:13.2e}  "
-        f"{params['text_encoder_lr']:.1e} {params['network_dim']:4d}  {params['network_alpha']:5d}  "
-        f"{params['optimizer_type']:9s}  {params['lr_scheduler']:20s}  "
-        f"{params['gradient_accumulation_steps']:5d}  {params['lr_warmup_steps']:6d}  {minutes:7.1f}"
-    )
-
-
-def _why_nothing_was_scored(study: optuna.Study, ended: str) -> str:
-    trials = study.get_trials(deepcopy=False)
-    if not trials:
-        return "it has no trials."
-    reasons = [t.user_attrs.get("rejection_reason") or t.user_attrs.get("reason") for t in trials]
-    said = [reason for reason in reasons if reason]
-    return f"{ended}." + (f" The last one: {said[-1]}" if said else "")
-
-
-def alpha_band(params: Params) -> str:
-    ratio = params["network_alpha_ratio"]
-    return "low" if ratio in LOW_ALPHA else "mid" if ratio in MID_ALPHA else "high"
-
-
-def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]:
-    """The guide's expected improvements: name, part and whole as this study measured them, and the target."""
-    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    proposals = [t for t in trials if not t.user_attrs.keys() & {"retry_of", "enqueued"}]
-    rejected = [t for t in proposals if t.user_attrs.get("ended") == "rejected"]
-    trained = [t for t in trials if is_trained(t)]
-    scored = [t for t in trained if t.state == TrialState.COMPLETE]
-    failures = [t for t in scored if t.user_attrs["terms"]["usable"] < QUALITY_FAILURE_BELOW]
-    best = max((t.value or 0.0 for t in scored), default=0.0)
-    optimal = [t for t in scored if (t.value or 0.0) >= OPTIMAL_SHARE_OF_BEST * best]
-    bands = Counter(alpha_band(t.user_attrs["training_params"]) for t in trained)
-    return [
-        ("rejected proposals", len(rejected), len(proposals), "< 10%"),
-        ("stable trainings", len(scored), len(trained), "80-90%"),
-        ("quality failures (usable < 0.9)", len(failures), len(trained), "< 10%"),
-        ("optimal (within 5% of the best)", len(optimal), len(trained), "30-40%"),
-        *((f"{name} alpha ({low})", bands[name], len(trained), share) for name, (low, share) in ALPHA_BANDS.items()),
-    ]
-
-
-def describe_improvements(study: optuna.Study) -> list[str]:
-    """The guide's expected improvements beside what this study measured, a line each."""
-    return [
-        f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})"
-        for name, part, whole, target in measure_improvements(study)
-    ]
-
-
-# --- the report: one page that needs no network, whatever the study's state; its pictures are the trials' own ---
-
-REPORT_NAME = "report.html"
-DATA_SET_PICTURES = "data_set"  # in reference/
-SHOWN_PICTURES = 8
-WINNER_PROMPTS, ROW_PROMPTS, GRID_PROMPTS = 16, 8, 12
-CURVE_POINTS = 100
-
-
-def write_report(study: optuna.Study, output_dir: Path) -> None:
-    """results/report.html, made anew from the study and the folders."""
-    import jinja2
-    import plotly.offline
-
-    results = output_dir / "results"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "configs"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, results)))
-    page = environment.get_template(REPORT_NAME).render(
-        describe_report(study, output_dir), plotly_js=plotly.offline.get_plotlyjs()
-    )
-    write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
-
-
-def describe_report(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
-    """All that the page shows, as its template's variables."""
-    trials = study.get_trials(deepcopy=False)
-    reference, results = output_dir / "reference", output_dir / "results"
-    plan = read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
-    ranked = scored_trials(study)
-    return {
-        "study_name": study.study_name,
-        "written": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-        "trained": sum(map(is_trained, trials)),
-        "planned": study.user_attrs.get("n_trials"),
-        "running": [trial.number for trial in trials if trial.state == TrialState.RUNNING],
-        "terms": TERMS,
-        "reference": reference,
-        "data_set": sorted((reference / DATA_SET_PICTURES).glob("*.png")),
-        "best_lora": results / "best_lora.safetensors",
-        "train_again": f"python train_network.py --config_file {shlex.quote(str(results / 'best_config.toml'))}",
-        "winner_jobs": first_seeds(plan["confirm"], WINNER_PROMPTS),
-        "row_jobs": first_seeds(plan["confirm"], ROW_PROMPTS),
-        "grid_jobs": first_seeds(plan["screen"], GRID_PROMPTS),
-        "entries": [_report_entry(trial, output_dir) for trial in ranked],
-        "others": [trial for trial in trials if trial.state in (TrialState.PRUNED, TrialState.FAIL)],
-        "plots": [plot for plot in _report_plots(study) if plot] if len(ranked) > 1 else [],
-        "improvements": measure_improvements(study),
-        "times": where_time_went(trials),
-        "made": _how_it_was_made(study, output_dir),
-        "subject": plan.get("subject", ""),
-    }
-
-
-def _report_entry(trial: FrozenTrial, output_dir: Path) -> dict[str, Any]:
-    """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
-    attrs, folder = trial.user_attrs, folder_of(trial, output_dir)
-    metrics = read_json(folder / "metrics.json") or {}
-    screen = metrics.get("screen", [])
-    return {
-        "number": trial.number,
-        "score": trial.value,
-        "terms": attrs["terms"],
-        "epoch": attrs["best_epoch"],
-        "params": attrs["training_params"],
-        "minutes": (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60,
-        "folder": folder,
-        "copies": len(metrics.get("copies", {}).get("images", [])),
-        "epochs": screen,
-        "curves": _curves(trial, screen, folder, output_dir),
-    }
-
-
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
     losses: dict[int, float | None] = {}
@@ -4110,117 +3938,151 @@ def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
 
 
-def _curves(trial: FrozenTrial, screen: Sequence[Mapping[str, Any]], folder: Path, output_dir: Path) -> dict[str, Any]:
-    """A plotly figure: the loss above, score and terms below, both over the epochs."""
-    trained_in = find_training(trial.user_attrs.get("trained_in"), output_dir) or folder
-    loss = loss_curve(trained_in / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
-    epochs = [result["epoch"] for result in screen]
-    lines = [
-        {"x": epochs, "y": [result["terms"][term] for result in screen], "name": term, "line": {"width": 1}}
-        for term in TERMS
-    ]
-    score = {"x": epochs, "y": [result["score"] for result in screen], "name": "score", "line": {"width": 4}}
-    above = {"x": [epoch for epoch, _ in loss], "y": [value for _, value in loss], "name": "loss", "yaxis": "y2"}
-    return {
-        "data": [above, *lines, score],
-        "layout": {
-            "xaxis": {"title": {"text": "epoch"}},
-            "yaxis": {"domain": [0, 0.6], "range": [0, 1.03], "title": {"text": "score and terms"}},
-            "yaxis2": {"domain": [0.68, 1], "title": {"text": "loss"}},
-            "height": 460,
-        },
-    }
+class Report:
+    """results/report.html: a page that needs no network, in any state of the study. Its pictures lie in the folders."""
 
+    def __init__(self, study: optuna.Study, output_dir: Path) -> None:
+        self.study, self.output_dir = study, output_dir
+        self.trials, self.ranked = study.get_trials(deepcopy=False), scored_trials(study)
 
-def _report_plots(study: optuna.Study) -> Iterator[dict[str, Any] | None]:
-    """Optuna's own plots, and two of the guide's questions; None for one that can't be drawn yet."""
-    import optuna.visualization as optunas
-    from optuna.importance import PedAnovaImportanceEvaluator
+    def write(self) -> None:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from plotly.offline import get_plotlyjs
 
-    ranked = scored_trials(study)
-    yield _plot("History of the best", "", lambda: optunas.plot_optimization_history(study))
-    yield _plot(
-        "Parameter importances",
-        f"By {len(ranked)} trials, which are few: a parameter without any effect may come first. Take "
-        "it as a hint, and look at the plots below.",
-        lambda: optunas.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
-    )
-    yield _plot(
-        "Parallel coordinates",
-        "A line is a trial. Drag along an axis to see only the trials that pass there.",
-        lambda: optunas.plot_parallel_coordinate(study, params=list(SEARCH_SPACE)),
-    )
-    yield from _plots_by_band(ranked)
+        results, reference = self.output_dir / "results", self.output_dir / "reference"
+        loader = FileSystemLoader(HERE / "configs")
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, results)))
+        environment.filters |= {"toml": toml.dumps, "quote": shlex.quote}
+        page = environment.get_template(REPORT_NAME).render(
+            study_name=self.study.study_name,
+            attrs=self.study.user_attrs,
+            written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+            optuna_version=optuna.__version__,
+            terms=TERMS,
+            results=results,
+            reference=reference,
+            data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
+            plan=read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS},
+            first_seeds=first_seeds,
+            trained=sum(map(is_trained, self.trials)),
+            trials=[facts_of(trial) for trial in self.trials],
+            entries=[self.entry(trial) for trial in self.ranked],
+            plots=self.plots() if len(self.ranked) > 1 else {},
+            improvements=measure_improvements(self.study),
+            plotly_js=get_plotlyjs(),
+        )
+        write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
 
+    def entry(self, trial: FrozenTrial) -> dict[str, Any]:
+        """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
+        folder = folder_of(trial, self.output_dir)
+        metrics = read_json(folder / "metrics.json") or {}
+        epochs, copies = metrics.get("screen", []), metrics.get("copies", {}).get("images", [])
+        loss = loss_curve(folder / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
+        lines = [
+            {"name": "loss", "x": [epoch for epoch, _ in loss], "y": [value for _, value in loss], "yaxis": "y2"},
+            *({"name": name, "y": [one["terms"][name] for one in epochs], "line": {"width": 1}} for name in TERMS),
+            {"name": "score", "y": [one["score"] for one in epochs], "line": {"width": 4}},
+        ]
+        curves = [{"x": [one["epoch"] for one in epochs], **line} for line in lines]
+        return {**facts_of(trial), "folder": folder, "copies": len(copies), "epochs": epochs, "curves": curves}
 
-def _plot(title: str, note: str, make: Callable[[], Any]) -> dict[str, Any] | None:
-    """One of Optuna's plots, without its title and colours."""
-    try:
+    def plots(self) -> dict[str, Any]:
+        """Plotly figures by their titles: Optuna's own if they can be drawn yet, and two of the guide's questions."""
+        from optuna import importance, visualization
+
+        figures = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental in 4.x, and too few trials of a kind, which the page says
-            figure = json.loads(make().to_json())
-    except (ValueError, RuntimeError, ZeroDivisionError):  # as of scores that are all equal
-        return None
-    for name in ("template", "title"):
-        figure["layout"].pop(name, None)
-    return {"title": title, "note": note, "figure": figure}
+            evaluator = importance.PedAnovaImportanceEvaluator()
+            for title, draw, options in (
+                ("History of the best", visualization.plot_optimization_history, {}),
+                ("Parameter importances", visualization.plot_param_importances, {"evaluator": evaluator}),
+                ("Parallel coordinates", visualization.plot_parallel_coordinate, {"params": list(SEARCH_SPACE)}),
+            ):
+                with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # e.g. all scores are equal
+                    figures[title] = draw(self.study, **options)
+        figures |= self.plots_by_band()
+        return {title: json.loads(figure.to_json()) for title, figure in figures.items()}
+
+    def plots_by_band(self) -> dict[str, Any]:
+        """Scores against what a step moves the weights by, and scores of the guide's alpha bands."""
+        from plotly.graph_objects import Figure
+
+        by_rate, by_band = Figure(), Figure()
+        for name, (ratios, _) in ALPHA_BANDS.items():
+            found = [facts for facts in map(facts_of, self.ranked) if facts["network_alpha_ratio"] in ratios]
+            rates = [one["learning_rate"] * math.sqrt(one["network_alpha"] / one["network_dim"]) for one in found]
+            scores = {"y": [one["score"] for one in found], "text": [f"trial {one['trial']}" for one in found]}
+            by_rate.add_scatter(x=rates, mode="markers", marker_size=10, name=name, **scores)
+            by_band.add_box(boxpoints="all", name=f"{name}: {len(found)}", **scores)
+        across = {"xaxis_title": "learning_rate x sqrt(alpha / dim)", "xaxis_exponentformat": "e"}
+        by_rate.update_layout(yaxis_title="score", **across)
+        by_band.update_layout(yaxis_title="score", showlegend=False)
+        return {"Score against learning rate": by_rate, "Alpha bands": by_band}
 
 
-def _plots_by_band(ranked: Sequence[FrozenTrial]) -> Iterator[dict[str, Any]]:
-    """Scores against what a step moves the weights by, and scores of the guide's alpha bands."""
-    points, boxes = [], []
-    for band, (ratios, _) in ALPHA_BANDS.items():
-        found = [trial for trial in ranked if alpha_band(trial.user_attrs["training_params"]) == band]
-        params = [trial.user_attrs["training_params"] for trial in found]
-        scores = {"y": [trial.value for trial in found], "text": [f"trial {trial.number}" for trial in found]}
-        rates = [p["learning_rate"] * math.sqrt(p["network_alpha"] / p["network_dim"]) for p in params]
-        shown = {"type": "scatter", "mode": "markers", "marker": {"size": 10}, "name": f"alpha {band} ({ratios})"}
-        points.append({**shown, "x": rates, **scores})
-        boxes.append({"type": "box", "boxpoints": "all", "name": f"{band} ({ratios}): {len(found)}", **scores})
-    axis = {"yaxis": {"title": {"text": "score"}}}
-    across = {"xaxis": {"title": {"text": "learning_rate x sqrt(alpha / dim)"}, "exponentformat": "e"}}
-    yield {
-        "title": "Score against learning rate",
-        "note": "learning_rate x sqrt(network_alpha / network_dim): what a step moves the weights by, for AdamW.",
-        "figure": {"data": points, "layout": {**across, **axis}},
-    }
-    yield {"title": "Alpha bands", "note": "", "figure": {"data": boxes, "layout": {**axis, "showlegend": False}}}
+def write_results(study: optuna.Study, output_dir: Path) -> None:
+    """Everything in results/, made anew. SearchStopped if the best trial's files are gone."""
+    results, ranked = Results(study, output_dir), scored_trials(study)
+    results.write_trials_csv()
+    try:
+        if ranked:
+            results.write_best(ranked[0])
+    finally:
+        with only_warning(f"{results.folder / REPORT_NAME} is not written"):
+            Report(study, output_dir).write()
 
 
-def where_time_went(trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Seconds of training and scoring that led to scores, between trials, and in trials that led to nothing."""
+def write_notes(study: optuna.Study, written: set[int]) -> None:
+    """Notes for optuna-dashboard, of the study and of trials not yet in `written`; a user's own are left alone."""
+    from optuna_dashboard import get_note, save_note
 
-    def total(name: str, *, scored: bool) -> float:
-        return sum(t.user_attrs.get(name) or 0 for t in trials if (t.state == TrialState.COMPLETE) == scored)
+    for frozen in study.get_trials(deepcopy=False):
+        if frozen.state.is_finished() and frozen.number not in written:
+            trial = optuna.Trial(study, frozen._trial_id)
+            if not get_note(trial):
+                save_note(trial, note_of_trial(frozen))
+            written.add(frozen.number)
+    note, present = note_of_study(study), get_note(study)
+    if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
+        study.set_user_attr("own_notes", [digest(present), digest(note)])  # both, as a kill may come in between
+        save_note(study, note)
 
-    reused = sum(t.user_attrs["training_seconds"] for t in trials
-                 if t.state == TrialState.COMPLETE and t.user_attrs.get("trained_in"))  # fmt: skip
-    return {
-        "training": total("training_seconds", scored=True),
-        "scoring": total("scoring_seconds", scored=True),
-        "waiting": total("waited_seconds", scored=True) + total("waited_seconds", scored=False),
-        "wasted": max(0.0, total("lost_seconds", scored=False) - reused),
-    }
+
+def as_markdown(text: object) -> str:
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
 
-def _how_it_was_made(study: optuna.Study, output_dir: Path) -> dict[str, Any]:
-    """Command, tools, hashes and settings, as texts."""
-    attrs = study.user_attrs
-    fingerprint = attrs.get("fingerprint", {})
-    hashes = {name: value for name, value in fingerprint.items() if not isinstance(value, dict)}
-    data_set = fingerprint.get("data set (--dataset-config)", {})
-    hashes |= {f"data set: {name}": data_set[name] for name in ("pictures", "captions") if name in data_set}
-    settings = {name: value for name, value in fingerprint.items() if isinstance(value, dict)}
-    files = {"the data set's file": output_dir / "reference" / "dataset.toml",
-             "the best trial's config": output_dir / "results" / "best_config.toml"}  # fmt: skip
-    texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items() if path.is_file()}
-    texts |= {name: toml.dumps(value) for name, value in settings.items()}
-    return {
-        "command": attrs.get("command") or "",
-        "tools": {**attrs.get("environment", {}), "written with Optuna": optuna.__version__},
-        "hashes": hashes,
-        "texts": texts,
-    }
+def note_of_trial(trial: FrozenTrial) -> str:
+    facts = facts_of(trial)
+    lines = [f"**{as_markdown(facts['outcome'])}**"]
+    if trial.state == TrialState.COMPLETE:
+        terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
+        lines = ["**Score {score:.4f}**, epoch {best_epoch} of {max_train_epochs}".format(**facts)]
+        lines.append("| term | |\n|---|---|" + terms)
+    if facts["why"]:
+        lines.append(as_markdown(facts["why"]))
+    if "folder" in facts:
+        lines.append(f"Folder: {as_markdown(Path(facts['output_dir']) / facts['folder'])}")
+    return "\n\n".join(lines)
+
+
+def note_of_study(study: optuna.Study) -> str:
+    trained = sum(map(is_trained, study.get_trials(deepcopy=False)))
+    planned, command = study.user_attrs.get("n_trials"), study.user_attrs.get("command")
+    lines = [
+        f"{trained}{f' of {planned}' if planned else ''} trials trained.",
+        "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it look "
+        "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), variety (do "
+        "seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other prompts and seeds than "
+        "those it was chosen by.",
+    ]
+    if command:
+        lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
+    return "\n\n".join(lines)
 
 
 # ======================================================================================================
@@ -4982,9 +4844,12 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         close_interrupted_trials(study, settings)
         enqueue_once(study, inputs.enqueued)
         objective = LoraObjective(settings, inputs.options, trainer, scorer)
+        noted: set[int] = set()
 
         def before_trial() -> None:
             check_room(settings.output_dir, inputs.largest_trial_bytes(), SearchStopped)
+            with only_warning("the notes for optuna-dashboard are not all written"):
+                write_notes(study, noted)
             with only_warning(f"not all of {settings.results} is written"):
                 write_results(study, settings.output_dir)
 

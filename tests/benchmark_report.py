@@ -83,7 +83,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     best = search.scored_trials(study)[0]
     link_study(source, target, best)
     copy, trial_id = before_the_last(study, best, target)
-    search.write_report(copy, target)
+    search.Report(copy, target).write()
     noted: set[int] = set()
     search.write_notes(copy, noted)
     folder = search.folder_of(best, target)
@@ -92,7 +92,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     spent["upload"] = seconds(search.upload_contact_sheet, trial, folder)
     assert len(search.contact_sheets(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
-    spent["page"] = seconds(search.write_report, copy, target)
+    spent["page"] = seconds(search.Report(copy, target).write)
     spent["notes"] = seconds(search.write_notes, copy, noted)
     return spent
 
@@ -102,7 +102,7 @@ def measure(output_dir: Path) -> None:
     with tempfile.TemporaryDirectory() as top:
         target = Path(top) / "whole"
         link_study(output_dir, target, search.scored_trials(study)[0])
-        written = seconds(search.write_report, study, target)
+        written = seconds(search.Report(study, target).write)
         size = (target / "results" / search.REPORT_NAME).stat().st_size
         spent = one_more(study, output_dir, Path(top) / "one_more")
     total = sum(spent.values())

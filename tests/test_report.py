@@ -187,7 +187,7 @@ def study_in(output_dir: Path, name: str = "made") -> optuna.Study:
 
 
 def rewritten(output_dir: Path) -> Shown:
-    search.write_report(study_in(output_dir), output_dir)
+    search.Report(study_in(output_dir), output_dir).write()
     return Shown(page_of(output_dir))
 
 
@@ -551,7 +551,7 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study.set_user_attr("environment", {f"tool {EVIL}": EVIL})
     change_attrs(study, {"reason": EVIL, "rejection_reason": EVIL})
     changed = study_in(output_dir, EVIL_NAME)
-    search.write_report(changed, output_dir)
+    search.Report(changed, output_dir).write()
     return output_dir
 
 
@@ -605,7 +605,7 @@ def test_before_the_first_trial(tmp_path: Path) -> None:
 def test_before_there_is_a_plan(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     study = optuna.create_study(direction="maximize", study_name="new")
-    search.write_report(study, tmp_path)
+    search.Report(study, tmp_path).write()
     assert "No trial has a score yet." in Shown(page_of(tmp_path)).text
 
 
@@ -638,7 +638,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = trials[number % 4]
         copy.value = 0.1 + number % 100 / 1000
         study.add_trial(copy)
-    search.write_report(study, output_dir)
+    search.Report(study, output_dir).write()
     return output_dir
 
 
@@ -736,14 +736,21 @@ def test_the_loss_curve_is_read_from_kohyas_bars(tmp_path: Path) -> None:
 def test_the_time_is_shared_out_to_what_it_went_into(tmp_path: Path) -> None:
     ends = {1: "crashed", 2: "interrupted"}
     study = made_study.make_study(tmp_path / "out", trials=4, picture_size=32, ends=ends, **FEW)
+    again = study.get_trials()[0]  # a scored trial whose first attempt led to nothing
+    again.user_attrs["lost_seconds"] = 240.0
+    study.add_trial(again)
     trials = study.get_trials()
     scored = [trial.user_attrs for trial in trials if trial.value is not None]
-    times = search.where_time_went(trials)
-    assert times["training"] == pytest.approx(sum(attrs["training_seconds"] for attrs in scored))
-    assert times["scoring"] == pytest.approx(sum(attrs["scoring_seconds"] for attrs in scored))
-    assert times["waiting"] == pytest.approx(sum(trial.user_attrs["waited_seconds"] for trial in trials))
-    lost = sum(trial.user_attrs["lost_seconds"] for trial in trials if trial.value is None)
-    assert times["wasted"] == pytest.approx(lost) and all("lost_seconds" not in attrs for attrs in scored)
+    spent = {
+        "training": sum(attrs["training_seconds"] for attrs in scored),
+        "scoring": sum(attrs["scoring_seconds"] for attrs in scored),
+        "waiting": sum(trial.user_attrs["waited_seconds"] for trial in trials),
+        "wasted": sum(trial.user_attrs.get("lost_seconds", 0) for trial in trials),
+    }
+    shown = re.findall(r"(training|scoring|waiting|wasted)([\d.]+) min \((\d+)%\)", rewritten(tmp_path / "out").text)
+    total = sum(spent.values())
+    assert shown == [(name, f"{value / 60:.1f}", f"{100 * value / total:.0f}") for name, value in spent.items()]
+    assert spent["wasted"] >= 240
 
 
 def test_a_trials_lost_seconds_end_with_its_last_sign_of_life(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,16 @@ def test_the_table_is_best_first_and_says_how_the_others_ended(tmp_path: Path) -
     assert len(head) == len(rows[0]) == len(rows[1])
 
 
+def test_every_column_of_the_table_stands_below_its_head(tmp_path: Path) -> None:
+    lines = search.describe_study(run(settings_for(tmp_path, 2))).splitlines()
+    head = next(line for line in lines if line.startswith("trial"))
+    starts = [found.start() for found in re.finditer(r"\S+", head)]
+    rows = [line for line in lines if line[:5].strip().isdigit()]
+    assert {row[start - 2 : start] for row in rows for start in starts[1:]} == {"  "}
+    cells = [row[start:end].split() for row in rows for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert len(rows) == 2 and {len(words) for words in cells} == {1}
+
+
 def test_of_equal_scores_the_earlier_trial_stands_first(tmp_path: Path) -> None:
     study = run(settings_for(tmp_path, 2), [], [lambda folder: score_with(folder, 1.0)] * 2)
     assert [trial.number for trial in search.scored_trials(study)] == [0, 1]
@@ -211,11 +222,15 @@ def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
     assert (settings.output_dir / "results" / "trials.csv").is_file()
 
 
+def improvements(study: optuna.Study) -> list[str]:
+    return search.describe_study(study).partition("Expected improvements, measured:\n")[2].splitlines()
+
+
 def test_expected_improvements_are_measured(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 4)
     open_study(settings).enqueue_trial({**SAFE, "learning_rate": 1.1e-4, "lr_warmup_steps": 50})
     study = run(settings, [failing(search.Diverged("nan"))])  # scored: trials 2, 3, 4 with 0.12, 0.13, 0.14
-    lines = [" ".join(line.split()) for line in search.describe_improvements(study)]
+    lines = [" ".join(line.split()) for line in improvements(study)]
     assert lines[:4] == [
         "rejected proposals 20% (1 of 5; expected < 10%)",
         "stable trainings 75% (3 of 4; expected 80-90%)",
@@ -231,12 +246,12 @@ def test_what_the_user_enqueued_is_no_proposal(tmp_path: Path) -> None:
     search.enqueue_once(open_study(settings), [{**SAFE, "learning_rate": 1.1e-4, "lr_warmup_steps": 50}])
     study = run(settings)
     assert [trial.user_attrs["ended"] for trial in study.get_trials()] == ["rejected", "scored"]
-    assert "0%  (0 of 1;" in search.describe_improvements(study)[0]
+    assert "0%  (0 of 1;" in improvements(study)[0]
 
 
 def test_unusable_pictures_are_quality_failures(tmp_path: Path) -> None:
     study = run(settings_for(tmp_path, 2), [], [lambda folder: score_with(folder, 0.5)])
-    assert "50%  (1 of 2" in search.describe_improvements(study)[2]
+    assert "50%  (1 of 2" in improvements(study)[2]
 
 
 def score_with(folder: Path, usable: float) -> None:
