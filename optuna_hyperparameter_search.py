@@ -3754,8 +3754,7 @@ def format_seconds(seconds: float) -> str:
 
 
 # ======================================================================================================
-# 11. Results: the table of trials, what the guide promised and what was measured, the best LoRA and how to
-#     make it again, the report, optuna-dashboard's notes. Writes results/, and what is missing in artifacts/.
+# 11. Results: tables, the best LoRA, the report, the dashboard's notes. Writes results/ and artifacts/.
 # ======================================================================================================
 
 TERMS = ("fidelity", "text", "preservation", "variety", "usable")
@@ -3838,16 +3837,15 @@ def describe_study(study: optuna.Study) -> str:
 def describe_best(study: optuna.Study, output_dir: Path) -> str:
     """Where the best trial's files are, once they are written."""
     best, results = scored_trials(study)[0], output_dir / "results"
-    lines = [
-        f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}",
-        f"  the LoRA        {results / 'best_lora.safetensors'}",
-        f"  its settings    {results / 'best_config.toml'}",
-        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}",
-        f"  base model's    {output_dir / 'reference' / 'confirm'}",
-        f"  all trials      {results / 'trials.csv'}",
-        f"  why, to look at {results / REPORT_NAME}",
-    ]
-    return "\n".join(lines)
+    return (
+        f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}\n"
+        f"  the LoRA        {results / 'best_lora.safetensors'}\n"
+        f"  its settings    {results / 'best_config.toml'}\n"
+        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}\n"
+        f"  base model's    {output_dir / 'reference' / 'confirm'}\n"
+        f"  all trials      {results / 'trials.csv'}\n"
+        f"  why, to look at {results / REPORT_NAME}"
+    )
 
 
 class Results:
