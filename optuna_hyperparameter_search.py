@@ -2036,19 +2036,14 @@ def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
     """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
     tags = tags_of(captions) or [[]]
     folded = [{tag.casefold() for tag in others} for others in tags]
-    shared: tuple[list[str], list[str]] = [], []
-    for tag in dict.fromkeys(tags[0]):
-        if tag and all(tag.casefold() in others for others in folded):
-            plain = re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()
-            shared[COMMON_TAGS.match(plain) is not None].append(tag)
-    return shared
+    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag.casefold() in others for others in folded)]
+    plain = {tag: re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower() for tag in shared}
+    common = [tag for tag in shared if COMMON_TAGS.match(plain[tag])]
+    return [tag for tag in shared if tag not in common], common
 
 
 def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
-    """The subject's name: as given, else class_tokens, else the first tag that all captions share and that may be one.
-
-    RefusedInput for a name that no caption holds, since it was never trained; it lists what the captions share.
-    """
+    """As given, else class_tokens, else the first name that all captions share; a name in no caption is refused."""
     candidates, common = shared_tags(captions)
     # One word such as `1girl` is what taggers write; a phrase such as `a boy` is meant.
     is_tag = class_tokens in common and " " not in class_tokens
@@ -2087,42 +2082,31 @@ class PromptChooser:
         Where captions are too few, templates stand in, and one kind of template for the other.
         """
         named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.left_out_of(c)]
-        chosen = {
-            stage: _evenly(named[number::2], counts.prompts // 4)
-            for number, (stage, counts) in enumerate(self.counts.items())
-        }
         elsewhere, style = (
-            [text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)]
+            iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
             for templates in (self.settings.elsewhere, self.settings.style)
         )
-        needed = sum(counts.prompts - len(chosen[stage]) for stage, counts in self.counts.items())
-        if len(elsewhere) + len(style) < needed:
-            raise RefusedInput(
-                f"--scoring-config: the stages need {needed} templates from the lists 'elsewhere' and 'style' in "
-                f"[prompts], which hold {len(elsewhere) + len(style)}; add some, or lower the counts of prompts"
-            )
-        elsewhere, style, plain = iter(elsewhere), iter(style), self._plain()
-        for stage, counts in self.counts.items():
-            texts = chosen[stage]
+        chosen, missing = self._plain(), 0
+        for number, (stage, counts) in enumerate(self.counts.items()):
+            texts = _evenly(named[number::2], counts.prompts // 4)
             texts += itertools.islice(style, counts.prompts // 4)
             texts += itertools.islice(elsewhere, counts.prompts - len(texts))
             texts += itertools.islice(style, counts.prompts - len(texts))
-        return {
-            stage: [{"prompt": text, "subject": True} for text in texts] + plain[stage]
-            for stage, texts in chosen.items()
-        }
+            missing += counts.prompts - len(texts)
+            chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
+        if missing:
+            raise RefusedInput(
+                f"--scoring-config: the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short of "
+                "what screening and confirmation need; add some, or lower the counts of prompts"
+            )
+        return chosen
 
     def _plain(self) -> dict[str, list[Prompt]]:
-        """For each stage what has nothing to do with the subject: two at least, since an anchor compares them.
-
-        A template that happens to name the subject ("a dog running", of a dog) is left out.
-        """
-        texts = dict.fromkeys(self.settings.plain)
-        pool = iter(text for text in texts if "{subject}" not in text and not self.subject.is_in(text))
-        chosen = {
-            stage: [{"prompt": text, "subject": False} for text in itertools.islice(pool, counts.plain_prompts)]
-            for stage, counts in self.counts.items()
-        }
+        """For each stage what has nothing to do with the subject: two at least, since an anchor compares them."""
+        # A template may happen to name the subject: "a dog running", where it is a dog.
+        texts = (text for text in dict.fromkeys(self.settings.plain) if "{subject}" not in text)
+        pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
+        chosen = {stage: list(itertools.islice(pool, counts.plain_prompts)) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
             raise RefusedInput(
                 "--scoring-config: the list 'plain' in [prompts] is too short: screening and confirmation need two or "
@@ -2131,22 +2115,15 @@ class PromptChooser:
         return chosen
 
     def from_file(self, path: Path) -> dict[str, list[Prompt]]:
-        """The user's prompts, by turns for screening and confirmation; those without the subject are the plain ones.
-
-        Fewer than four plain prompts (two a stage make an anchor) are replaced by scoring.toml's.
-        """
+        """The user's prompts, by turns for screening and confirmation; those without the subject are the plain ones."""
         lines = [{**line, "subject": self.subject.is_in(line["prompt"])} for line in read_eval_prompts(path)]
         about, plain = ([line for line in lines if line["subject"] is kind] for kind in (True, False))
-        problems = [
-            f"--eval-prompts: '{line['prompt']}' in {path} is nothing but the subject's name; say what it shows"
-            for line in about
-            if not self.subject.left_out_of(line["prompt"])
-        ]
+        bare = [line["prompt"] for line in about if not self.subject.left_out_of(line["prompt"])]
+        said = [f"'{prompt}' in {path} is nothing but the subject's name; say what it shows" for prompt in bare]
         if len(about) < 4:  # two a stage, whose pictures are compared with each other's prompts
-            name = self.subject.name
-            problems.append(f"--eval-prompts: {path} has {len(about)} prompts with {name!r}; write at least four")
-        if problems:
-            raise RefusedInput(*problems)
+            said.append(f"{path} has {len(about)} prompts with {self.subject.name!r}; write at least four")
+        Problems(f"--eval-prompts: {problem}" for problem in said).refuse()
+        # Two plain ones a stage make an anchor; fewer are replaced by scoring.toml's.
         others = {"screen": plain[0::2], "confirm": plain[1::2]} if len(plain) >= 4 else self._plain()
         return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
 
@@ -2209,11 +2186,9 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RefusedInput(
-            f"--eval-prompts: can't read {path} ({one_line(error)}); give a text file in UTF-8"
-        ) from error
+        raise RefusedInput(f"--eval-prompts: can't read {path} ({one_line(error)}); give text in UTF-8") from error
     prompts: dict[str, Prompt] = {}
-    problems = []
+    problems = Problems()
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
@@ -2222,9 +2197,8 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
                     raise ValueError("this prompt stands there twice; delete one, several seeds are used anyway")
                 prompts[prompt["prompt"]] = prompt
             except ValueError as error:
-                problems.append(f"--eval-prompts: line {number} of {path}: {error}")
-    if problems:
-        raise RefusedInput(*problems)
+                problems.lines.append(f"--eval-prompts: line {number} of {path}: {error}")
+    problems.refuse()
     return list(prompts.values())
 
 
@@ -2237,10 +2211,8 @@ def _parse_prompt(line: str) -> Prompt:
     for option in options:
         match = _PROMPT_OPTION.fullmatch(option.strip())
         if not match:
-            raise ValueError(
-                f"'--{one_line(option, 40)}' is not understood; known are --n text, --w, --h, --s whole numbers "
-                "from 1, --d a whole number, --l a number"
-            )
+            known = "--n text, --w, --h, --s whole numbers from 1, --d a whole number, --l a number"
+            raise ValueError(f"'--{one_line(option, 40)}' is not understood; known are {known}")
         kind = {"negative": str, "cfg": float}.get(match.lastgroup, int)
         prompt[match.lastgroup] = kind(match[match.lastgroup])
     if prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8:
@@ -2267,9 +2239,8 @@ def self_similarity(x: np.ndarray) -> float:
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
     """q(X) = mean cos(X, data) / sqrt(max(s(X), s(data)) s(data)); about 1 for the data set itself.
 
-    As in CyberHarem, this divides away what monotony would gain. The maximum is there because images that are less
-    alike than the data set's are no better: divided by their own s(X), a LoRA that got the subject right in one image
-    of two had 0.95 (`tests/small_world/benchmark.py`).
+    As in CyberHarem, this takes away what monotony gains. Less alike than the data set is no merit, hence the maximum:
+    without it a LoRA that got the subject right in one image of two had 0.95 (`tests/small_world/benchmark.py`).
     """
     s_data = max(self_similarity(data), SIMILARITY_FLOOR)
     return float((x @ data.T).mean() / math.sqrt(max(self_similarity(x), s_data) * s_data))
@@ -2280,14 +2251,14 @@ def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * y).sum(axis=1).mean())
 
 
-def crossed_similarity(x: np.ndarray, y: np.ndarray, labels: Sequence[str]) -> float:
+def crossed_similarity(x: np.ndarray, y: np.ndarray, labels: Sequence[str] | np.ndarray) -> float:
     """Mean cosine of rows of x with rows of y of another label; 0 where all labels are alike."""
     names = np.array(labels)
     different = names[:, None] != names
     return float((x @ y.T)[different].mean()) if different.any() else 0.0
 
 
-def spread_within(x: np.ndarray, labels: Sequence[str]) -> float:
+def spread_within(x: np.ndarray, labels: Sequence[str] | np.ndarray) -> float:
     """Mean distance (1 - cosine) between different images of the same label; 0 where no label has two."""
     names = np.array(labels)
     alike = (names[:, None] == names) & ~np.eye(len(x), dtype=bool)
@@ -2295,10 +2266,7 @@ def spread_within(x: np.ndarray, labels: Sequence[str]) -> float:
 
 
 def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, float]:
-    """The five terms in [0, 1]: where a stage's raw values stand between the base model's anchors of that stage.
-
-    A raw value is None, and its term 0, where no image was usable.
-    """
+    """The five terms in [0, 1]: a stage's raw values between its anchors; 0 for None, where no image was usable."""
     scaled = {
         "fidelity": (raw["q"], anchors["q"], 1.0, MIN_HEADROOM["fidelity"]),
         "text": (raw["m"], anchors["m_crossed"], anchors["m"], MIN_HEADROOM["text"]),
@@ -2391,10 +2359,7 @@ class ImageScorer:
             ) from error
 
     def _load_pipeline(self, name: str) -> Any:
-        """SD 1.x without its safety checker, which would blacken images; a deterministic scheduler.
-
-        DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
-        """
+        """SD 1.x without its safety checker, which would blacken images."""
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
         from transformers import CLIPTokenizerFast
 
@@ -2409,6 +2374,7 @@ class ImageScorer:
             config = self.plan["pipeline_config"]
             options["text_encoder"] = self._load_text_encoder(name, config)
             pipeline = StableDiffusionPipeline.from_single_file(name, config=config, **options)
+        # DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
@@ -2495,10 +2461,8 @@ class ImageScorer:
         return self.pipeline.image_processor.postprocess(self.torch.nan_to_num(pixels), output_type="pil")
 
     def _embed_prompts(self, prompts: Sequence[str]) -> Any:
-        """Prompt embeddings (n, 77, d) at kohya's clip_skip: that hidden state from the end, then the final norm.
-
-        Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
-        """
+        """Prompt embeddings (n, 77, d) at kohya's clip_skip: that hidden state from the end, then the final norm."""
+        # Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         tokens = tokenizer(list(prompts), return_tensors="pt", **cut)
@@ -2508,8 +2472,7 @@ class ImageScorer:
 
     def through_vae(self, images: Sequence[Any]) -> list[Any]:
         """Data set images as this model's VAE shows them: the scoring resolution's area, their own proportions."""
-        result: list[Any] = []
-        vae, processor = self.pipeline.vae, self.pipeline.image_processor
+        vae, processor, result = self.pipeline.vae, self.pipeline.image_processor, []
         with self.torch.inference_mode():
             for image in images:
                 scale = self.plan["resolution"] / math.sqrt(image.width * image.height)
@@ -2653,61 +2616,52 @@ class StageImages:
     ) -> None:
         jobs = scorer.plan[stage]
         self.jobs, self.images, self.data = jobs, images, data
+        self.prompts = np.array([job["prompt"] for job in jobs])
         self.usable = np.array([is_usable(image, limits) for image in images])
         usable = np.flatnonzero(self.usable)
         self.about, self.plain = ([n for n in usable if jobs[n]["subject"] is kind] for kind in (True, False))
         self.vectors = np.zeros((len(images), data.shape[1]))
         if len(usable):
             self.vectors[usable] = scorer.embed_images([images[n] for n in usable])
+        self.averages: dict[str, float | None] = dict.fromkeys(("q", "m", "spread"))
         if self.about:
             self.pictures = scorer.embed_images_for_text([images[n] for n in self.about])
             self.texts = scorer.embed_texts([jobs[n]["text"] for n in self.about])
-
-    def _prompts(self, numbers: Sequence[int]) -> list[str]:
-        return [self.jobs[n]["prompt"] for n in numbers]
-
-    def _about_subject(self) -> dict[str, float]:
-        vectors = self.vectors[self.about]
-        return {
-            "q": subject_similarity(vectors, self.data),
-            "m": paired_similarity(self.pictures, self.texts),
-            "spread": spread_within(vectors, self._prompts(self.about)),
-        }
+            self.averages["q"] = subject_similarity(self.vectors[self.about], data)
+            self.averages["m"] = paired_similarity(self.pictures, self.texts)
+            self.averages["spread"] = spread_within(self.vectors[self.about], self.prompts[self.about])
 
     def anchors(self) -> dict[str, float]:
         """What the base model reaches on a stage's own prompts and seeds: where a term is 0, and where it is 1."""
-        return {
-            **self._about_subject(),
-            "m_crossed": crossed_similarity(self.pictures, self.texts, self._prompts(self.about)),
-            "plain_crossed": crossed_similarity(
-                self.vectors[self.plain], self.vectors[self.plain], self._prompts(self.plain)
-            ),
-        }
+        about, plain = self.prompts[self.about], self.prompts[self.plain]
+        m_crossed = crossed_similarity(self.pictures, self.texts, about)
+        plain_crossed = crossed_similarity(self.vectors[self.plain], self.vectors[self.plain], plain)
+        return {**self.averages, "m_crossed": m_crossed, "plain_crossed": plain_crossed}
 
     def raw_values(self, base: np.ndarray, base_usable: np.ndarray) -> dict[str, Any]:
         """Averages over the usable images, None where there is none; `base` holds the base model's vectors."""
-        raw: dict[str, Any] = {**dict.fromkeys(("q", "m", "plain", "spread")), "usable": float(self.usable.mean())}
+        plain = [n for n in self.plain if base_usable[n]]
+        preserved = paired_similarity(self.vectors[plain], base[plain]) if plain else None
         per_image = [{"name": job["name"], "usable": bool(ok)} for job, ok in zip(self.jobs, self.usable, strict=True)]
         if self.about:
-            raw |= self._about_subject()
             nearest = (self.vectors[self.about] @ self.data.T).max(axis=1)
             for number, text, near in zip(self.about, (self.pictures * self.texts).sum(axis=1), nearest, strict=True):
                 to_data = float((self.vectors[number] @ self.data.T).mean())
                 per_image[number].update(data=to_data, nearest=float(near), text=float(text))
-        plain = [n for n in self.plain if base_usable[n]]
-        if plain:
-            raw["plain"] = paired_similarity(self.vectors[plain], base[plain])
-        usable = [image for image, ok in zip(self.images, self.usable, strict=True) if ok]
-        return {**raw, **brightness_and_contrast(usable), "images": per_image}
+        return {
+            **self.averages,
+            "plain": preserved,
+            "usable": float(self.usable.mean()),
+            **brightness_and_contrast([self.images[n] for n in np.flatnonzero(self.usable)]),
+            "images": per_image,
+        }
 
 
 class FolderScorer:
     """Scores trials against their study's reference, which it makes if it is not there yet."""
 
     def __init__(self, scorer: ImageScorer, reference: Path) -> None:
-        self.scorer = scorer
-        self.plan = scorer.plan
-        self.reference = reference
+        self.scorer, self.plan, self.reference = scorer, scorer.plan, reference
         self.anchors: dict[str, Any] | None = read_json(reference / "anchors.json")
         if self.anchors is None:
             self._make_reference()
@@ -2725,10 +2679,8 @@ class FolderScorer:
         for stage in FIRST_SEEDS:
             made = self._render(stage, self.reference / stage, count.add)
             if not (made.about and made.plain):
-                raise ScoringFailed(
-                    "the base model's own images, with or without the subject, are all flat, black, white or broken "
-                    f"({self.reference / stage}); check --base-model"
-                )
+                said = f"the base model's images in {self.reference / stage}, with or without the subject"
+                raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
             self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
             self.anchors[stage] = made.anchors()
         count.clear()
@@ -2786,11 +2738,10 @@ class FolderScorer:
         """
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
-        count = ImageCount(len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"]))
         screened = []
+        count = ImageCount(len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"]))
         for epoch, path in checkpoints:
-            images = folder / "scores" / f"epoch-{epoch:06d}"
-            result = self.score_checkpoint(path, "screen", images, count.add)
+            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", count.add)
             screened.append({"epoch": epoch, "checkpoint": path.name, **result})
             count.clear()
             print(f"  epoch {epoch:3d}    {self._describe(result)}", flush=True)
@@ -2836,21 +2787,21 @@ def make_contact_sheet(folder: Path) -> Path:
     plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
     if plan is None or metrics is None:
         raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
-    best, screened = metrics["best_epoch"], []
+    scores, best, screened = folder / "scores", metrics["best_epoch"], []
     for result in metrics["screen"]:
-        label, colour = ("  best", _GREEN) if result["epoch"] == best else ("", _BLACK)
-        label = f"epoch {result['epoch']}  score {result['score']:.4f}{label}"
-        screened.append((folder / "scores" / f"epoch-{result['epoch']:06d}", label, colour))
+        is_best = result["epoch"] == best
+        label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
+        screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
     label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-    rows = {"screen": screened, "confirm": [(folder / "scores" / "confirm", label, _GREEN)]}
     file = io.BytesIO()
-    _draw_sheet(plan, rows).save(file, format="JPEG", quality=80)
-    write_atomically(folder / "scores" / CONTACT_SHEET, file.getvalue())
-    return folder / "scores" / CONTACT_SHEET
+    sheet = _draw_sheet(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
+    sheet.save(file, format="JPEG", quality=80)
+    write_atomically(scores / CONTACT_SHEET, file.getvalue())
+    return scores / CONTACT_SHEET
 
 
-def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, tuple[int, int, int]]]]) -> Any:
-    """Each stage's prompts, and below them its rows: folder, label, colour."""
+def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, bool]]]) -> Any:
+    """Each stage's prompts, and below them its rows: folder of the pictures, label, whether it is the best epoch."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
@@ -2864,11 +2815,10 @@ def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path,
         columns = [(SHEET_GAP + number * (side + SHEET_GAP), job) for number, job in enumerate(jobs)]
         for left, job in columns:
             lines = textwrap.wrap(printable(job["prompt"]), max(4, side // 7), max_lines=3, placeholder=" ...")
-            corner = (left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines)))
-            draw.text(corner, "\n".join(lines), fill=_BLACK)
+            draw.text((left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines))), "\n".join(lines), fill=_BLACK)
         top += 3 * SHEET_LINE + SHEET_GAP
-        for folder, label, colour in rows[stage]:
-            draw.text((SHEET_GAP, top), label, fill=colour)
+        for folder, label, is_best in rows[stage]:
+            draw.text((SHEET_GAP, top), label, fill=_GREEN if is_best else _BLACK)
             top += SHEET_LINE
             for left, job in columns:
                 try:
@@ -2878,8 +2828,7 @@ def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path,
                 except (OSError, ValueError):  # not there, or torn: grey with a cross
                     tile = Image.new("RGB", (side, side), _GREY)
                     ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
-                frame = "white" if colour == _BLACK else colour
-                sheet.paste(ImageOps.expand(tile, 2, frame), (left - 2, top - 2))
+                sheet.paste(ImageOps.expand(tile, 2, _GREEN if is_best else "white"), (left - 2, top - 2))
             top += side + SHEET_GAP
         right = max(right, columns[-1][0] + side + SHEET_GAP)
     return sheet.crop((0, 0, right, top))
