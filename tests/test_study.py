@@ -78,11 +78,12 @@ Step = Callable[[Path], None]
 
 def weights_of(name: str) -> bytes:
     """A safetensors file that no other trial has."""
-    return save({"weight": np.frombuffer(name.encode(), dtype=np.uint8)}, {"ss_output_name": name})
+    return save({"a.lora_up.weight": np.frombuffer(name.encode(), dtype=np.float16)}, {"ss_output_name": name})
 
 
 def good_training(folder: Path) -> None:
     (folder / "lora.safetensors").write_bytes(weights_of(folder.name))
+    (folder / "training.log").write_text("model saved.\n")
 
 
 def good_scoring(folder: Path) -> None:
@@ -287,7 +288,6 @@ def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two trials, whose first scoring fails: all orderings of database and files, one after the other."""
-    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
     open_study(settings_for(tmp_path / "empty"))
     for moment in itertools.count(1):
         shutil.copytree(tmp_path / "empty", tmp_path / f"moment_{moment}")
@@ -617,9 +617,7 @@ def test_a_score_that_is_no_number_is_a_scoring_that_failed(tmp_path: Path) -> N
     assert endings(run(settings_for(tmp_path, 1), [], [score_nan])) == [(FAIL, "crashed"), (COMPLETE, "scored")]
 
 
-def test_a_training_that_ended_as_the_program_died_is_only_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_ended_as_the_program_died_is_only_scored(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
 
     def train_and_die(folder: Path) -> None:
@@ -628,7 +626,6 @@ def test_a_training_that_ended_as_the_program_died_is_only_scored(
 
     with pytest.raises(Killed):
         run(settings, [train_and_die])
-    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
     study = run(settings, [failing(AssertionError("trained again"))])
     assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
     assert study.get_trials()[0].user_attrs["training_seconds"] >= 0
@@ -844,7 +841,6 @@ def test_a_database_that_can_grow_no_more_stops_the_search_which_loses_nothing(
             run(settings, [], [fill_up])
     assert "full" in str(caught.value.__cause__)
     monkeypatch.setattr(search, "open_storage", open_storage)
-    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
     study = run(settings)
     assert endings(study) == [(COMPLETE, "scored")] * 2
     assert study.get_trials()[0].value == pytest.approx(0.1)
