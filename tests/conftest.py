@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """One line says what was not run, and what it needs."""
     reasons = (report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
     left_out = [f"{count} {reason}" for reason, count in Counter(reasons).most_common()]
-    if config.option.markexpr == "not slow":
+    if config.option.markexpr == "not slow" and not config.option.collectonly:
         left_out.append('slow tests (give -m "")')
     if left_out:
         terminalreporter.write_line(f"not run: {'; '.join(left_out)}")

@@ -716,6 +716,7 @@ def pieces(password: str, length: int = 4) -> list[str]:
     return [password[start : start + length] for start in range(len(password) - length + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ADDRESSES)
 def test_no_part_of_a_password_is_shown(what: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """However the address is written; nor by mistyped flags, where a shell has cut it at a space."""
@@ -851,6 +852,7 @@ GOOD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", GOOD)
 def test_accepts(change: Callable[[Desk], Flags], desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """--check is content and makes nothing; a search would train what was meant, and fills its own folder alone."""

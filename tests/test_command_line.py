@@ -387,6 +387,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"never said {text!r}:\n{seen}")
 
 
+@pytest.mark.slow
 def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_screen(
     command: Command, world: Path, tmp_path: Path
 ) -> None:
@@ -421,6 +422,7 @@ def trainers_below(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_search_and_its_trainer_and_the_trial_is_tried_again(
     command: Command, tmp_path: Path, name: str

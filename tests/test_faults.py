@@ -125,6 +125,7 @@ INTERRUPTED = (FAIL, "interrupted")
 # --- the trainer that fails speaks as the one that trains ---------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_fault_trainers_output_and_files_are_of_the_small_trainers_kinds(evening: Night, tmp_path: Path) -> None:
     config = toml.loads((evening.folder(0) / "config.toml").read_text())
     config.update(output_dir=str(tmp_path / "small"), network_dim=4, network_alpha=2, max_train_epochs=6)
@@ -182,6 +183,7 @@ def test_a_loss_of_nan_alone_does_not_stop_a_training(tmp_path: Path) -> None:
         watch()
 
 
+@pytest.mark.slow
 def test_a_hung_trainer_is_stopped_and_the_trial_tried_again(night: Night) -> None:
     done = night.run(2, "--stall-minutes", 0.1, FAULT="hang@4:trial_0001", STEP_SECONDS="0.2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -210,12 +212,14 @@ def test_a_crash_is_named_by_its_last_line_and_tried_again(night: Night) -> None
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["oom", "kill"])
 def test_out_of_memory_is_tried_again(night: Night, fault: str) -> None:
     night.run(2, FAULT=f"{fault}@3:trial_0001")
     assert night.endings() == [SCORED, (FAIL, "out of memory"), SCORED]
 
 
+@pytest.mark.slow
 def test_what_always_happens_stops_the_search(night: Night) -> None:
     done = night.run(4, FAULT="die@1")
     assert done.returncode == 1
@@ -261,7 +265,11 @@ def test_accumulated_batches_make_no_step_slow(tmp_path: Path, capsys: pytest.Ca
 # --- killed ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+    ids=lambda number: number.name,
+)
 def test_a_signal_ends_program_and_deaf_trainer_within_ten_seconds(night: Night, number: signal.Signals) -> None:
     program = night.start(2, FAULT="deaf@4:trial_0001")
     read_until(program, "Trial 1: ")
@@ -277,6 +285,7 @@ def test_a_signal_ends_program_and_deaf_trainer_within_ten_seconds(night: Night,
     assert night.endings() == [SCORED, INTERRUPTED]
 
 
+@pytest.mark.slow
 def test_kill_int_ends_a_search_that_a_script_has_put_into_the_background(night: Night) -> None:
     """A shell without job control lets its `&` jobs ignore SIGINT."""
     script = f"{shlex.join(night.command(2))} & echo $!; wait"
@@ -294,6 +303,7 @@ def test_kill_int_ends_a_search_that_a_script_has_put_into_the_background(night:
     assert night.endings() == [SCORED, INTERRUPTED]
 
 
+@pytest.mark.slow
 def test_ctrl_c_spares_a_search_that_the_script_in_the_terminal_has_put_into_the_background(
     night: Night, tmp_path: Path
 ) -> None:
@@ -320,6 +330,7 @@ def test_ctrl_c_spares_a_search_that_the_script_in_the_terminal_has_put_into_the
         os.close(terminal)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(night: Night) -> None:
     program = night.start(2, FAULT="deaf@4:trial_0001")
     read_until(program, "Trial 1: ")
@@ -410,6 +421,7 @@ def test_the_log_holds_the_programs_own_faults(night: Night) -> None:
     assert night.log.read_text().endswith(end) and end.endswith("TypeError: 'NoneType' object is not callable\n")
 
 
+@pytest.mark.slow
 def test_a_log_that_takes_no_more_disturbs_nothing(night: Night, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(1)
     night.log.unlink()
@@ -458,6 +470,7 @@ def test_a_second_program_in_the_same_folder_is_refused(night: Night) -> None:
 # --- the disk ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_that_grows_too_large_stops_the_search_which_goes_on_later(night: Night) -> None:
     done = night.run(2, FAULT="full@4:trial_0001")
     assert done.returncode == 1
@@ -467,6 +480,7 @@ def test_a_file_that_grows_too_large_stops_the_search_which_goes_on_later(night:
     assert night.endings() == [SCORED, INTERRUPTED, SCORED]
 
 
+@pytest.mark.slow
 def test_pictures_that_find_no_room_are_no_trials_fault(night: Night) -> None:
     """The scorer of a trial, allowed files of 3 kB: an OSError, at which the search stops, and no failed trial."""
     code = (
@@ -481,6 +495,7 @@ def test_pictures_that_find_no_room_are_no_trials_fault(night: Night) -> None:
     assert "OSError: [Errno 27] File too large" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_search_which_goes_on_when_there_is_room(
     night: Night, small_disk: Callable[[int], Path]
 ) -> None:
@@ -505,6 +520,7 @@ def test_a_full_disk_stops_the_search_which_goes_on_when_there_is_room(
 # --- the database ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_database_that_another_process_holds_for_a_while_is_waited_for(night: Night) -> None:
     program = night.start(2, STEP_SECONDS="0.02")
     read_until(program, "Trial 1: ")
@@ -517,6 +533,7 @@ def test_a_database_that_another_process_holds_for_a_while_is_waited_for(night: 
     assert night.endings() == [SCORED, SCORED]
 
 
+@pytest.mark.slow
 def test_a_database_that_stays_locked_stops_the_search_which_loses_nothing(night: Night) -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\ns.SQLITE_LOCK_SECONDS = 0.5\nsys.exit(s.main(sys.argv[1:]))\n"
@@ -549,6 +566,7 @@ def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -
     assert all((search.sizes_of_latents(cache) or {})["latents"] == (8, 8) for cache in caches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"latents_16x8": (4, 16, 8)}], ids=["one size", "two sizes"])
 def test_latents_under_the_keys_of_newer_trainers_are_good(more: dict[str, tuple[int, ...]], night: Night) -> None:
     """sd-scripts names each size in the keys from v0.10.2 on; a file may hold several."""
@@ -564,6 +582,7 @@ def test_latents_under_the_keys_of_newer_trainers_are_good(more: dict[str, tuple
     assert [cache.read_bytes() for cache in caches] == before
 
 
+@pytest.mark.slow
 def test_latents_that_are_gone_are_made_before_the_next_trial(night: Night) -> None:
     """A training that has to make them draws other random numbers than one that finds them."""
     caches = sorted((night.world / "images").glob("*.npz"))
@@ -572,6 +591,7 @@ def test_latents_that_are_gone_are_made_before_the_next_trial(night: Night) -> N
     assert done.returncode == 0 and "Trying the trainer out" in done.stdout and caches[0].is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_torn_first_step_is_made_again(keep: int, night: Night) -> None:
     lora = night.output_dir / "reference" / "first_step" / "lora.safetensors"
@@ -582,6 +602,7 @@ def test_a_torn_first_step_is_made_again(keep: int, night: Night) -> None:
     assert "Trying the trainer out" in done.stdout and lora.stat().st_size == len(whole)
 
 
+@pytest.mark.slow
 def test_a_resume_starts_without_asking_sd_scripts(night: Night) -> None:
     """A trainer's Python that answers no probe can still train."""
     python = night.output_dir.parent / "python"
@@ -617,6 +638,7 @@ def test_latents_of_another_resolution_are_refused(night: Night) -> None:
 # --- the storm ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_storm_does_no_damage(tmp_path: Path) -> None:
     demo_world.make_tiny_world(tmp_path / "world")
     damage = fault_storm.storm(tmp_path / "world", tmp_path / "out", kills=4, n_trials=2, seed=3, longest_life=14)

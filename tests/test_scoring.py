@@ -893,6 +893,7 @@ def test_scoring_again_keeps_what_was_screened_of_checkpoints_that_are_deleted_s
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it_holds(
     output_dir: Path, anchors: dict[str, Any]
 ) -> None:
@@ -946,6 +947,7 @@ def test_what_is_no_trials_folder_is_refused_in_one_line(tmp_path: Path, output_
         assert status == 2 and said.count("\n") == 1 and said.startswith("error: --score:")
 
 
+@pytest.mark.slow
 def test_nothing_but_the_programs_own_lines_are_said_of_a_palette_with_transparency(
     output_dir: Path, tmp_path: Path
 ) -> None:

@@ -221,7 +221,7 @@ def _work(settings: search.Settings) -> None:
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-@pytest.mark.parametrize("workers", [2, 8])
+@pytest.mark.parametrize("workers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_programs_that_share_a_storage_end_at_exactly_n(
     tmp_path: Path, workers: int, database: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -284,6 +284,7 @@ class Countdown:
         return counted
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

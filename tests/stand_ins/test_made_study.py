@@ -20,6 +20,8 @@ from PIL import Image
 
 import optuna_hyperparameter_search as search
 
+pytestmark = pytest.mark.slow
+
 ENDS = {1: "interrupted"}  # as the demo, which is killed in its second trial
 FEW = {"prompts": 4, "plain_prompts": 2, "confirm_prompts": 8, "confirm_plain": 4, "checkpoints": 3}
 

@@ -37,6 +37,7 @@ SAVE = re.compile(r"^saving checkpoint: (.+)$", re.MULTILINE)
 DONE = re.compile(r"model saved\.")
 
 OPTIONS = json.loads((TESTS / "kohya" / "train_network_options.json").read_text(encoding="utf-8"))
+pytestmark = pytest.mark.slow
 Result = subprocess.CompletedProcess[str]
 
 

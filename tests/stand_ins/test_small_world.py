@@ -182,11 +182,13 @@ def test_a_sensitive_model_is_the_same_function_of_larger_inputs_to_its_layers(t
         assert torch.allclose(after, SENSITIVITY["unet"] * before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_gates_hold(demo: Demo) -> None:
     figures = benchmark.measure_gates(demo.output_dir)
     assert not {name: figures[name] for name, least in benchmark.GATES.items() if figures[name] < least}
 
 
+@pytest.mark.slow
 def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
     best = search.read_json(demo.output_dir / "results" / "best_parameters.json")
     trained = benchmark.judge_trial(demo.output_dir, demo.output_dir / f"trial_{best['trial']:04d}")
