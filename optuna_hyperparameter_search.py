@@ -69,7 +69,7 @@ import urllib.parse
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ import optuna
 import toml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
@@ -163,31 +164,17 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, SIGTERM or SIGHUP."""
 
 
+def interrupt(number: int, _frame: Any = None) -> None:
+    """Handles a signal. What Ctrl-C does needs no name."""
+    raise Interrupted(*[signal.Signals(number).name] if number != signal.SIGINT else [])
+
+
 def printable(text: object) -> str:
     """A text as one line that no name in it can break, colour or hide: what does not print is escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the live region: pieces of text, of which it drops what finds no room, and perhaps a bar."""
-
-    pieces: Sequence[str] = ("-",)
-    share: float | None = None  # of the bar, 0 to 1
-
-    def fit(self, width: int) -> str:
-        text, *more = self.pieces
-        for piece in more:
-            if len(text) + 2 + len(piece) <= width:
-                text += f"  {piece}"
-        return text
-
-
 REDRAWS_PER_SECOND = 8
-LABEL_WIDTH = 7
-ECHO_WIDTH = 4  # left free at the right, so that a terminal's echo of two Ctrl-C wraps no line
-BAR_WIDTH = (4, 30)  # smallest, largest
-NARROW = 60  # columns; below, text is worth more than bars
 
 
 class Screen:
@@ -200,23 +187,23 @@ class Screen:
         self.started = time.monotonic()  # near enough to the program's start
         self.log_file: Path | None = None
         self._log_failed = False
-        self._rows: dict[str, Callable[[], Row]] = dict.fromkeys(("study", "trial", "train", "score"), Row)
         self._live: Any = None  # rich.live.Live, where there is a terminal
+        self._lines: dict[str, Any] = {}  # of it, a rich.progress.Progress with one task each
         self._next_redraw = 0.0
-        self._drawing = False
-        self._held_signal = 0  # that came during a redraw
 
     @property
     def is_live(self) -> bool:
         return self._live is not None
 
-    def show(self, name: str, row: Callable[[], Row]) -> None:
-        """What a line of the live region says from now on; asked for at every redraw."""
-        self._rows[name] = row
+    def show(self, name: str, text: str, done: float = 0, total: float = 1) -> None:
+        """What a line of the live region (study, trial, train or score) says from now on, and how far its bar is."""
+        if self._live is not None:
+            self._lines[name].update(0, text=printable(text), completed=done, total=total)
 
     def begin(self, *pieces: str) -> None:
         """Something new begins, a trial mostly; nothing of it is trained or scored yet."""
-        self._rows |= {"trial": lambda: Row(pieces), "train": Row, "score": Row}
+        for name, text in {"trial": "  ".join(pieces), "train": "-", "score": "-"}.items():
+            self.show(name, text)
 
     def print(self, text: str, *, detail: bool = False) -> None:
         """Lines that stay; details only where there is no live region."""
@@ -224,11 +211,11 @@ class Screen:
             try:
                 print(text, flush=True)
             except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
-                _print_no_more()
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         elif not detail:
             from rich.text import Text
 
-            with self._undisturbed():
+            with self._drawing():
                 self._live.console.print(Text(text.strip("\n")), soft_wrap=True)
 
     def log(self, text: str) -> None:
@@ -246,12 +233,12 @@ class Screen:
     def refresh(self) -> None:
         """Redraw the live region, if there is one and some time has passed."""
         if self._live is not None and time.monotonic() >= self._next_redraw:
-            with self._undisturbed():
+            with self._drawing():
                 self._live.refresh()
             self._next_redraw = time.monotonic() + 1 / REDRAWS_PER_SECOND
 
     def wait(self, seconds: float) -> None:
-        """Sleep, while the live region's clock goes on."""
+        """Sleep, while the live region's clocks go on."""
         times = math.ceil(seconds)
         for _ in range(times):
             self.refresh()
@@ -263,80 +250,56 @@ class Screen:
         live = self._make_live() if sys.stdout and sys.stdout.isatty() else None
         try:
             if live:
-                self._live = live
-                with self._undisturbed():
+                with self._drawing():
                     live.start(refresh=True)
+            self._live = live
             yield
         finally:
             self._live = None
             if live:
-                with self._undisturbed():
+                with self._drawing():
                     live.stop()
 
     def _make_live(self) -> Any:
-        """None where the terminal can't move its cursor (TERM=dumb). What users named is never taken for markup."""
-        from rich.console import Console
+        """The study with a clock, training and scoring with bars; None where no cursor can be moved (TERM=dumb)."""
+        from rich.console import Console, Group
         from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
+        # What users named is never taken for markup.
         console = Console(force_terminal=True, force_jupyter=False, markup=False, highlight=False, emoji=False)
         if not console.is_interactive:
             return None
-        return Live(
-            get_renderable=lambda: self._draw(console),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-
-    def _draw(self, console: Any) -> Any:
-        """The four lines, none as long as the terminal is wide; their bars are equally long."""
-        from rich.progress_bar import ProgressBar
-        from rich.text import Text
-
-        rows = {name: row() for name, row in self._rows.items()}
-        room = console.width - ECHO_WIDTH - LABEL_WIDTH
-        smallest = BAR_WIDTH[0] + 2 if console.width >= NARROW else 0
-        texts = {name: row.fit(room - (0 if row.share is None else smallest)) for name, row in rows.items()}
-        widest = max((len(texts[name]) for name, row in rows.items() if row.share is not None), default=0)
-        bar_width = min(BAR_WIDTH[1], room - 2 - widest) if smallest else 0
-        lines = []
-        for name, row in rows.items():
-            line = Text(overflow="crop").append(f"{name:<{LABEL_WIDTH}}", "bold")
-            if row.share is not None and bar_width > 0:
-                bar = list(console.render(ProgressBar(1.0, row.share, bar_width)))
-                line.append_tokens((segment.text, segment.style) for segment in bar)
-                line.append(" " * (LABEL_WIDTH + bar_width + 2 - len(line)))
-            line.append(printable(texts[name]))
-            line.truncate(max(1, console.width - ECHO_WIDTH))
-            lines.append(line)
-        return Text("\n", no_wrap=True, overflow="crop").join(lines)
-
-    def interrupt(self, number: int, _frame: Any = None) -> None:
-        """Handles a signal: raises Interrupted, at once or when a redraw is done; half of one would stay."""
-        if self._drawing and not self._held_signal:
-            self._held_signal = number
-        else:
-            raise Interrupted(*[signal.Signals(number).name] if number != signal.SIGINT else [])
+        label = TextColumn("{task.description}", style="bold", markup=False)
+        room = Column(ratio=1, no_wrap=True, overflow="crop" if console.options.ascii_only else "ellipsis")
+        text = TextColumn("{task.fields[text]}", markup=False, table_column=room)
+        bar = BarColumn(max(8, min(30, console.width - 72)))  # 72 columns hold label and text of a training
+        lines = {"study": (label, text, TimeElapsedColumn()), "trial": (label, text)}
+        lines |= dict.fromkeys(("train", "score"), (label, bar, text))
+        for name, columns in lines.items():
+            self._lines[name] = Progress(*columns, console=console, expand=True)
+            self._lines[name].add_task(name, total=1, text="-")
+        self._lines["study"].tasks[0].start_time = self.started
+        region = Group(*self._lines.values(), "")  # an empty line for the cursor, where a terminal echoes Ctrl-C
+        options = {"redirect_stdout": False, "redirect_stderr": False}
+        return Live(region, console=console, auto_refresh=False, transient=True, **options)
 
     @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Draw whole, whatever comes; a terminal that is gone ends no search."""
-        self._drawing = True
+    def _drawing(self) -> Iterator[None]:
+        """A first signal waits: half a redraw would stay. (NumPy's threads take what a mask blocks here.)"""
+        held: list[int] = []
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {n: signal.signal(n, lambda n, _: interrupt(n) if held else held.append(n)) for n in numbers}
         try:
             yield
-        except OSError:
-            _print_no_more()
+        except OSError:  # a terminal that is gone ends no search
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         finally:
-            self._drawing = False
-        if self._held_signal:
-            number, self._held_signal = self._held_signal, 0
-            self.interrupt(number)
-
-
-def _print_no_more() -> None:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 screen = Screen()
@@ -1436,60 +1399,59 @@ def trial_config(
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _EPOCH_LINE = re.compile(r"^epoch (\d+)/(\d+)\s*$")
-_STEP_BAR = re.compile(r"(?<!validation )steps:\s+\d+%\|[^|]*\|\s*(\d+)/(\d+) \[[\d:]+<([\d:?]+)")
-_AVERAGE_LOSS = re.compile(r"avr_loss=\s*(nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?)")
+_BAR = re.compile(  # tqdm's, with kohya's loss
+    r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
+    r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
+)
 _SAVE_LINE = re.compile(r"^saving checkpoint: (.+)$")
 _DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
 
 
-class TrainingProgress:
-    """Reads the trainer's output as it comes; says a line an epoch."""
+class ProcessOutput:
+    """Reads what a trainer or scorer prints as it comes: the tqdm bar that counts its steps, and lines."""
+
+    bar_name = ""
 
     def __init__(self) -> None:
-        self.epoch = self.epochs = self.step = self.steps = 0
-        self.loss = self.eta = self.device = ""
-        self.first_nan_step: int | None = None
-        self.saved = False
-        self.checkpoints: list[Path] = []  # as far as their saving has begun
+        self.step = self.steps = 0
+        self.eta = ""
+        self.lines: deque[str] = deque(maxlen=200)  # the last ones, without bars
         self.last_sign = time.monotonic()  # of getting on: a step, or any output before the first and after the last
-        self._step_times: list[tuple[float, int]] = []  # (time, step), the latest
-        self.tail: list[str] = []  # the last lines, without the bars
+        self._step_times: deque[tuple[float, int]] = deque(maxlen=51)  # (time, step)
         self._unfinished = ""
 
     def read(self, text: str) -> None:
-        """Take the next piece of output, cut anywhere; bars end with CR, the rest with LF."""
+        """Take the next piece of output, cut anywhere; a bar begins with CR, a line ends with LF."""
         if self.step in (0, self.steps):
             self.last_sign = time.monotonic()
-        *lines, self._unfinished = re.split(r"[\r\n]", _ANSI.sub("", self._unfinished + text))
-        for line in lines:
-            self._read_line(line)
+        *pieces, self._unfinished = re.split(r"[\r\n]", self._unfinished + text)
+        for piece in pieces:
+            line = _ANSI.sub("", piece)
+            if not self._is_bar(line) and line.strip():
+                self.lines.append(line)
+                self.read_line(line)
+        if self._unfinished.endswith("]") and self._is_bar(self._unfinished):
+            self._unfinished = ""  # a whole bar need not wait for the next one's CR
 
-    def finish(self) -> None:
-        self.read("\n")
-        self._end_epoch()
+    def _is_bar(self, line: str) -> bool:
+        bar = _BAR.match(line)
+        if bar and bar["name"] == self.bar_name:
+            self.read_bar(bar)
+        return bool(bar)
 
-    def _read_line(self, line: str) -> None:
-        if bar := _STEP_BAR.search(line):
-            if int(bar[1]) > self.step:
-                self.last_sign = time.monotonic()
-                self._step_times = [*self._step_times[-50:], (self.last_sign, int(bar[1]))]
-            self.step, self.steps, self.eta = int(bar[1]), int(bar[2]), bar[3]
-            if loss := _AVERAGE_LOSS.search(line):
-                self.loss = loss[1]
-                if self.loss == "nan" and self.first_nan_step is None:
-                    self.first_nan_step = self.step
-        elif epoch := _EPOCH_LINE.match(line):
-            self._end_epoch()
-            self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
-        elif line.strip():
-            self.saved = self.saved or "model saved." in line
-            if saving := _SAVE_LINE.match(line):
-                self.checkpoints.append(Path(saving[1]))
-            device = _DEVICE_LINE.match(line)
-            self.device = device[1] if device else self.device
-            self.tail = [*self.tail[-199:], line]
+    def read_bar(self, bar: re.Match[str]) -> None:
+        if int(bar["step"]) > self.step:
+            self.last_sign = time.monotonic()
+            self._step_times.append((self.last_sign, int(bar["step"])))
+        self.step, self.steps, self.eta = int(bar["step"]), int(bar["steps"]), bar["eta"]
+
+    def read_line(self, line: str) -> None:
+        """What a line tells besides."""
+
+    def is_silent(self, minutes: float) -> bool:
+        return time.monotonic() - self.last_sign > 60 * minutes
 
     def seconds_per_step(self) -> float | None:
         """The median of the latest steps; None before there are five."""
@@ -1497,30 +1459,91 @@ class TrainingProgress:
         times = [(later - earlier) / (step - before) for (earlier, before), (later, step) in pairs]
         return float(np.median(times)) if len(times) >= 5 else None
 
-    def __str__(self) -> str:
-        share = f"{100 * self.step // self.steps:3d}%" if self.steps else "  0%"
-        return (
-            f"  epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}  {share}"
-            f"  loss {self.loss or '-'}  ETA {self.eta or '?'}"
-        )
 
-    def row(self) -> Row:
-        """For the live region."""
-        if not self.epoch:
-            return Row(("starting: the model is loaded, latents are cached",), 0.0)
-        seconds = self.seconds_per_step()
-        pieces = [
-            f"epoch {self.epoch}/{self.epochs}",
-            f"step {self.step:{len(str(self.steps))}}/{self.steps}",
-            f"loss {self.loss or '-':<6}",
-            "- it/s" if not seconds else f"{1 / seconds:.3g} it/s" if seconds < 1 else f"{seconds:.3g} s/it",
-            f"ETA {self.eta or '?'}",
-        ]
-        return Row(pieces, self.step / max(1, self.steps))
+class TrainingProgress(ProcessOutput):
+    """Reads kohya's output; says a line an epoch."""
+
+    bar_name = "steps"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = self.epochs = 0
+        self.loss = self.device = ""
+        self.first_nan_step: int | None = None
+        self.saved = False
+        self.checkpoints: list[Path] = []  # as far as their saving has begun
+        self._finite: set[Path] = set()  # those of them whose weights are
+        self._said_slow = False
+        screen.show("train", "starting: the model is loaded, latents are cached")
+
+    def finish(self) -> None:
+        self.read("\n")
+        self._end_epoch()
+
+    def read_bar(self, bar: re.Match[str]) -> None:
+        super().read_bar(bar)
+        self.loss = bar["loss"] or self.loss
+        if bar["loss"] == "nan" and self.first_nan_step is None:
+            self.first_nan_step = self.step
+        if self.epoch:
+            each = self.seconds_per_step()
+            speed = "- it/s" if not each else f"{1 / each:.3g} it/s" if each < 1 else f"{each:.3g} s/it"
+            screen.show("train", self.describe(speed), self.step, self.steps)
+
+    def read_line(self, line: str) -> None:
+        if epoch := _EPOCH_LINE.match(line):
+            self._end_epoch()
+            self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
+        elif saving := _SAVE_LINE.match(line):
+            self.checkpoints.append(Path(saving[1]))
+        elif device := _DEVICE_LINE.match(line):
+            self.device = device[1]
+        self.saved = self.saved or "model saved." in line
+
+    def describe(self, speed: str) -> str:
+        at = f"epoch {self.epoch}/{self.epochs}  step {self.step}/{self.steps}"
+        return f"{at}  {speed}  loss {self.loss or '-'}  ETA {self.eta or '?'}"
 
     def _end_epoch(self) -> None:
         if self.epoch:
-            say(str(self), detail=True)
+            say(f"  {self.describe(f'{100 * self.step // max(1, self.steps):3d}%')}", detail=True)
+
+    def check(self, device: str, stall_minutes: float, usual_step: float | None) -> None:
+        """Looks at a training while it runs, about every second; what it raises ends the trainer.
+
+        `usual_step`: the seconds that a step takes in this study; None before there are any.
+        """
+        self.check_device(device)
+        minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
+        if self.is_silent(minutes):
+            what = f"made no step after step {self.step}" if self.step else "printed nothing while it loaded"
+            raise Hung(f"the trainer {what} for {minutes:g} minutes and was stopped (--stall-minutes)")
+        if self.first_nan_step is not None:
+            self._check_weights()
+        now = self.seconds_per_step()
+        if usual_step and now and now > SLOW_STEP * usual_step and not self._said_slow:
+            self._said_slow = True
+            say(
+                f"  warning: a step takes {now:.3g} s where {usual_step:.3g} s are usual in this study; is another "
+                "program on the card, or does its driver spill into system memory (Windows)?"
+            )
+
+    def check_device(self, device: str) -> None:
+        """TrialFailed where kohya trains on the CPU instead, which it does without a word of warning."""
+        if device != "cpu" and self.device.startswith("cpu"):
+            raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
+
+    def _check_weights(self) -> None:
+        """A loss of NaN is the alarm, a checkpoint that is not finite the proof: fp16 may skip a bad step."""
+        for path in set(self.checkpoints) - self._finite:
+            try:
+                check_lora(path, is_last=False)
+            except Diverged as error:
+                since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
+                raise Diverged(f"{error}; {since}") from error
+            except TrialFailed:  # not yet whole
+                continue
+            self._finite.add(path)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -1576,26 +1599,20 @@ def check_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
         check_lora(path, is_last=path.stem == LORA_NAME)
 
 
-def check_device(progress: TrainingProgress, device: str) -> None:
-    """TrialFailed where kohya trains on the CPU instead, which it does without a word of warning."""
-    if device != "cpu" and progress.device.startswith("cpu"):
-        raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
-
-
 def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
     """Raise why the trainer did not train to its end; its exit status alone says little.
 
     kohya ends with status 0 when it found no image, and when it trained on the CPU instead.
     """
-    said = meaningful_line(progress.tail)
+    said = meaningful_line(progress.lines)
     if status != 0:
-        refuse_full_disk(progress.tail)
+        refuse_full_disk(progress.lines)
         if status == -signal.SIGKILL:
             raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel for want of memory")
-        if any(_OUT_OF_MEMORY.search(line) for line in progress.tail):
+        if any(_OUT_OF_MEMORY.search(line) for line in progress.lines):
             raise OutOfMemory(said)
         raise TrialFailed(f"the trainer ended with status {status}: {said}")
-    check_device(progress, device)
+    progress.check_device(device)
     if not (progress.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
         raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
 
@@ -1634,66 +1651,6 @@ def meaningful_line(lines: Sequence[str]) -> str:
     return one_line(lines[-1]) if lines else "it printed nothing"
 
 
-class TrainingWatch:
-    """Looks at a training while it runs, about every second; what it raises ends the trainer."""
-
-    def __init__(
-        self, progress: TrainingProgress, stall_minutes: float, usual_step: float | None, device: str = "cpu"
-    ) -> None:
-        self.progress = progress
-        self.device = device  # that was asked for
-        self.stall_seconds = 60 * stall_minutes
-        self.usual_step = usual_step  # seconds, in this study; None before there is one
-        self._proven: set[Path] = set()  # checkpoints whose weights are finite
-
-    def __call__(self) -> None:
-        check_device(self.progress, self.device)
-        self._check_stall()
-        if self.progress.first_nan_step is not None:
-            self._check_weights()
-        self._check_speed()
-
-    def _check_stall(self) -> None:
-        loading = self.progress.step == 0
-        limit = self.stall_seconds * (STARTING_ALLOWANCE if loading else 1)
-        if time.monotonic() - self.progress.last_sign > limit:
-            what = "printed nothing while it loaded" if loading else f"made no step after step {self.progress.step}"
-            raise Hung(f"the trainer {what} for {limit / 60:g} minutes and was stopped (--stall-minutes)")
-
-    def _check_weights(self) -> None:
-        """A loss of NaN is the alarm, a checkpoint that is not finite the proof: fp16 may skip a bad step."""
-        for path in self.progress.checkpoints:
-            if path in self._proven:
-                continue
-            try:
-                check_lora(path, is_last=False)
-            except Diverged as error:
-                p = self.progress
-                raise Diverged(
-                    f"{error}; loss was nan from step {p.first_nan_step}; stopped at step {p.step} of {p.steps}"
-                ) from error
-            except TrialFailed:  # not yet whole
-                continue
-            self._proven.add(path)
-
-    def _check_speed(self) -> None:
-        now = self.progress.seconds_per_step()
-        if self.usual_step and now and now > SLOW_STEP * self.usual_step:
-            say(
-                f"  warning: a step takes {now:.3g} s where {self.usual_step:.3g} s are usual in this study; is "
-                "another program on the card, or does its driver spill into system memory (Windows)?"
-            )
-            self.usual_step = None  # said once
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training took: seconds in all, and a batch's (None for very few steps)."""
-
-    seconds: float
-    batch_seconds: float | None
-
-
 @dataclass(frozen=True)
 class KohyaTrainer:
     """Starts sd-scripts' train_network.py as a process."""
@@ -1703,18 +1660,16 @@ class KohyaTrainer:
     device: str
     stall_minutes: float = 30.0
 
-    def __call__(self, config: Path, usual_batch: float | None = None) -> Trained:
+    def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float | None]:
         """Train what `config` (a trial's config.toml) says. Raises TrialFailed.
 
-        `usual_batch` is what a batch takes in this study, in seconds; far more is warned of. A step of kohya's bar is
-        as many batches as are accumulated.
+        Returns the seconds of the training, and of a step (None for very few steps). `usual_step` is what a step takes
+        in this study; far more is warned of.
         """
         started = time.monotonic()
-        batches = toml.loads(config.read_text(encoding="utf-8")).get("gradient_accumulation_steps", 1)
-        status, progress = self._run(config, usual_batch and batches * usual_batch)
+        status, progress = self._run(config, usual_step)
         judge_training(config.parent, status, progress, self.device)
-        step = progress.seconds_per_step()
-        return Trained(time.monotonic() - started, step and step / batches)
+        return time.monotonic() - started, progress.seconds_per_step()
 
     def try_out(self, config: Path) -> None:
         """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
@@ -1722,13 +1677,11 @@ class KohyaTrainer:
 
     def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
         progress = TrainingProgress()
-        screen.show("train", progress.row)
         command = [self.python, str(self.script), "--config_file", str(config)]
-        watch = TrainingWatch(progress, self.stall_minutes, usual_step, self.device)
+        environment = child_environment(self.device)
+        watch = functools.partial(progress.check, self.device, self.stall_minutes, usual_step)
         try:
-            status = run_process(
-                command, child_environment(self.device), progress.read, config.parent, "training.log", watch
-            )
+            status = run_process(command, environment, progress.read, config.parent, "training.log", watch)
         finally:
             progress.finish()
         return status, progress
@@ -2581,31 +2534,8 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[i
     return reference, plan, checkpoints
 
 
-SECONDS_PER_COUNT = 0.5
-
-
-class ImageCount:
-    """Says how many of all images are made, on one line that ends with CR; the search's ScoringProgress reads it."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.made = 0
-        self._said = -math.inf
-        self.add(0)
-
-    def __str__(self) -> str:
-        return f"  images {self.made} of {self.total}"
-
-    def add(self, made: int) -> None:
-        self.made += made
-        if self.made >= self.total or time.monotonic() - self._said > SECONDS_PER_COUNT:
-            self._said = time.monotonic()
-            print(self, end="\r", flush=True)
-
-    def clear(self) -> None:
-        """Make room for the next line in a terminal, where the user looks at it."""
-        if sys.stdout.isatty():
-            print(" " * len(str(self)), end="\r", flush=True)
+# Counts the images that are made: for who looks, and for the search's ScoringProgress.
+IMAGE_BAR = {"desc": "images", "unit": " images", "mininterval": 0.5, "leave": False}
 
 
 class StageImages:
@@ -2675,15 +2605,16 @@ class FolderScorer:
             with self.scorer.lora(first_step):
                 pass  # a LoRA that can't be loaded is better found now than after the first training
         self._measure_data_set()
-        count = ImageCount(len(self.plan["screen"]) + len(self.plan["confirm"]))
+        total = len(self.plan["screen"]) + len(self.plan["confirm"])
+        bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
         for stage in FIRST_SEEDS:
-            made = self._render(stage, self.reference / stage, count.add)
+            made = self._render(stage, self.reference / stage, bar.update)
             if not (made.about and made.plain):
                 said = f"the base model's images in {self.reference / stage}, with or without the subject"
                 raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
             self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
             self.anchors[stage] = made.anchors()
-        count.clear()
+        bar.close()
         stored = io.BytesIO()
         np.savez(stored, **self.embeddings)
         write_atomically(self.reference / "embeddings.npz", stored.getvalue())
@@ -2739,16 +2670,16 @@ class FolderScorer:
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
         screened = []
-        count = ImageCount(len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"]))
+        total = len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])
+        bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
         for epoch, path in checkpoints:
-            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", count.add)
+            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", bar.update)
             screened.append({"epoch": epoch, "checkpoint": path.name, **result})
-            count.clear()
-            print(f"  epoch {epoch:3d}    {self._describe(result)}", flush=True)
+            bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
         best = max(screened, key=lambda result: result["score"])
         path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
-        confirmed = self.score_checkpoint(path, "confirm", images, count.add)
-        count.clear()
+        confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
+        bar.close()
         print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
         limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]
         return {
@@ -2838,54 +2769,38 @@ def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path,
 # 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
 # ======================================================================================================
 
-_IMAGES_LINE = re.compile(r"^  images (\d+) of (\d+)\r$")
 PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the scoring process's environment
 SECONDS_PER_LINE = 10.0  # of how many images are made, where there is no bar
 
 
-class ScoringProgress:
-    """Reads the scoring process's output as it comes: says its lines, and counts the images that are made."""
+class ScoringProgress(ProcessOutput):
+    """Reads the scoring process's output: says its lines, and counts the images that are made."""
+
+    bar_name = "images"
 
     def __init__(self) -> None:
-        self.made = self.images = 0
-        self.lines: list[str] = []
-        self.last_sign = self._said = time.monotonic()
-        self._unfinished = ""
+        super().__init__()
+        self._said = time.monotonic()
+        screen.show("score", "starting: the models are loaded")
 
-    def read(self, text: str) -> None:
-        """Take the next piece of output, cut anywhere; counts and bars end with CR, the rest with LF."""
-        self.last_sign = time.monotonic()
-        *whole, self._unfinished = re.split(r"(?<=[\r\n])", self._unfinished + text)
-        for line in whole:
-            if count := _IMAGES_LINE.match(line):
-                self._count(int(count[1]), int(count[2]))
-            elif line.endswith("\n"):
-                self._read_line(line[:-1])
-
-    def _count(self, made: int, images: int) -> None:
-        self.made, self.images = made, images
+    def read_bar(self, bar: re.Match[str]) -> None:
+        super().read_bar(bar)
+        screen.show("score", f"{self.step} of {self.steps} images", self.step, self.steps)
         if time.monotonic() - self._said > SECONDS_PER_LINE:
             self._said = time.monotonic()
-            say(f"  images {made} of {images}", detail=True)
+            say(f"  images {self.step} of {self.steps}", detail=True)
 
-    def _read_line(self, line: str) -> None:
-        self.lines.append(line.removeprefix("stopped: "))
+    def read_line(self, line: str) -> None:
         if line.startswith(("  ", "warning: ")):  # not what a library says, nor why it stopped: who waits says that
             say(line, detail=not line.startswith("  note: "))
 
-    def row(self) -> Row:
-        """For the live region."""
-        if not self.images:
-            return Row(("starting: the models are loaded",), 0.0)
-        return Row((f"{self.made} of {self.images} images",), self.made / self.images)
 
-
+@dataclass(frozen=True)
 class ScoringProcess:
     """Scores a folder in a child process, so that this program never touches CUDA."""
 
-    def __init__(self, device: str, stall_minutes: float = 30.0) -> None:
-        self.device = device
-        self.stall_minutes = stall_minutes
+    device: str
+    stall_minutes: float = 30.0
 
     def __call__(self, folder: Path) -> None:
         """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference."""
@@ -2893,18 +2808,18 @@ class ScoringProcess:
         device = self.device.partition(":")[0]
         command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
         progress = ScoringProgress()
-        screen.show("score", progress.row)
 
         def watch() -> None:
             minutes = STARTING_ALLOWANCE * self.stall_minutes  # a batch on the CPU may take half an hour
-            if time.monotonic() - progress.last_sign > 60 * minutes:
+            if progress.is_silent(minutes):
                 raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
         environment = {**child_environment(self.device), PARENT_HOLDS_FOLDER: "1"}
         status = run_process(command, environment, progress.read, folder, "scoring.log", watch)
         if status != 0:
             refuse_full_disk(progress.lines)
-            raise ScoringFailed(f"scoring ended with status {status}: {meaningful_line(progress.lines)}")
+            said = meaningful_line([line.removeprefix("stopped: ") for line in progress.lines])
+            raise ScoringFailed(f"scoring ended with status {status}: {said}")
 
 
 class LoraObjective:
@@ -2914,7 +2829,7 @@ class LoraObjective:
         self,
         settings: Settings,
         options: Mapping[str, Any],
-        trainer: Callable[[Path, float | None], Trained],
+        trainer: Callable[[Path, float | None], tuple[float, float | None]],
         scorer: Callable[[Path], None],
     ) -> None:
         self.settings = settings
@@ -2947,14 +2862,16 @@ class LoraObjective:
         config = self._make_folder(folder, params)
         trained_in = find_training(trial.user_attrs.get("trained_in"), self.settings.output_dir)
         if trained_in:
-            screen.show("train", lambda: Row((f"already done in {trained_in.name}",)))
+            screen.show("train", f"already done in {trained_in.name}")
             say(f"  already trained in {trained_in.name}; only the scoring is done again", detail=True)
             link_training(trained_in, folder)
         else:
-            trained = self.trainer(config, usual_batch_seconds(trial.study))
+            batches = params["gradient_accumulation_steps"]  # of a step
+            usual_batch = usual_batch_seconds(trial.study)
+            seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch)
             trial.set_user_attr("trained_in", None)  # not where nothing was left any more
-            trial.set_user_attr("batch_seconds", trained.batch_seconds)
-            trial.set_user_attr("training_seconds", round(trained.seconds, 1))
+            trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
+            trial.set_user_attr("training_seconds", round(seconds, 1))
         return folder / f"{LORA_NAME}.safetensors"
 
     def _make_folder(self, folder: Path, params: Params) -> Path:
@@ -3641,22 +3558,13 @@ def state_after(study: optuna.Study, trial: optuna.Trial, error: TrialFailed) ->
 def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
     """The line that stays of a trial; when all will be done, a live region says."""
     trials = study.get_trials(deepcopy=False)
-    trained = sum(map(is_trained, trials))
-    ahead = ""
-    if trained < n_trials and not screen.is_live:
-        ahead = f"; about {format_seconds((n_trials - trained) * (usual_trial_seconds(trials) or 0))} to go"
+    left = seconds_left(trials, n_trials)
+    ahead = f"; about {format_seconds(left)} to go" if left and not screen.is_live else ""
     trial, best = trials[number], study.best_trial
     say(
-        f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']} "
-        f"(best: {best.value:.4f}, trial {best.number}); {trained} of {n_trials} trained{ahead}"
+        f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']} (best: {best.value:.4f}, "
+        f"trial {best.number}); {sum(map(is_trained, trials))} of {n_trials} trained{ahead}"
     )
-
-
-def usual_trial_seconds(trials: Iterable[FrozenTrial]) -> float | None:
-    """The median of what training and scoring took; None before a trial is scored."""
-    scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
-    seconds = [attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]
-    return float(np.median(seconds)) if seconds else None
 
 
 def show_study(study: optuna.Study, n_trials: int) -> None:
@@ -3664,37 +3572,26 @@ def show_study(study: optuna.Study, n_trials: int) -> None:
     if not screen.is_live:
         return
     trials = study.get_trials(deepcopy=False)
-    trained = sum(map(is_trained, trials))
     best = next((f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(study)), "no score yet")
+    left = seconds_left(trials, n_trials)
+    end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
+    done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
+    screen.show("study", f"{sum(map(is_trained, trials))}/{n_trials} trained  {best}  {done}")
+
+
+def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
+    """Until n_trials are trained, if as many programs go on as run a trial now; None before a trial is scored.
+
+    A trial takes the median of what training and scoring took.
+    """
+    scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
+    if not scored:
+        return None
+    usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
     began = [trial.datetime_start for trial in trials if trial.state == TrialState.RUNNING and trial.datetime_start]
-    usual = usual_trial_seconds(trials)
-
-    def row() -> Row:
-        left = usual and seconds_left(usual, n_trials - trained, began)
-        elapsed = f"elapsed {format_elapsed(time.monotonic() - screen.started)}"
-        return Row((f"{trained}/{n_trials} trained", best, format_end(left), elapsed))
-
-    screen.show("study", row)
-
-
-def seconds_left(usual: float, trials: int, began: Sequence[datetime.datetime]) -> float:
-    """Until so many trials are trained, if a trial takes `usual` seconds and as many programs go on as run one now."""
     used = [(datetime.datetime.now(start.tzinfo) - start).total_seconds() for start in began]
-    return max(0.0, usual * trials - sum(min(max(0.0, seconds), usual) for seconds in used)) / max(1, len(began))
-
-
-def format_end(left: float | None) -> str:
-    """The time of day in so many seconds, with the weekday if that is another day."""
-    if left is None:
-        return "end not known yet"
-    now = datetime.datetime.now()
-    end = now + datetime.timedelta(seconds=left)
-    return f"done ~{end:%H:%M}" if end.date() == now.date() else f"done ~{end:%a %H:%M}"
-
-
-def format_elapsed(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes:02}:{second:02}" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+    ahead = usual * (n_trials - sum(map(is_trained, trials)))
+    return max(0.0, ahead - sum(min(max(0.0, seconds), usual) for seconds in used)) / max(1, len(began))
 
 
 def format_seconds(seconds: float) -> str:
@@ -3878,10 +3775,10 @@ def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     losses: dict[int, float | None] = {}
     steps = 0
     text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    for bar in re.split(r"[\r\n]", text):
-        if (at := _STEP_BAR.search(bar)) and (loss := _AVERAGE_LOSS.search(bar)):
-            steps = int(at[2])
-            losses[int(at[1])] = float(loss[1]) if math.isfinite(float(loss[1])) else None
+    for line in re.split(r"[\r\n]", text):
+        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
+            steps = int(bar["steps"])
+            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
     return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
 
 
@@ -4918,7 +4815,7 @@ def interrupt_unless_typed(number: int, _frame: Any) -> None:
     with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:  # OSError: there is no terminal
         if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
             return
-    screen.interrupt(number)
+    interrupt(number)
 
 
 def without_storage(argv: Sequence[str] | None) -> list[str]:
@@ -4938,7 +4835,7 @@ def catch_signals() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused, has no SIGHUP
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, screen.interrupt)
+            signal.signal(number, interrupt)
         elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
             signal.signal(number, interrupt_unless_typed)
 

@@ -316,7 +316,7 @@ class MadeTrainer:
         self.device = device
         self.end = "scored"  # how the next training ends
 
-    def __call__(self, config: Path, usual_batch: float | None = None) -> search.Trained:
+    def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float]:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), self.end, self.clock.now)
         progress = self._write(config.parent, output)
         self.clock.spend(output.seconds)
@@ -330,7 +330,7 @@ class MadeTrainer:
                 f"the trainer made no step after step {progress.step} for 30 minutes and was stopped (--stall-minutes)"
             )
         search.judge_training(config.parent, output.status, progress, self.device)
-        return search.Trained(output.seconds, output.batch_seconds)
+        return output.seconds, output.batches * output.batch_seconds
 
     def try_out(self, config: Path) -> None:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), "scored", self.clock.now)

@@ -5,6 +5,7 @@ The trainer is tests/fault_trainer, whose output and files are compared with the
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -167,7 +168,7 @@ def test_a_diverged_training_is_stopped_at_its_next_checkpoint(night: Night) -> 
 def test_a_loss_of_nan_alone_does_not_stop_a_training(tmp_path: Path) -> None:
     """fp16's scaler skips a bad step, after which kohya's average stays NaN and the weights are well."""
     progress = search.TrainingProgress()
-    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=None)
+    watch = functools.partial(progress.check, "cpu", 1, None)
     file = tmp_path / "lora-000002.safetensors"
     progress.read(
         f"epoch 1/2\n\rsteps:  50%|█ | 3/6 [00:01<00:01,  2.0it/s, avr_loss=nan]\nsaving checkpoint: {file}\n"
@@ -195,7 +196,7 @@ def test_a_hung_trainer_is_stopped_and_the_trial_tried_again(night: Night) -> No
 
 def test_a_trainer_that_is_silent_while_it_loads_has_four_times_as_long() -> None:
     progress = search.TrainingProgress()
-    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=None)
+    watch = functools.partial(progress.check, "cpu", 1, None)
     progress.last_sign -= 3 * 60
     watch()
     progress.last_sign -= 2 * 60
@@ -231,35 +232,11 @@ def test_what_always_happens_stops_the_search(night: Night) -> None:
 
 def test_a_card_that_spills_into_memory_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     progress = search.TrainingProgress()
-    watch = search.TrainingWatch(progress, stall_minutes=1, usual_step=0.001)
     for step in range(1, 9):
         time.sleep(0.01)
         progress.read(f"\rsteps:  50%|█ | {step}/20 [00:01<00:01,  2.0it/s, avr_loss=0.5]\r")
-        watch()
+        progress.check("cpu", 1, usual_step=0.001)
     assert capsys.readouterr().out.count("warning: a step takes") == 1
-
-
-def test_accumulated_batches_make_no_step_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four batches a step take four times as long, and the card is well."""
-    script = tmp_path / "train_network.py"
-    script.write_text(
-        "import sys, time, toml\n"
-        "import numpy as np\n"
-        "from safetensors.numpy import save_file\n"
-        "for step in range(1, 9):\n"
-        "    time.sleep(0.2)\n"
-        "    print(f'\\rsteps:  50%|█ | {step}/8 [00:01<00:01,  2.0it/s, avr_loss=0.5]', end='\\r')\n"
-        "folder = toml.load(sys.argv[2])['output_dir']\n"
-        "save_file({'lora_unet_x.lora_up.weight': np.ones((2, 2), np.float16)}, folder + '/lora.safetensors')\n"
-        "print('model saved.')\n"
-    )
-    config = {"output_dir": str(tmp_path), "gradient_accumulation_steps": 4, "max_train_epochs": 1}
-    search.write_toml(tmp_path / "config.toml", config)
-    train = search.KohyaTrainer(sys.executable, script, "cpu")
-    assert 0.05 <= train(tmp_path / "config.toml", usual_batch=0.06).batch_seconds < 0.15
-    assert "warning" not in capsys.readouterr().out
-    train(tmp_path / "config.toml", usual_batch=0.01)
-    assert re.search(r"warning: a step takes 0\.[2-5]\d* s where 0\.04 s are usual", capsys.readouterr().out)
 
 
 # --- killed ------------------------------------------------------------------------------------------

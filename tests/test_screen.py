@@ -21,6 +21,7 @@ from pathlib import Path
 import demo_world
 import pytest
 from fault_storm import environment, search_command, wait_until_none
+from optuna.trial import FrozenTrial, TrialState
 
 import optuna_hyperparameter_search as search
 
@@ -71,14 +72,14 @@ class Terminal:
 def region(lines: list[str]) -> list[str]:
     """The four lines of a live region that stands whole."""
     for start in range(len(lines) - 3):
-        if all(line.startswith(f"{label}  ") for label, line in zip(LABELS, lines[start:], strict=False)):
+        if all(line.startswith(f"{label} ") for label, line in zip(LABELS, lines[start:], strict=False)):
             return lines[start : start + 4]
     return []
 
 
 def left_over(lines: list[str]) -> list[str]:
     """What is left of live regions; the table of results begins with "trial", too."""
-    labels = tuple(f"{label}  " for label in LABELS)
+    labels = tuple(f"{label} " for label in LABELS)
     return [line for line in lines if line.startswith(labels) and not line.startswith("trial  score  fidel.")]
 
 
@@ -183,17 +184,17 @@ def plain(evening: Evening, interrupted: Session) -> str:
 
 
 def test_the_live_region_tells_study_trial_training_and_scoring(whole: Session) -> None:
-    trial = r"trial  0  dim \d+  alpha \d+ \(ratio 0\.\d{3}\)  lr \S+e-05/\S+e-05  AdamW"
-    bar = "[━╸╺]{4,30}"
-    training = rf"train  {bar}  epoch [3-9]/\d+  step +\d+/\d+  loss 0\.\d+ +[\d.]+ it/s  ETA \d\d:\d\d"
-    scoring = rf"score  {bar}  [1-9]\d* of \d+ images"
-    first = r"study  0/2 trained  no score yet  end not known yet  elapsed 00:\d\d"
-    later = r"study  1/2 trained  best 0\.\d{4} \(trial 0\)  done ~(\w{3} )?\d\d:\d\d  elapsed \d\d:\d\d"
+    trial = r"trial 0  dim \d+  alpha \d+ \(ratio 0\.\d{3}\)  lr \S+e-05/\S+e-05  AdamW"
+    bar = "[━╸╺]{8}"
+    training = rf"train {bar} epoch [3-9]/\d+  step \d+/\d+  [\d.]+ it/s  loss 0\.\d+  ETA \d\d:\d\d"
+    scoring = rf"score {bar} [1-9]\d* of \d+ images"
+    first = r"study 0/2 trained  no score yet  end not known yet +0:0\d:\d\d"
+    later = r"study 1/2 trained  best 0\.\d{4} \(trial 0\)  done ~\w{3} \d\d:\d\d +0:\d\d:\d\d"
     for study, second, third, fourth in (
-        (first, trial, training, "score  -"),
-        (first, trial, rf"train  {bar}  epoch.*", scoring),
-        (first, "trial  none yet: the reference is made", "train  -", scoring),
-        (later, trial.replace("  0  ", "  1  "), ".*", ".*"),
+        (first, trial, training, f"score {bar} -"),
+        (first, trial, rf"train {bar} epoch.*", scoring),
+        (first, "trial none yet: the reference is made", f"train {bar} -", scoring),
+        (later, trial.replace(" 0 ", " 1 "), ".*", ".*"),
     ):
         wanted = re.compile("\n".join((study, second + ".*", third, fourth)))
         assert any(wanted.fullmatch("\n".join(seen)) for seen in whole.regions), (wanted.pattern, whole.regions)
@@ -201,7 +202,7 @@ def test_the_live_region_tells_study_trial_training_and_scoring(whole: Session) 
 
 def test_no_line_of_the_live_region_wraps_or_is_left_over(whole: Session) -> None:
     assert len(whole.regions) > 20
-    assert all(len(line) <= 76 for seen in whole.regions for line in seen)
+    assert all(len(line) <= 80 for seen in whole.regions for line in seen)
     assert not left_over(whole.terminal.all_lines())
     assert whole.terminal.shows_cursor()
 
@@ -237,7 +238,7 @@ def test_colours_only_without_no_color(whole: Session, interrupted: Session) -> 
 
 def test_only_ascii_where_the_terminal_knows_no_more(interrupted: Session) -> None:
     assert interrupted.output.isascii() and b"?" not in interrupted.output.replace(b"ETA ?", b"").replace(b"[?25", b"")
-    assert any(re.match("train  -+ +epoch ", seen[2]) for seen in interrupted.regions)
+    assert any(re.match("train -+ +epoch ", seen[2]) for seen in interrupted.regions)
 
 
 def test_ctrl_c_leaves_the_terminal_clean(interrupted: Session, evening: Evening) -> None:
@@ -288,59 +289,63 @@ def set_up(monkeypatch: pytest.MonkeyPatch, columns: int = 80, encoding: str = "
     return stdout
 
 
-def long_training() -> search.TrainingProgress:
+def show_a_long_training() -> None:
     progress = search.TrainingProgress()
     progress.read("epoch 12/20\n")
     for step in range(1234, 1241):
         progress.read(f"\rsteps:  50%|█ | {step}/4000 [1:00:01<1:02:11,  1.85it/s, avr_loss=0.0862]")
         time.sleep(0.002)
-    progress.read("\r")
-    return progress
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
-def test_no_row_is_as_long_as_the_terminal_is_wide(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_row_is_longer_than_the_terminal_is_wide(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stdout, terminal = set_up(monkeypatch, columns), Terminal(columns)
-    search.screen.begin("12", *search.brief_params(PARAMS))
-    search.screen.show("study", lambda: search.Row(("12/20 trained", "best 0.7315 (trial 12)", "done ~07:41")))
-    search.screen.show("train", long_training().row)
-    search.screen.show("score", lambda: search.Row(("37 of 148 images",), 0.25))
     with search.screen.live():
+        search.screen.begin("12", *search.brief_params(PARAMS))
+        search.screen.show("study", "12/20 trained  best 0.7315 (trial 12)  done ~Sat 07:41")
+        show_a_long_training()
+        search.screen.show("score", "37 of 148 images", 37, 148)
+        redraw()
         terminal.feed(stdout.take())
-        shown = region(terminal.lines())
-        assert shown and max(map(len, shown)) <= columns - 4
-    if columns >= 80:
-        assert "alpha 70 (ratio 0.550)" in shown[1] and "AdamW8bit" in shown[1]
-        assert re.search(r"train  [━╸╺]{4,}  epoch 12/20  step 1240/4000  loss 0.0862  \S+ it/s  ETA 1:02:11", shown[2])
-        assert shown[0] == "study  12/20 trained  best 0.7315 (trial 12)  done ~07:41"
+        lines = terminal.lines()
+        shown = region(lines)
+        assert shown and not any(lines[4:])
+        assert columns < 80 or not any("…" in shown[number] for number in (0, 2, 3))
+    if columns == 80:
+        assert re.fullmatch(r"study 12/20 trained  best 0.7315 \(trial 12\)  done ~Sat 07:41 +0:00:\d\d", shown[0])
+        assert "12  dim 128  alpha 70 (ratio 0.550)  lr 1.0e-04/4.8e-05  AdamW8bit" in shown[1]
+        steps = r"epoch 12/20  step 1240/4000  \d+(\.\d+)? it/s  loss 0.0862  ETA 1:02:11"
+        assert re.fullmatch(rf"train [━╸╺]{{8}} {steps}", shown[2])
     if columns == 40:
-        assert shown[0] == "study  12/20 trained  done ~07:41"
-        assert shown[2] == "train  epoch 12/20  step 1240/4000" and shown[3] == "score  37 of 148 images"
+        assert re.fullmatch("train [━╸╺]{8} epoch 12/20  step 1240/4…", shown[2])
+        assert re.fullmatch("score [━╸╺]{8} 37 of 148 images", shown[3])
+
+
+def redraw() -> None:
+    time.sleep(1 / search.REDRAWS_PER_SECOND)
+    search.screen.refresh()
 
 
 def test_names_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = set_up(monkeypatch)
     terminal = Terminal()
     with search.screen.live():
-        search.screen.begin("[red]:boom:\x1b[31m")
+        search.screen.begin("[red]:boom:\x1b[31m{task}")
         search.say("A warning of [bold]x[/bold] and :smile: \x1b[2J")
-        time.sleep(0.2)
-        search.screen.refresh()
+        redraw()
         terminal.feed(stdout.take())
         assert terminal.lines()[0] == "A warning of [bold]x[/bold] and :smile: \\x1b[2J"
-        assert region(terminal.lines())[1] == "trial  [red]:boom:\\x1b[31m"
+        assert region(terminal.lines())[1] == "trial [red]:boom:\\x1b[31m{task}"
 
 
 def test_redraws_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_up(monkeypatch)
-    drawn: list[int] = []
-    search.screen.show("study", lambda: drawn.append(1) or search.Row())
+    stdout = set_up(monkeypatch)
     with search.screen.live():
-        before = len(drawn)
+        before = stdout.take().count(b"study")
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
             search.screen.refresh()
-    assert 3 <= len(drawn) - before <= 7
+        assert 3 <= stdout.take().count(b"study") - before <= 7
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
@@ -369,16 +374,20 @@ def test_a_signal_waits_for_a_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(text: str) -> int:
         monkeypatch.setattr(stdout, "write", write)
         written = write(text)
-        search.screen.interrupt(search.signal.SIGTERM)  # rich does not know yet that this is written
+        search.signal.raise_signal(search.signal.SIGTERM)  # rich does not know yet that this is written
         return written
 
-    with pytest.raises(search.Interrupted, match="SIGTERM"), search.screen.live():
-        monkeypatch.setattr(stdout, "write", interrupted)
-        search.say("whole")
+    before = search.signal.signal(search.signal.SIGTERM, search.interrupt)
+    try:
+        with pytest.raises(search.Interrupted, match="SIGTERM"), search.screen.live():
+            monkeypatch.setattr(stdout, "write", interrupted)
+            search.say("whole")
+    finally:
+        search.signal.signal(search.signal.SIGTERM, before)
     terminal.feed(stdout.take())
     assert [line for line in terminal.lines() if line] == ["whole"] and terminal.shows_cursor()
     with pytest.raises(search.Interrupted, match=r"^$"):
-        search.screen.interrupt(search.signal.SIGINT)
+        search.interrupt(search.signal.SIGINT)
 
 
 def test_a_terminal_that_is_gone_ends_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,8 +400,7 @@ def test_a_terminal_that_is_gone_ends_no_search(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(stdout, "write", gone)
         search.say("unheard")
         assert sys.stdout is not stdout
-        time.sleep(0.2)
-        search.screen.refresh()
+        redraw()
 
 
 def test_an_error_finds_the_live_region_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,9 +415,11 @@ def test_an_error_finds_the_live_region_gone(monkeypatch: pytest.MonkeyPatch) ->
 # --- what the rows say -------------------------------------------------------------------------------
 
 SCORING = (
-    "  data set: 16 images through the VAE\n  images 0 of 148\r  images 37 of 148\r"
+    "  data set: 16 images through the VAE\n\rimages:   0%|     | 0/148 [00:00<?, ? images/s]"
+    "\rimages:  25%|█    | 37/148 [00:05<00:15,  7.30 images/s]\r          \r"
     "  epoch   5    score 0.6840\n/lib/library.py:3: UserWarning: odd\n"
-    "  note: 2 images look flat\nfetching:  10%|#  |\rstopped: bad\n  images 3"
+    "  note: 2 images look flat\nfetching:  10%|#  | 1/10 [00:00<?, ?it/s]\rstopped: bad\n"
+    "\rimages:  26%|█    | 38/148 [00:05<00:15,  7.30 images/s"
 )
 
 
@@ -418,11 +428,13 @@ def test_images_and_lines_are_read_however_they_are_cut(cut: int, capsys: pytest
     progress = search.ScoringProgress()
     for start in range(0, len(SCORING), cut):
         progress.read(SCORING[start : start + cut])
-    assert progress.row() == search.Row(("37 of 148 images",), 0.25)
-    assert progress.lines[-1] == "bad" and len(progress.lines) == 5
+    assert (progress.step, progress.steps) == (37, 148)
+    assert progress.lines[-1] == "stopped: bad" and len(progress.lines) == 5
     assert capsys.readouterr().out == (
         "  data set: 16 images through the VAE\n  epoch   5    score 0.6840\n  note: 2 images look flat\n"
     )
+    progress.read("]")  # a bar that is whole need not wait for the next one
+    assert progress.step == 38
 
 
 def test_images_are_said_every_ten_seconds_at_most(
@@ -432,28 +444,33 @@ def test_images_are_said_every_ten_seconds_at_most(
     monkeypatch.setattr(search.time, "monotonic", lambda: now)
     progress = search.ScoringProgress()
     for made in range(41):
-        progress.read(f"  images {made} of 148\r")
+        progress.read(f"\rimages:  10%|#  | {made}/148 [00:00<?, ? images/s]")
         now += 0.6
     assert capsys.readouterr().out == "  images 17 of 148\n  images 34 of 148\n"
 
 
-def test_a_users_scoring_shows_one_line_that_is_cleanly_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_scoring_shows_one_bar_that_is_cleanly_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = set_up(monkeypatch)
     terminal = Terminal()
-    count = search.ImageCount(10_000)
-    for _ in range(5):
-        count.add(1)
-    count.add(9_995)
-    count.clear()
+    bar = search.tqdm(total=10_000, file=sys.stdout, **search.IMAGE_BAR)
+    for _ in range(1000):
+        bar.update(1)
+    bar.write("  epoch   5    score 0.6840")
+    bar.update(9_000)
+    bar.close()
     print("  scoring took 8 s")
     said = stdout.take()
-    assert said.count(b"images") == 2  # at the start and the end: what lies between was too quick
+    assert said.count(b"images:") == 2  # at the start and after the line: what lies between was too quick
     terminal.feed(said)
-    assert [line for line in terminal.lines() if line] == ["  scoring took 8 s"]
+    assert [line for line in terminal.lines() if line] == ["  epoch   5    score 0.6840", "  scoring took 8 s"]
 
 
-def ago(seconds: float) -> datetime.datetime:
-    return datetime.datetime.now() - datetime.timedelta(seconds=seconds)
+def trial_of(state: TrialState, used: float = 0.0, training: float = 60.0) -> FrozenTrial:
+    """A trial that began so many seconds ago, or that took 40 s to score."""
+    attrs = {"ended": "scored", "training_seconds": training, "scoring_seconds": 40.0}
+    began = datetime.datetime.now() - datetime.timedelta(seconds=used)
+    over = None if state == TrialState.RUNNING else began
+    return FrozenTrial(0, state, 0.5, began, over, {}, {}, attrs, {}, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -461,18 +478,9 @@ def ago(seconds: float) -> datetime.datetime:
     [(3, [], 300), (3, [40], 260), (3, [500], 200), (1, [500], 0), (4, [40, 60], 150), (2, [-9], 200)],
 )
 def test_the_end_is_as_far_as_usual_trials_take(trials: int, used: list[float], left: float) -> None:
-    assert search.seconds_left(100, trials, [ago(seconds) for seconds in used]) == pytest.approx(left, abs=1)
-
-
-def test_the_end_is_a_time_of_day_and_another_days_name() -> None:
-    assert re.fullmatch(r"done ~(\w{3} )?\d\d:\d\d", search.format_end(60))
-    assert re.fullmatch(r"done ~\w{3} \d\d:\d\d", search.format_end(86400))
-    assert [search.format_elapsed(seconds) for seconds in (5, 3599, 3600, 41000)] == [
-        "00:05",
-        "59:59",
-        "1h00m",
-        "11h23m",
-    ]
+    scored = [trial_of(TrialState.COMPLETE, training=seconds) for seconds in (10.0, 60.0, 900.0)]
+    running = [trial_of(TrialState.RUNNING, seconds) for seconds in used]
+    assert search.seconds_left(scored + running, 3 + trials) == pytest.approx(left, abs=1)
 
 
 def test_help_imports_no_rich() -> None:

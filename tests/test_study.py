@@ -107,9 +107,9 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
     train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
     score: Iterator[Step] = itertools.chain(scorings, itertools.repeat(good_scoring))
 
-    def trainer(config: Path, _usual_step: float | None) -> search.Trained:
+    def trainer(config: Path, _usual_step: float | None) -> tuple[float, float]:
         next(train)(config.parent)
-        return search.Trained(7.0, 0.5)
+        return 7.0, 0.5
 
     study = open_study(settings)
     search.close_interrupted_trials(study, settings)
@@ -149,6 +149,24 @@ def test_a_trials_folder_holds_its_config_and_parameters(tmp_path: Path) -> None
     assert json.loads((folder / "params.json").read_text()) == trial.user_attrs["training_params"]
     config = search.read_toml(folder / "config.toml", "config")
     assert config["output_dir"] == str(folder) and config["network_dim"] == trial.params["network_dim"]
+
+
+def test_accumulated_batches_make_no_step_slow(tmp_path: Path) -> None:
+    """Four batches a step take four times as long, and the card is well."""
+    usual: list[float | None] = []
+
+    def trainer(config: Path, usual_step: float | None) -> tuple[float, float]:
+        good_training(config.parent)
+        batches = search.read_toml(config, "config")["gradient_accumulation_steps"]
+        usual.append(usual_step and usual_step / batches)
+        return 7.0, 2.0 * batches
+
+    settings = settings_for(tmp_path, 6)
+    study = open_study(settings)
+    search.run_study(study, search.LoraObjective(settings, {}, trainer, good_scoring), settings, time.monotonic())
+    assert usual == [None, None, None, 2.0, 2.0, 2.0]
+    assert [trial.user_attrs["batch_seconds"] for trial in study.get_trials()] == [2.0] * 6
+    assert len({trial.params["gradient_accumulation_steps"] for trial in study.get_trials()}) > 1
 
 
 def test_the_study_maximizes(tmp_path: Path) -> None:
