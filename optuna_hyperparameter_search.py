@@ -3883,12 +3883,9 @@ def write_notes(study: optuna.Study, written: set[int]) -> None:
     """Notes for optuna-dashboard, of the study and of trials not yet in `written`; a user's own are left alone."""
     from optuna_dashboard import get_note, save_note
 
-    # Making a Trial asks its study's sampler, and TPE would draw in vain for each.
-    sampler = optuna.samplers.RandomSampler()
-    notes = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=sampler)
     for frozen in study.get_trials(deepcopy=False):
         if frozen.state.is_finished() and frozen.number not in written:
-            trial = optuna.Trial(notes, frozen._trial_id)
+            trial = optuna.Trial(study, frozen._trial_id)
             if not get_note(trial):
                 save_note(trial, note_of_trial(frozen))
             written.add(frozen.number)
