@@ -213,10 +213,8 @@ class Screen:
             except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         elif not detail:
-            from rich.text import Text
-
             with self._drawing():
-                self._live.console.print(Text(text.strip("\n")), soft_wrap=True)
+                self._live.console.print(text.strip("\n"), soft_wrap=True)
 
     def log(self, text: str) -> None:
         """Add to search.log, once there is one. A full disk costs lines there, and nothing else."""
@@ -281,19 +279,22 @@ class Screen:
             self._lines[name] = Progress(*columns, console=console, expand=True)
             self._lines[name].add_task(name, total=1, text="-")
         self._lines["study"].tasks[0].start_time = self.started
-        region = Group(*self._lines.values(), "")  # an empty line for the cursor, where a terminal echoes Ctrl-C
-        options = {"redirect_stdout": False, "redirect_stderr": False}
-        return Live(region, console=console, auto_refresh=False, transient=True, **options)
+        rows = Group(*self._lines.values(), "")  # an empty one for the cursor, where a terminal echoes Ctrl-C
+        off = dict.fromkeys(("auto_refresh", "redirect_stdout", "redirect_stderr"), False)
+        return Live(rows, console=console, transient=True, **off)
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
-        """A first signal waits: half a redraw would stay. (NumPy's threads take what a mask blocks here.)"""
+        """A signal waits, because half a redraw would stay; a second one does not. A gone terminal ends no search.
+
+        No signal mask: NumPy's threads would take what it blocks in this one, and the handler runs here all the same.
+        """
         held: list[int] = []
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         handlers = {n: signal.signal(n, lambda n, _: interrupt(n) if held else held.append(n)) for n in numbers}
         try:
             yield
-        except OSError:  # a terminal that is gone ends no search
+        except OSError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         finally:
             for number, handler in handlers.items():
@@ -3590,8 +3591,8 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
     began = [trial.datetime_start for trial in trials if trial.state == TrialState.RUNNING and trial.datetime_start]
     used = [(datetime.datetime.now(start.tzinfo) - start).total_seconds() for start in began]
-    ahead = usual * (n_trials - sum(map(is_trained, trials)))
-    return max(0.0, ahead - sum(min(max(0.0, seconds), usual) for seconds in used)) / max(1, len(began))
+    ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
+    return max(0.0, float(ahead)) / max(1, len(began))
 
 
 def format_seconds(seconds: float) -> str:
