@@ -2144,36 +2144,28 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     problems = Problems()
     for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                prompt = _parse_prompt(line)
-                if prompt["prompt"] in prompts:  # screening and confirmation would share it
-                    raise ValueError("this prompt stands there twice; delete one, several seeds are used anyway")
-                prompts[prompt["prompt"]] = prompt
-            except ValueError as error:
-                problems.lines.append(f"--eval-prompts: line {number} of {path}: {error}")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        text, *options = (" " + line.strip()).split(" --")
+        prompt: Prompt = {"prompt": text.strip()}
+        matches = {option: _PROMPT_OPTION.fullmatch(option.strip()) for option in options}
+        for match in filter(None, matches.values()):
+            kind = {"negative": str, "cfg": float}.get(match.lastgroup, int)
+            prompt[match.lastgroup] = kind(match[match.lastgroup])
+        unknown = [f"'--{one_line(option, 40)}'" for option, match in matches.items() if not match]
+        known = "--n text, --w, --h, --s whole numbers from 1, --d a whole number, --l a number"
+        wrong = {
+            "no prompt before the first option; write `text --w 512 ...`": not prompt["prompt"],
+            f"{', '.join(unknown)} is not understood; known are {known}": unknown,
+            "--w and --h must be multiples of 8": prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8,
+            f"--s must be at most {MAX_STEPS}": prompt.get("steps", 1) > MAX_STEPS,
+            # Screening and confirmation would share it.
+            "this prompt stands there twice; delete one, several seeds are used anyway": prompt["prompt"] in prompts,
+        }
+        problems.lines += [f"--eval-prompts: line {number} of {path}: {what}" for what, holds in wrong.items() if holds]
+        prompts[prompt["prompt"]] = prompt
     problems.refuse()
     return list(prompts.values())
-
-
-def _parse_prompt(line: str) -> Prompt:
-    """One line of a prompt file. ValueError says what is wrong with it and what to write."""
-    text, *options = (" " + line.strip()).split(" --")
-    prompt: Prompt = {"prompt": text.strip()}
-    if not prompt["prompt"]:
-        raise ValueError("no prompt before the first option; write `text --w 512 ...`")
-    for option in options:
-        match = _PROMPT_OPTION.fullmatch(option.strip())
-        if not match:
-            known = "--n text, --w, --h, --s whole numbers from 1, --d a whole number, --l a number"
-            raise ValueError(f"'--{one_line(option, 40)}' is not understood; known are {known}")
-        kind = {"negative": str, "cfg": float}.get(match.lastgroup, int)
-        prompt[match.lastgroup] = kind(match[match.lastgroup])
-    if prompt.get("width", 8) % 8 or prompt.get("height", 8) % 8:
-        raise ValueError("--w and --h must be multiples of 8")
-    if prompt.get("steps", 1) > MAX_STEPS:
-        raise ValueError(f"--s must be at most {MAX_STEPS}")
-    return prompt
 
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
