@@ -35,11 +35,19 @@ DataSetFile = Callable[..., Path]
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """What pytest-xdist does with -n: it keeps groups together, in our order."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist one worker makes the demo, and each module's fixtures are made once."""
+    """One worker makes the demo, which takes longest and comes first; others make a module's fixtures once."""
+    reads_demo = {item: "demo" in getattr(item, "fixturenames", ()) for item in items}
+    items.sort(key=lambda item: not reads_demo[item])
     for item in items:
-        shared = "demo" if "demo" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shared))
+        item.add_marker(pytest.mark.xdist_group("demo" if reads_demo[item] else item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
