@@ -479,14 +479,32 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 MAX_STEPS = 1000  # of the scheduler: it was trained on so many
+# What a value must be, by its kind.
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "switch": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ('a text, in quotes (such as "512,768")', (str,)),
+    "list": ("a list", (list,)),
+}
+
+
+def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
+    """What is wrong with a value, or nothing; `smallest` is for a list's length, too."""
+    wanted, kinds = _KINDS.get(kind, ("", (type(value),)))
+    if type(value) not in kinds:
+        return f"must be {wanted}"
+    size = len(value) if isinstance(value, list) else value
+    if smallest is not None and not smallest <= size < 2**32:
+        return f"must be {wanted}{', as long as' if kind == 'list' else ' from'} {smallest} or more"
+    return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
 
 
 def read_scoring_settings(path: Path) -> ScoringSettings:
     """scoring.toml, checked; the shipped file says which keys there are, and of which kind their values must be."""
     given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
-    problems = [
-        f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in given if table not in shipped
-    ]
+    unknown = given.keys() - shipped.keys()
+    problems = [f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in unknown]
     for table, examples in shipped.items():
         found = given.get(table)
         if not isinstance(found, dict):
@@ -495,50 +513,35 @@ def read_scoring_settings(path: Path) -> ScoringSettings:
         for key in found.keys() - examples.keys():
             problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
         for key, example in examples.items():
-            if (
-                wrong := _wrong_value(found[key], example, 1 if table == "images" else 2)
-                if key in found
-                else "is missing"
-            ):
+            kind = type(example).__name__
+            smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
+            wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
+            if wrong:
                 problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-    problems = problems or _odd_values(path, given["images"], given["weights"], given["prompts"])
+    problems = problems or list(_odd_settings(path, given["images"], given["weights"], given["prompts"]))
     if problems:
         raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
-    stages = {stage: SampleCounts(**given.pop(stage)) for stage in ("screen", "confirm")}
-    prompts = {key: tuple(templates) for key, templates in given.pop("prompts").items()}
-    weights = given.pop("weights")
-    return ScoringSettings(
-        **stages, **prompts, weights=weights, **given["images"], **given["encoders"], **given["usable"]
-    )
+    stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
+    prompts = {key: tuple(templates) for key, templates in given["prompts"].items()}
+    values = {**given["images"], **given["encoders"], **given["usable"], **stages, **prompts}
+    return ScoringSettings(weights=given["weights"], **values)
 
 
-def _wrong_value(value: Any, example: Any, smallest: int) -> str:
-    """What is wrong with a value that should be like the example, or nothing; `smallest` is for whole numbers."""
-    if isinstance(example, str):
-        return "" if isinstance(value, str) else "must be a text"
-    if isinstance(example, list):
-        are_texts = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
-        return "" if are_texts and len(value) > 1 else "must be a list of at least 2 texts"
-    if isinstance(example, float):
-        return "" if type(value) in (int, float) and 0 <= value < 2**63 else "must be a number from 0 on"
-    is_good = type(value) is int and smallest <= value < 2**63
-    return "" if is_good else f"must be a whole number from {smallest} on"
-
-
-def _odd_values(path: Path, images: Params, weights: Params, prompts: Params) -> list[str]:
-    """Values of the right kinds with which scoring could not work."""
-    problems = []
+def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
+    """What scoring could not work with, though its kind is right."""
     if images["resolution"] % 8 or images["resolution"] < 16:
-        problems.append(f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on")
+        yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
     if images["steps"] > MAX_STEPS:
-        problems.append(f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough")
+        yield f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough"
     if not any(weights.values()):
-        problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
-    for key in ("elsewhere", "style"):
-        for text in prompts[key]:
+        yield f"all weights of {path} are 0, so every trial would score 1; raise one"
+    for key, templates in prompts.items():
+        if not all(isinstance(text, str) and text.strip() for text in templates):
+            yield f"{key} in [prompts] of {path} must be a list of texts"
+            continue
+        for text in templates if key != "plain" else ():
             if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
-                problems.append(f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces")
-    return problems
+                yield f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
 
 
 # Options that a fixed training config must not hold, and why.
@@ -550,13 +553,6 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 _SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # no other kinds can be
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
-# What a value must be, by the kind that kohya's parser gives its option.
-_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "switch": ("true or false", (bool,)),
-    "int": ("a whole number", (int,)),
-    "float": ("a number", (int, float)),
-    **dict.fromkeys(("str", "Path"), ('a text, in quotes (such as "512,768")', (str,))),
-}
 
 
 def path_remedy(text: str) -> str:
@@ -586,10 +582,7 @@ def load_training_options(path: Path) -> dict[str, Any]:
 
 
 def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """The fixed kohya options; RefusedInput lists what may not stand there.
-
-    `known` are the trainer's own options: each key must be one, and its value of its kind. kohya checks neither.
-    """
+    """The fixed kohya options; RefusedInput lists those that are not the trainer's (`known`) or not of their kind."""
     options, problems = load_training_options(path), []
     for key, value in options.items():
         if key in FORBIDDEN_TRAINING_KEYS:
@@ -605,20 +598,16 @@ def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | N
 
 def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
     """What is wrong with a fixed option's value, or nothing; `option` is what kohya's parser says of it."""
-    if value != _SCORED.get(key, value):
+    if key in _SCORED and value != _SCORED[key]:
         return f"must be {_SCORED[key]!r}, which is scored"
-    if key in _SMALLEST and not (type(value) is int and _SMALLEST[key] <= value < 2**32):
-        return f"must be a whole number from {_SMALLEST[key]} on"
-    wanted, kinds = _KINDS.get(option.get("kind", ""), ("", ()))
-    choices = option.get("choices") or []
+    if key in _SMALLEST and (wrong := _wrong_value(value, "int", _SMALLEST[key])):
+        return wrong
     for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
         text = str(item)
-        if wanted and type(item) not in kinds:
-            return f"must be {wanted}"
-        if choices and text not in choices:
-            return f"must be one of {', '.join(choices)}"
-        if isinstance(item, float) and not math.isfinite(item):
-            return "must be a finite number"
+        if wrong := _wrong_value(item, option.get("kind", "").replace("Path", "str")):
+            return wrong
+        if option.get("choices") and text not in option["choices"]:
+            return f"must be one of {', '.join(option['choices'])}"
         if Path(text).suffix.lower() in _PICKLE_SUFFIXES:
             return "is a pickle; use a safetensors file"
         if re.match(r"[A-Za-z]:[\\/]", text):
@@ -633,7 +622,6 @@ _PICTURE_SUFFIXES = frozenset(
 )
 _CAPTION_SUFFIXES = frozenset((".txt", ".caption", ".cap", ".tags", ".json"))
 _FOLDERS = ("image_dir", "conditioning_data_dir", "metadata_file")  # keys of a subset that hold a path
-SMALLEST_SIDE = 8  # pixels: one latent
 
 
 @dataclass(frozen=True)
@@ -697,14 +685,14 @@ def read_data_set_file(path: Path) -> dict[str, Any]:
     config = read_toml(path, "--dataset-config")
     if not isinstance(config.setdefault("general", {}), dict):
         raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
-    tables = [config]
-    for name in ("datasets", "subsets"):
-        found = [table.get(name) for table in tables]
-        if not all(isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) for rows in found):
-            where = "datasets" if name == "datasets" else "datasets.subsets"
-            raise RefusedInput(f"--dataset-config: {path} has no [[{where}]]; see configs/luca_human_dataset.toml")
-        tables = list(itertools.chain(*found))
-    for subset, key in itertools.product(tables, _FOLDERS):
+    try:
+        subsets = [subset for dataset in config["datasets"] for subset in dataset["subsets"]]
+    except (KeyError, TypeError):
+        subsets = []
+    if not subsets or not all(isinstance(subset, dict) for subset in subsets):
+        why = f"{path} has no [[datasets]] with [[datasets.subsets]]"
+        raise RefusedInput(f"--dataset-config: {why}; see configs/luca_human_dataset.toml")
+    for subset, key in itertools.product(subsets, _FOLDERS):
         if subset.get(key) and isinstance(subset[key], str):
             with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long a name, nobody's home
                 given = Path(subset[key]).expanduser()
@@ -731,37 +719,34 @@ class DataSetReader:
         self.notes: list[str] = []
 
     def list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
-        """The pictures that stand in where sd-scripts does not tell what it trains."""
-        place = settings.get("image_dir", "")
-        if not place or not isinstance(place, str):  # its type is kohya's to judge
-            if place == "" and "metadata_file" not in settings:
+        """A subset's pictures, which stand in where sd-scripts does not tell what it trains."""
+        place, has_metadata = settings.get("image_dir", ""), "metadata_file" in settings
+        if not os.path.isdir(str(place)):  # noqa: PTH112 - Path raises
+            if isinstance(place, str) and place:
+                self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
+            elif place == "" and not has_metadata:
                 self.problems.append(f"image_dir is missing in a subset of {self.path}; give its folder")
             return []
-        if not os.path.isdir(place):  # noqa: PTH112 - Path raises
-            self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
-            return []
-        folder, images = Path(place), []
+        folder = Path(str(place))
         try:
             self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
         except OSError as error:
             self.problems.append(f"can't read image_dir {folder} ({error.strerror}); mend its rights")
             return []
-        if "metadata_file" in settings:
+        if has_metadata:
             return []
         if not _pictures_in(folder):
             self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
-        extension, tokens = f".{settings['caption_extension']}".replace("..", "."), settings.get("class_tokens")
-        is_reg = settings.get("is_reg") is True
+        extension = f".{settings['caption_extension']}".replace("..", ".")
+        tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
+        images = []
         for picture in [file for file in files if file.suffix in _ALWAYS_TRAINED]:
             caption = self._read_caption(picture, extension)
-            text = as_tags(caption or str(tokens or ""))
-            images.append(TrainingImage(picture, (text,), caption is not None, is_reg))
+            images.append(TrainingImage(picture, (as_tags(caption or tokens),), caption is not None, is_reg))
         without = [image.path.name for image in images if not image.has_caption]
         if without and not tokens and not is_reg:
-            self.problems.append(
-                f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens "
-                f"(the first is {without[0]}); write the captions, or set caption_extension or class_tokens"
-            )
+            what = f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens"
+            self.problems.append(f"{what}, {without[0]} for one; write them, or set caption_extension or class_tokens")
         return images
 
     def _find_images(self, files: Sequence[Path]) -> str:
@@ -787,24 +772,8 @@ class DataSetReader:
             self.problems.append(f"caption {file} is empty, at which kohya stops; write it, or delete it")
         return text and text.split("\n")[0].strip()
 
-    def hear_kohya(self, config: Any, answer: Mapping[str, Any]) -> None:
-        """What kohya said against folders that it leaves out, and against keys and values of the file."""
-        left_out = [said.partition(" / ")[0] for _, said in answer.get("said", []) if said.startswith("ignore ")]
-        if not self.problems:
-            self.problems += [f"{self.path}: kohya would {one_line(said)}; mend that" for said in left_out]
-        for place, message in answer.get("stopped", []):
-            if "extra keys" in message:
-                known = ("general", "datasets", *answer.get("keys", ()))
-                self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
-            elif place:
-                value = config
-                with contextlib.suppress(KeyError, IndexError, TypeError):  # a key that lacks
-                    for part in place:
-                        value = value[part]
-                self.problems.append(f"{place[-1]} = {value!r} in {self.path} is refused by kohya ({message}); mend it")
-
     def look_at(self, images: Iterable[TrainingImage], on_disk: bool) -> None:
-        """Open each picture as scoring will, and note what kohya or scoring would stumble over."""
+        """Open each picture as scoring will."""
         from PIL import Image
 
         turned, by_stem = [], {}
@@ -814,51 +783,58 @@ class DataSetReader:
                 str(path).encode()  # plan.json and the trainer want UTF-8
                 if not path.is_file():  # a pipe would be waited for
                     raise ValueError("it is no file")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow's, of large pictures
-                    with Image.open(path) as opened:
-                        opened.load()  # kohya stops at a truncated one, hours later perhaps
-                        turned += [path.name] if opened.getexif().get(0x0112, 1) != 1 else []
+                with Image.open(path) as opened:
+                    opened.load()  # kohya stops at a truncated one, hours later perhaps
+                    turned += [path.name] if opened.getexif().get(0x0112, 1) != 1 else []
             except Exception as error:  # Pillow raises all sorts on damaged files
-                plugin = "install Pillow's plug-in for it in this Python too, which scores with it, or convert it"
-                remedy = "mend or remove it" if path.suffix in _ALWAYS_TRAINED else plugin
-                self.problems.append(f"can't use {path} ({one_line(error)}); {remedy}")
+                self.problems.append(f"can't use {path} ({one_line(error)}); mend or remove it, or convert it to PNG")
                 continue
             other, size = by_stem.setdefault(path.with_suffix(""), path), image.size or opened.size
             if on_disk and other != path:
-                self.problems.append(
-                    f"{other} and {path.name} would share one cache of latents; rename one, with its caption"
-                )
+                self.problems.append(f"{other} and {path.name} would share one cache of latents; rename one")
             if on_disk and any(abs(size[side] - opened.size[side]) > 1 for side in (0, 1)):
-                why = f"kohya takes it for {size[0]} x {size[1]} pixels, by the name of a .npz file"
-                self.problems.append(f"{path} is not as large as its cached latents: {why}; delete its .npz files")
+                why = f"{path} is not of the size that a .npz file beside it names ({size[0]} x {size[1]})"
+                self.problems.append(f"{why}, and kohya goes by that; delete its .npz files")
         if turned:
             counted = f"{', '.join(turned[:3])}, {len(turned)} of {len(pictures)}"
             self.notes.append(f"stored turned (EXIF), and trained as stored, not as viewers show it: {counted}")
 
     def find_unused(self, images: Iterable[TrainingImage]) -> None:
-        """Note what lies in the folders and is not trained, with its number."""
+        """Note what lies in the folders and is not used, with its number."""
         has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
         trained = {image.path for image in images}
         for folder, files in self.folders.items():
-            unused = [file for file in files if file not in trained]
-            pictures = [file for file in unused if file.suffix.lower() in _PICTURE_SUFFIXES and file.is_file()]
-            captions = [file for file in unused if file.suffix in _CAPTION_SUFFIXES and file.is_file()]
-            unread = [file for file in captions if has_caption.get(file.with_suffix("")) is False]
-            known = {*has_caption, *(file.with_suffix("") for file in pictures)}
-            alone = [file for file in captions if file.with_suffix("") not in known]
-            by_cache = (folder / "metadata_cache.json").is_file() and "metadata_cache.json is read instead (cache_info)"
+            by_cache = folder / "metadata_cache.json" in files and "metadata_cache.json is read instead (cache_info)"
+            pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file not in trained]
+            captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES]
+            unread = [file for file in captions if not has_caption.get(file.with_suffix(""))]
             for what, found, remedy in (
                 ("not trained", pictures, by_cache or "convert them, or let them lie"),
-                ("class_tokens stand in for captions", unread, "set caption_extension to read them"),
-                ("captions without a picture", alone, "let them lie, or rename them"),
+                ("captions that are not read", unread, "set caption_extension or rename them, or let them lie"),
             ):
-                if found:
-                    counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
-                    self.notes.append(f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}")
-            for inner in [file for file in unused if _pictures_in(file)]:
+                counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
+                self.notes += [f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}"] if found else []
+            for inner in filter(_pictures_in, files):
                 count = len(_pictures_in(inner))
                 self.notes.append(f"not trained: {count} in {inner}; kohya looks into no folder of a folder")
+
+    def hear_kohya(self, config: Any, answer: Mapping[str, Any]) -> None:
+        """What kohya says against keys, values and folders, and why it stops where nothing else says it."""
+        for place, message in answer.get("stopped", []):
+            value = config
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # a key that lacks
+                for part in place:
+                    value = value[part]
+            if "extra keys" in message:
+                known = ("general", "datasets", *answer.get("keys", ()))
+                self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
+            elif place:
+                self.problems.append(f"{place[-1]} = {value!r} in {self.path} is refused by kohya ({message}); mend it")
+        if not self.problems:
+            left_out = [said.partition(" / ")[0] for _, said in answer.get("said", []) if said.startswith("ignore ")]
+            self.problems += [f"{self.path}: kohya would {one_line(said)}; mend that" for said in left_out]
+        if answer.get("stopped") and not self.problems:
+            self.problems.append(f"{self.path}: kohya stops before its first step: {why_stopped(answer)}; mend it")
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -866,69 +842,38 @@ def _pictures_in(folder: Path) -> list[Path]:
     return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
 
 
-def read_data_set(
-    path: Path, config: Mapping[str, Any], options: Mapping[str, Any], answer: Mapping[str, Any]
-) -> DataSet:
-    """The data set of a file (`config`: its content) as sd-scripts' `answer` has it, else as it lies in its folders.
-
-    RefusedInput lists all that is wrong with it.
-    """
+def read_data_set(path: Path, config: Params, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
+    """A data set as sd-scripts' `answer` has it, else as it lies in its folders; RefusedInput lists what is wrong."""
     inherited = {"caption_extension": ".caption", **options, **config["general"]}
     subsets = [{**inherited, **dataset, **subset} for dataset in config["datasets"] for subset in dataset["subsets"]]
     reader = DataSetReader(path)
     images = [image for settings in subsets for image in reader.list_folder(settings)]
-    reader.hear_kohya(config, answer)
     if "images" in answer:
         images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
-    if answer and not reader.problems and all(image.is_reg for image in images):
-        reader.problems.append(f"{path} has no images but for regularisation; add the character's own")
-    smallest = min((min(image.bucket) for image in images if image.bucket), default=SMALLEST_SIDE)
-    if smallest < SMALLEST_SIDE:
-        reader.problems.append(f"{path}: a resolution of {smallest} pixels is too small; raise it")
-    if "notes" in answer:  # of an earlier start, which has looked at the same files
-        reader.notes += answer["notes"]
-    else:
+    if "notes" not in answer:  # otherwise an earlier start has looked at the same files
         reader.look_at(images, options.get("cache_latents_to_disk") is True)
         reader.find_unused(images)
         if answer and "images" not in answer:
-            reader.notes.append(
-                f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')}); pictures and "
-                "captions are taken as they lie in the folders, and its first step tells the number of batches"
-            )
-    if answer.get("stopped") and not reader.problems:
-        reader.problems.append(f"{path}: kohya stops before its first step: {why_stopped(answer)}; mend it")
+            why = f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')})"
+            reader.notes.append(f"{why}; what lies in the folders is taken, and its first step tells the batches")
+    reader.hear_kohya(config, answer)
+    if answer and not reader.problems and all(image.is_reg for image in images):
+        reader.problems.append(f"{path} has no images but for regularisation; add the character's own")
+    smallest = min((side for image in images for side in image.bucket or ()), default=8)
+    if smallest < 8:  # pixels of one latent
+        reader.problems.append(f"{path}: a resolution of {smallest} pixels is too small; raise it")
     if reader.problems:
         raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(reader.problems)))
     tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
     class_tokens = tokens.pop() if len(tokens) == 1 else None
-    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, tuple(reader.notes))
+    notes = tuple(answer.get("notes", reader.notes))
+    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, notes)
 
 
-# Which model a safetensors file is, by a tensor that only this family has; the first match wins.
-_FAMILY_MARKS = {
-    r"(?m)^lora_": "a LoRA",
-    r"(?m)double_blocks\.0\.img_attn\.norm\.key_norm\.scale$": "FLUX",
-    r"(?m)joint_blocks\.0\.context_block\.adaLN_modulation\.1\.bias$": "SD3",
-    r"(?m)conditioner\.embedders\.1\.model\.transformer\.resblocks\.9\.mlp\.c_proj\.bias$": "SDXL",
-    r"(?m)conditioner\.embedders\.0\.model\.transformer\.resblocks\.9\.mlp\.c_proj\.bias$": "SDXL refiner",
-}
+# By which tensors and files a base model is known, and is whole.
+_MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
 _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 _CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-# How many tensors kohya reads of each part of a Stable Diffusion 1.x file; it stops at one less or more.
-_PARTS_OF_A_FILE = {
-    "UNet": (r"(?m)^model\.diffusion_model\.(time_embed|input_blocks|middle_block|output_blocks|out)\.", 686),
-    "VAE": (r"(?m)^first_stage_model\.(encoder|decoder|quant_conv|post_quant_conv)\.", 248),
-    "text encoder": (r"(?m)^cond_stage_model\.transformer\.(?!text_model\.embeddings\.position_ids$)", 196),
-}
-# What kohya (all but the tokenizer) and the scoring load of a diffusers folder.
-_PARTS_OF_A_FOLDER = {
-    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "text_encoder": ("config.json", "model.safetensors"),
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "merges.txt"),
-    "feature_extractor": ("preprocessor_config.json",),  # only where model_index.json names it
-}
 _TEXT_ENCODER = "cond_stage_model.transformer."
 _OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
 # Layers that networks.lora adapts: linear layers and 1x1 convolutions of attention blocks and text encoder.
@@ -973,8 +918,6 @@ def inspect_base_model(path: Path) -> BaseModel:
         copy = f"cp -L {shlex.quote(str(path))} MODEL.safetensors"
         why = f"kohya would take {real} for a pickle by its name, and it may be a pickle, which can run code"
         raise RefusedInput(f"--base-model: {why}; if it is a safetensors file, copy it with the right name: {copy}")
-    if not is_file and not (path / "model_index.json").is_file():
-        raise RefusedInput(f"--base-model: {path} is a folder without model_index.json; {remedy}")
     files, headers = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
     for file in files:
         try:
@@ -993,44 +936,45 @@ def inspect_base_model(path: Path) -> BaseModel:
 def _wrong_in_file(header: Mapping[str, Any]) -> str:
     """Why a file is no whole Stable Diffusion 1.x, or nothing."""
     names = "\n".join(header)
-    counts = {part: len(re.findall(pattern, names)) for part, (pattern, _) in _PARTS_OF_A_FILE.items()}
+    families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
     first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
-    families = [family for mark, family in _FAMILY_MARKS.items() if re.search(mark, names)]
     families += ["an inpainting model"] if first[1:2] == [9] else []
+    counts = {part: len(re.findall(known["names"], names)) for part, known in _MODELS["file"].items()}
     if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
         families.append("SD2.x" if cross[-1] == 1024 else "of an unknown family")
     if families:
         return f"is {families[0]}, which this search does not train"
-    missing = [
-        f"{counts[part]} tensors of its {part} instead of {expected}" if counts[part] else f"no {part}"
-        for part, (_, expected) in _PARTS_OF_A_FILE.items()
-        if counts[part] != expected
-    ]
+    missing = []
+    for part, known in _MODELS["file"].items():
+        if counts[part] != known["tensors"]:
+            found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
+            missing.append(found if counts[part] else f"no {part}")
     return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
 
 
 def _wrong_in_folder(folder: Path) -> str:
-    """Why a diffusers folder is no whole Stable Diffusion 1.x, or nothing."""
-    index, unet = (read_json(folder / file) or {} for file in ("model_index.json", "unet/config.json"))
-    pipeline = "SD2.x" if unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
+    """Why a folder is no whole Stable Diffusion 1.x of diffusers, or nothing."""
+    index, unet = (read_json(folder / file) for file in ("model_index.json", "unet/config.json"))
+    if index is None:
+        return "is a folder without model_index.json"
+    pipeline = "SD2.x" if unet and unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
     if pipeline != "StableDiffusionPipeline":
         return f"is {pipeline}, which this search does not train"
     missing = []
-    for part, names in _PARTS_OF_A_FOLDER.items():
+    for part, names in _MODELS["folder"].items():
         if index.get(part) in (None, [None, None]):
             missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
         elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
-            for file in itertools.chain(*(_shards(folder / part / name) for name in names)):
+            for file in itertools.chain(*(_files_of(folder / part / name) for name in names)):
                 if read_json(file) is None if file.suffix == ".json" else not file.is_file():
                     variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
-                    missing.append(
-                        f"no whole {part}/{file.name}" + f" (rename {' or '.join(variants)})" * bool(variants)
-                    )
+                    hint = f" (rename {' or '.join(variants)})" if variants else ""
+                    missing.append(f"no whole {part}/{file.name}{hint}")
     return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
 
 
-def _shards(file: Path) -> list[Path]:
-    """The files that an index names in place of one, or that one."""
+def _files_of(file: Path) -> list[Path]:
+    """The shards that an index names in place of a file, or the file itself."""
     shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
     is_split = isinstance(shards, dict) and not file.is_file()
     return sorted({file.with_name(str(shard)) for shard in shards.values()}) if is_split else [file]
@@ -1688,88 +1632,74 @@ class KohyaTrainer:
         return status, progress
 
 
-def is_own_cache(file: Path) -> bool:
-    """Whether nothing but a trainer's cache has such a name."""
-    return file.name.endswith("_sd.npz")
+@dataclass(frozen=True)
+class Latents:
+    """What kohya caches beside the pictures. `trusted` says which arrays this sd-scripts takes for good ones.
 
-
-def sizes_of_latents(file: Path) -> dict[str, tuple[int, ...]] | None:
-    """Width and height of the arrays in a cache, by their names; None for a torn file, at which kohya stops.
-
-    sd-scripts before v0.10.2 keeps one size under `latents`, later ones each size under `latents_HEIGHTxWIDTH`.
+    Those are "sized" ones, which name their size (from v0.10.2 on), and a "plain" one of whatever size.
     """
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
 
+    images: Sequence[TrainingImage]
+    trusted: Mapping[str, bool]
+    scale: int  # pixels of a latent
 
-def state_of_latents(image: TrainingImage, trusted: Mapping[str, bool], scale: int) -> str:
-    """One of "good", "missing" (kohya makes or completes it), "torn", "foreign", "wrong" (a size that kohya misreads).
+    @staticmethod
+    def sizes(file: Path) -> dict[str, tuple[int, ...]] | None:
+        """Width and height of a cache's arrays (`latents`, or `latents_HEIGHTxWIDTH`); None for a torn file."""
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
 
-    `trusted` says what this sd-scripts takes for a good cache: "sized" arrays, and a "plain" one of whatever size.
-    """
-    assert image.latents and image.bucket
-    if not image.latents.exists():
-        return "missing"
-    found = sizes_of_latents(image.latents)
-    if not found and not is_own_cache(image.latents):
-        return "foreign"
-    if found is None:
-        return "torn"
-    wanted = (image.bucket[0] // scale, image.bucket[1] // scale)
-    sized = "_{1}x{0}".format(*wanted) if trusted["sized"] else ""
-    if not all(name in found or name + sized in found for name in image.arrays):
-        return "missing"
-    if "latents" + sized in found and sized:
-        return "good"
-    return "good" if found["latents"] == wanted else "wrong" if trusted["plain"] else "missing"
+    def state(self, image: TrainingImage) -> str:
+        """One of good, missing (kohya makes or completes it), torn, foreign, wrong (a size that kohya misreads)."""
+        assert image.latents and image.bucket
+        if not image.latents.exists():
+            return "missing"
+        found = self.sizes(image.latents)
+        if not found:
+            return "torn" if image.latents.name.endswith("_sd.npz") else "foreign"  # no other program names it so
+        wanted = (image.bucket[0] // self.scale, image.bucket[1] // self.scale)
+        sized = f"_{wanted[1]}x{wanted[0]}" if self.trusted["sized"] else ""
+        if not all(name in found or name + sized in found for name in image.arrays):
+            return "missing"
+        if (sized and "latents" + sized in found) or found["latents"] == wanted:
+            return "good"
+        return "wrong" if self.trusted["plain"] else "missing"
 
+    def check(self) -> None:
+        """RefusedInput where kohya would train wrong pictures without a word, or stop."""
+        sizes: dict[Path, set[Any]] = {}
+        why, remedy = "", "set cache_latents_to_disk = false in the training config"
+        for image in self.images:
+            state, folder = self.state(image), image.path.parent
+            sizes.setdefault(image.path, set()).add(image.bucket)
+            if state == "foreign":
+                why = f"{image.latents} is no cache of latents, as kohya takes it for; move it away, or "
+            elif state == "wrong":
+                cached = [side * self.scale for side in (self.sizes(image.latents) or {})["latents"]]
+                size = "{} x {} instead of {} x {}".format(*cached, *image.bucket)
+                why = f"{image.latents} holds {size}, which kohya would train; delete all such files, or "
+            elif state != "good" and not os.access(folder, os.W_OK):
+                why = f"{folder} can't be written, where kohya would cache latents; make it writable, or "
+            elif len(sizes[image.path]) > 1 and not self.trusted["sized"]:
+                count = len({other.bucket for other in self.images if other.path == image.path})
+                why = (
+                    f"{image.path} is trained at {count} sizes, of which this sd-scripts caches one; take v0.10.2, or "
+                )
+            if why:
+                raise RefusedInput(f"--dataset-config: {why}{remedy}")
 
-def check_latents(images: Sequence[TrainingImage], trusted: Mapping[str, bool], scale: int) -> None:
-    """RefusedInput for caches on which kohya would train wrong pictures without a word, or at which it would stop."""
-    states = {image: state_of_latents(image, trusted, scale) for image in images}
-    for image, state in states.items():
-        if state == "foreign":
-            raise RefusedInput(
-                f"--dataset-config: {image.latents} is no cache of latents, as kohya takes it for; move it away"
-            )
-        if state in ("missing", "torn") and not os.access(image.path.parent, os.W_OK):
-            raise RefusedInput(
-                f"--dataset-config: {image.path.parent} can't be written, where kohya would cache latents; make it "
-                "writable, or set cache_latents_to_disk = false in the training config"
-            )
-    sizes: dict[Path, set[Any]] = {}
-    for image in images:
-        sizes.setdefault(image.path, set()).add(image.bucket)
-    twice = [path for path, buckets in sizes.items() if len(buckets) > 1]
-    if twice and not trusted["sized"]:
-        raise RefusedInput(
-            f"--dataset-config: {twice[0]} is trained at {len(sizes[twice[0]])} sizes, and this sd-scripts keeps one "
-            "cache a picture; take v0.10.2 or later, or set cache_latents_to_disk = false in the training config"
-        )
-    if wrong := [image for image, state in states.items() if state == "wrong"]:
-        width, height = (side * scale for side in (sizes_of_latents(wrong[0].latents) or {})["latents"])
-        raise RefusedInput(
-            f"--dataset-config: the latents cached beside {len(wrong)} pictures are of another resolution, which kohya "
-            "does not notice: {} ({} x {} instead of {} x {}); delete these .npz files, or use a copy of the pictures "
-            "without them".format(wrong[0].latents, width, height, *wrong[0].bucket)
-        )
-
-
-def prepare_latents(images: Sequence[TrainingImage], trusted: Mapping[str, bool], scale: int) -> bool:
-    """Delete caches that a killed trainer left torn, under the pictures' lock. Whether all are there.
-
-    What can be read is never deleted: kohya completes it with the size that it lacks.
-    """
-    states = [(image.latents, state_of_latents(image, trusted, scale)) for image in images]
-    torn = {file for file, state in states if file and state == "torn"}
-    for file in torn:
-        file.unlink(missing_ok=True)
-    if torn:
-        say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); they are made again.")
-    return all(state == "good" for _, state in states)
+    def prepare(self) -> bool:
+        """Delete torn caches, as a killed trainer leaves them, under the pictures' lock. Whether all are there."""
+        states = [(image.latents, self.state(image)) for image in self.images]
+        torn = {file for file, state in states if file and state == "torn"}
+        for file in torn:
+            file.unlink(missing_ok=True)
+        if torn:
+            say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); they are made again.")
+        return all(state == "good" for _, state in states)
 
 
 @contextlib.contextmanager
@@ -1793,30 +1723,15 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 
     def watch() -> None:
         if time.monotonic() > deadline:
-            raise RefusedInput(
-                f"`{shlex.join(command)}` took more than {seconds:g} s and was ended; run it by hand to see what it "
-                "waits for, or give the same command again where only the disk is slow"
-            )
+            why = f"`{shlex.join(command)}` took more than {seconds:g} s and was ended"
+            raise RefusedInput(f"{why}; run it by hand to see what it waits for, or try again if the disk is slow")
 
     try:
         status = run_process(command, child_environment(device), output.append, watch=watch)
     except OSError as error:
-        raise RefusedInput(
-            f"--trainer-python: can't run {command[0]} ({error.strerror}); give kohya's python"
-        ) from error
+        why = f"can't run {command[0]} ({error.strerror})"
+        raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
     return status, "".join(output)
-
-
-def _sd_scripts_version(sd_scripts: Path) -> str:
-    """What git says, and a digest of the trainer itself (which may have been changed by hand)."""
-    files = [sd_scripts / "train_network.py", *sorted((sd_scripts / "library").glob("*.py"))]
-    content = digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
-    if not (sd_scripts / ".git").exists() or not shutil.which("git"):
-        return f"files {content}"
-    with contextlib.suppress(RefusedInput):  # a git that does not answer keeps nobody from training
-        status, output = capture(["git", "-C", str(sd_scripts), "describe", "--tags", "--always"], "cpu")
-        return f"{output.strip()} (files {content})" if status == 0 else f"files {content}"
-    return f"files {content}"
 
 
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
@@ -1842,100 +1757,96 @@ class TrainerFacts:
         return self.answer["bitsandbytes"]
 
 
-def inspect_trainer(
-    sd_scripts: Path,
-    python: str,
-    device: str,
-    options: Mapping[str, Any],
-    base_model: Path,
-    data_set: Mapping[str, Any],
-    cache: Path | None = None,
-) -> TrainerFacts:
-    """What kohya says of these inputs; RefusedInput for a trainer that does not work here.
-
-    The answer takes seconds; `cache` (see remember_answer) has it for inputs, files and version that have not changed.
-    """
-    script = sd_scripts / "train_network.py"
-    if not script.is_file():
-        raise RefusedInput(
-            f"--sd-scripts: {sd_scripts} has no train_network.py; give the folder of kohya-ss/sd-scripts"
-        )
-    version = _sd_scripts_version(sd_scripts)
-    about = [version, python, device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname(), dict(options)]
-    key = digest(json.dumps([*about, str(base_model), data_set, _files_below(data_set)], default=str))
-    known = read_json(cache) if cache else None
-    answer = known["answer"] if known and known["key"] == key and _has_same_packages(known["answer"]) else None
-    answer = answer or _ask_kohya(script, python, device, options, base_model, data_set)
-    if answer["missing"]:
-        missing = ", ".join(answer["missing"])
-        raise RefusedInput(f"--trainer-python: {python} has no {missing}; give the Python in which kohya is installed")
-    if "dataset_config" not in answer.get("options", {}):
-        raise RefusedInput(
-            f"--sd-scripts: {script} does not answer as kohya's trainer does ({why_stopped(answer)}); check "
-            "--sd-scripts and --trainer-python"
-        )
-    return TrainerFacts(version, answer["card"] if device != "cpu" else "cpu", {**answer, "key": key})
-
-
 def check_card(trainer: TrainerFacts, settings: Settings) -> None:
     if not trainer.device_name:
-        raise RefusedInput(
-            f"--device: PyTorch {trainer.answer['torch']} of {settings.trainer_python} sees no {settings.device}; "
-            "kohya would train on the CPU without a word; mend the installation or give --device cpu"
-        )
+        why = f"PyTorch {trainer.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
+        raise RefusedInput(f"--device: {why}, and kohya would take the CPU; mend the installation or give --device cpu")
 
 
 def remember_answer(trainer: TrainerFacts, cache: Path, notes: Sequence[str] = ()) -> None:
     write_json(cache, {"key": trainer.answer["key"], "answer": {**trainer.answer, "notes": list(notes)}})
 
 
-def _has_same_packages(answer: Mapping[str, Any]) -> bool:
-    """Whether nothing was installed or removed in the trainer's Python."""
-    folder, changed = answer["packages"]
-    return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
+@dataclass(frozen=True)
+class Probe:
+    """Asks sd-scripts, in the trainer's Python, what it would train."""
 
+    sd_scripts: Path
+    python: str
+    device: str
+    options: Mapping[str, Any]
+    base_model: Path
+    data_set: Mapping[str, Any]  # its file's content
 
-def _files_below(data_set: Mapping[str, Any]) -> list[Any]:
-    """All files of a data set by name, size and time, without the caches of latents."""
-    named = {
-        str(subset.get(key, ""))
-        for dataset in data_set["datasets"]
-        for subset in dataset["subsets"]
-        for key in _FOLDERS
-    }
-    about = []
-    for place in (Path(name) for name in sorted(named) if os.path.exists(name)):  # noqa: PTH110 - Path raises
-        with contextlib.suppress(PermissionError):
-            for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-                if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
-                    raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
-                if file.suffix != ".npz" and file.exists():
-                    about.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return about
+    def ask(self, cache: Path | None = None) -> TrainerFacts:
+        """RefusedInput for a trainer that does not work here.
 
+        It takes seconds; `cache` (see remember_answer) has the answer while inputs, files and version are the same.
+        """
+        script = self.sd_scripts / "train_network.py"
+        if not script.is_file():
+            where = f"--sd-scripts: {self.sd_scripts} has no train_network.py"
+            raise RefusedInput(f"{where}; give the folder of kohya-ss/sd-scripts")
+        version = self._version()
+        about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
+        about += [dict(self.options), str(self.base_model), self.data_set, self._files()]
+        key = digest(json.dumps(about, default=str))
+        known = read_json(cache) if cache else None
+        is_same = known and known["key"] == key and self._has_packages(*known["answer"]["packages"])
+        answer = known["answer"] if known and is_same else self._run(script)
+        if missing := ", ".join(answer["missing"]):
+            where = f"{self.python} has no {missing}"
+            raise RefusedInput(f"--trainer-python: {where}; give the Python in which kohya is installed")
+        if "dataset_config" not in answer.get("options", {}):
+            why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
+            raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
+        return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", {**answer, "key": key})
 
-def _ask_kohya(
-    script: Path,
-    python: str,
-    device: str,
-    options: Mapping[str, Any],
-    base_model: Path,
-    data_set: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Run the probe in the trainer's Python; nothing is left of it."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        # JSON, since the toml package garbles odd keys, and kohya is to be the one who refuses them.
-        (folder / "dataset.json").write_text(json.dumps(data_set, default=str), encoding="utf-8")
-        config = trial_config(FIRST_STEP_PARAMS, options, base_model, folder / "dataset.json", folder / "out")
-        write_toml(folder / "config.toml", config)
-        files = [str(script), str(folder / "config.toml"), str(folder / "answer.json")]
-        _, output = capture([python, str(PROBE), *files], device, PROBE_SECONDS)
-        answer = read_json(folder / "answer.json")
-    if answer is None or "missing" not in answer:
-        said = meaningful_line(output.splitlines())
-        raise RefusedInput(f"--trainer-python: {python} is no working Python ({said}); give kohya's python")
-    return answer
+    def _version(self) -> str:
+        """What git says, and a digest of the trainer itself (which may have been changed by hand)."""
+        files = [self.sd_scripts / "train_network.py", *sorted((self.sd_scripts / "library").glob("*.py"))]
+        content = "files " + digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
+        if (self.sd_scripts / ".git").exists() and shutil.which("git"):
+            with contextlib.suppress(RefusedInput):  # a git that does not answer keeps nobody from training
+                status, output = capture(["git", "-C", str(self.sd_scripts), "describe", "--tags", "--always"], "cpu")
+                return f"{output.strip()} ({content})" if status == 0 else content
+        return content
+
+    def _files(self) -> list[Any]:
+        """The data set's by name, size and time, without the caches of latents."""
+        subsets = [subset for dataset in self.data_set["datasets"] for subset in dataset["subsets"]]
+        places = sorted({str(subset.get(key, "")) for subset in subsets for key in _FOLDERS})
+        about = []
+        for place in map(Path, filter(os.path.exists, places)):  # Path.exists raises on odd names
+            with contextlib.suppress(PermissionError):
+                for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+                    if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
+                        raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
+                    if file.suffix != ".npz" and file.exists():
+                        about.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        return about
+
+    @staticmethod
+    def _has_packages(folder: str, changed: int) -> bool:
+        """Whether nothing was installed or removed in the trainer's Python."""
+        return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
+
+    def _run(self, script: Path) -> dict[str, Any]:
+        """The answer of configs/kohya_probe.py. Nothing is left of it."""
+        with tempfile.TemporaryDirectory() as temporary:
+            config, data_set, answer_file, out = (
+                Path(temporary, name) for name in ("c.toml", "d.json", "a.json", "out")
+            )
+            # JSON, since the toml package garbles odd keys, and kohya is to be the one who refuses them.
+            data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
+            write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, out))
+            command = [self.python, *map(str, (PROBE, script, config, answer_file))]
+            _, output = capture(command, self.device, PROBE_SECONDS)
+            answer = read_json(answer_file)
+        if answer is None or "missing" not in answer:
+            why = f"{self.python} is no working Python ({meaningful_line(output.splitlines())})"
+            raise RefusedInput(f"--trainer-python: {why}; give kohya's python")
+        return answer
 
 
 # ======================================================================================================
@@ -4036,7 +3947,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     enqueued = problems.of(EnqueueFile(settings.enqueue, trainer).read) if settings.enqueue else []
     study = problems.of(checks.output, data_set) if settings.output_dir else None
     if ready and base_model and keeps_latents(options, answer):
-        problems.of(check_latents, data_set.images, answer["trusted"], latents_scale(settings.base_model))
+        problems.of(Latents(data_set.images, answer["trusted"], latents_scale(settings.base_model)).check)
     problems.refuse()
     fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
     if study:
@@ -4063,7 +3974,7 @@ class InputChecks:
         device = "cpu" if _wrong_device(settings.device) else settings.device
         where = (settings.sd_scripts, settings.trainer_python, device)
         base_model = settings.base_model or Path("missing")
-        return inspect_trainer(*where, fixed, base_model, config or {"datasets": []}, cache or None)
+        return Probe(*where, fixed, base_model, config or {"datasets": []}).ask(cache or None)
 
     def precision(self, options: Mapping[str, Any]) -> None:
         if self.settings.device == "cpu" and options.get("mixed_precision") == "fp16":
@@ -4464,7 +4375,7 @@ class Reference:
         if not self.inputs.caches_latents:
             return True
         trusted, scale = self.inputs.trainer.answer["trusted"], latents_scale(self.inputs.settings.base_model)
-        return prepare_latents(self.inputs.data_set.images, trusted, scale)
+        return Latents(self.inputs.data_set.images, trusted, scale).prepare()
 
     def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
         """The score's anchors: the base model's own images."""

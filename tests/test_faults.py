@@ -540,7 +540,7 @@ def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -
     done = night.run(2)
     assert done.returncode == 0, done.stdout
     assert "Deleted 2 torn caches of latents" in done.stdout and "Trying the trainer out" in done.stdout
-    assert all((search.sizes_of_latents(cache) or {})["latents"] == (8, 8) for cache in caches)
+    assert all((search.Latents.sizes(cache) or {})["latents"] == (8, 8) for cache in caches)
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ class Case:
         config = search.read_data_set_file(path)
         python = str(self.flags.get("trainer_python", sys.executable))
         where = (Path(str(self.flags["sd_scripts"])), python, "cpu")
-        answer = search.inspect_trainer(*where, self.training, self.world / "base_model", config).answer
+        answer = search.Probe(*where, self.training, self.world / "base_model", config).ask().answer
         return search.read_data_set(path, config, self.training, answer), answer
 
     def read(self) -> search.DataSet:
@@ -391,7 +391,7 @@ def test_captions_that_nobody_reads_are_said(case: Case) -> None:
     case.data["general"] = {"enable_bucket": True}
     case.subset["class_tokens"] = "luca boy"
     status, said = case.check()
-    assert status == 0 and "class_tokens stand in for captions" in said and "2 .txt" in said, said
+    assert status == 0 and "captions that are not read" in said and "2 .txt" in said, said
 
 
 def test_a_parent_folder_is_told_which_folder_it_holds(case: Case) -> None:

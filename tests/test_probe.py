@@ -40,7 +40,7 @@ class SdScripts:
     def ask(self, options: dict[str, Any] = OPTIONS) -> search.TrainerFacts:
         config = search.read_data_set_file(self.data_set)
         where = (self.folder, sys.executable, "cpu")
-        facts = search.inspect_trainer(*where, options, Path("/no/model"), config, self.cache)
+        facts = search.Probe(*where, options, Path("/no/model"), config).ask(self.cache)
         search.remember_answer(facts, self.cache)
         return facts
 
@@ -144,12 +144,12 @@ def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:
 def ask(folder: Path, body: str, device: str = "cpu", python: str = sys.executable) -> dict[str, Any]:
     folder.mkdir()
     (folder / "train_network.py").write_text(body)
-    return search.inspect_trainer(folder, python, device, {}, Path("/no/model"), {"datasets": []}).answer
+    return search.Probe(folder, python, device, {}, Path("/no/model"), {"datasets": []}).ask().answer
 
 
 def test_a_folder_without_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(search.RefusedInput, match=r"no train_network\.py; give the folder"):
-        search.inspect_trainer(tmp_path, sys.executable, "cpu", {}, Path("/no/model"), {"datasets": []})
+        search.Probe(tmp_path, sys.executable, "cpu", {}, Path("/no/model"), {"datasets": []}).ask()
 
 
 @pytest.mark.parametrize("body", ["print('hello')", "raise ImportError('no')", "import sys; sys.exit(3)", "x ="])
@@ -182,7 +182,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_card_that_pytorch_does_not_see_has_no_name(sd_scripts: SdScripts) -> None:
     config = search.read_data_set_file(sd_scripts.data_set)
     where = (sd_scripts.folder, sys.executable, "cuda")
-    assert search.inspect_trainer(*where, OPTIONS, Path("/no/model"), config).device_name == ""
+    assert search.Probe(*where, OPTIONS, Path("/no/model"), config).ask().device_name == ""
 
 
 def test_the_probe_leaves_nothing(sd_scripts: SdScripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_the_probe_leaves_nothing(sd_scripts: SdScripts, tmp_path: Path, monkeyp
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     before = set(tmp_path.rglob("*"))
     config = search.read_data_set_file(sd_scripts.data_set)
-    search.inspect_trainer(sd_scripts.folder, sys.executable, "cpu", OPTIONS, Path("/no/model"), config)
+    search.Probe(sd_scripts.folder, sys.executable, "cpu", OPTIONS, Path("/no/model"), config).ask()
     made = {path for path in set(tmp_path.rglob("*")) - before if "__pycache__" not in path.parts}
     assert made == {tmp_path / "sd" / "calls"}
 
