@@ -466,9 +466,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError("it is no table")
-        return content
+        return {**content}  # raises where JSON holds no table
     except OSError as error:
         raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable {kind} file") from error
     except UnicodeDecodeError as error:
@@ -496,7 +494,7 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
         return f"must be {wanted}"
     size = len(value) if isinstance(value, list) else value
     if smallest is not None and not smallest <= size < 2**32:
-        return f"must be {wanted}{', as long as' if kind == 'list' else ' from'} {smallest} or more"
+        return f"must be {wanted} of {smallest} or more"
     return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
 
 
@@ -678,10 +676,7 @@ class DataSet:
 
 
 def read_data_set_file(path: Path) -> dict[str, Any]:
-    """kohya's data set file, TOML or JSON, with the paths absolute that lead somewhere; RefusedInput if tables lack.
-
-    A relative folder is looked for from the current folder (as kohya does), then beside the file.
-    """
+    """kohya's data set file. A relative folder is in the current one (as for kohya), or else beside the file."""
     config = read_toml(path, "--dataset-config")
     if not isinstance(config.setdefault("general", {}), dict):
         raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
@@ -1634,13 +1629,10 @@ class KohyaTrainer:
 
 @dataclass(frozen=True)
 class Latents:
-    """What kohya caches beside the pictures. `trusted` says which arrays this sd-scripts takes for good ones.
-
-    Those are "sized" ones, which name their size (from v0.10.2 on), and a "plain" one of whatever size.
-    """
+    """What kohya caches beside the pictures."""
 
     images: Sequence[TrainingImage]
-    trusted: Mapping[str, bool]
+    trusted: Mapping[str, bool]  # as good: "sized" arrays, which name their size (v0.10.2); "plain" ones of any size
     scale: int  # pixels of a latent
 
     @staticmethod
@@ -1685,9 +1677,7 @@ class Latents:
                 why = f"{folder} can't be written, where kohya would cache latents; make it writable, or "
             elif len(sizes[image.path]) > 1 and not self.trusted["sized"]:
                 count = len({other.bucket for other in self.images if other.path == image.path})
-                why = (
-                    f"{image.path} is trained at {count} sizes, of which this sd-scripts caches one; take v0.10.2, or "
-                )
+                why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2, or "
             if why:
                 raise RefusedInput(f"--dataset-config: {why}{remedy}")
 
@@ -1729,8 +1719,9 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
     try:
         status = run_process(command, child_environment(device), output.append, watch=watch)
     except OSError as error:
-        why = f"can't run {command[0]} ({error.strerror})"
-        raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
+        raise RefusedInput(
+            f"--trainer-python: can't run {command[0]} ({error.strerror}); give kohya's python"
+        ) from error
     return status, "".join(output)
 
 
@@ -1760,7 +1751,7 @@ class TrainerFacts:
 def check_card(trainer: TrainerFacts, settings: Settings) -> None:
     if not trainer.device_name:
         why = f"PyTorch {trainer.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
-        raise RefusedInput(f"--device: {why}, and kohya would take the CPU; mend the installation or give --device cpu")
+        raise RefusedInput(f"--device: {why}; kohya would train on the CPU; mend it, or give --device cpu")
 
 
 def remember_answer(trainer: TrainerFacts, cache: Path, notes: Sequence[str] = ()) -> None:
@@ -1779,14 +1770,12 @@ class Probe:
     data_set: Mapping[str, Any]  # its file's content
 
     def ask(self, cache: Path | None = None) -> TrainerFacts:
-        """RefusedInput for a trainer that does not work here.
-
-        It takes seconds; `cache` (see remember_answer) has the answer while inputs, files and version are the same.
-        """
+        """Its answer, from `cache` while nothing has changed; RefusedInput for a trainer that does not work here."""
         script = self.sd_scripts / "train_network.py"
         if not script.is_file():
-            where = f"--sd-scripts: {self.sd_scripts} has no train_network.py"
-            raise RefusedInput(f"{where}; give the folder of kohya-ss/sd-scripts")
+            raise RefusedInput(
+                f"--sd-scripts: {self.sd_scripts} has no train_network.py; give the folder of sd-scripts"
+            )
         version = self._version()
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
         about += [dict(self.options), str(self.base_model), self.data_set, self._files()]
@@ -1795,8 +1784,7 @@ class Probe:
         is_same = known and known["key"] == key and self._has_packages(*known["answer"]["packages"])
         answer = known["answer"] if known and is_same else self._run(script)
         if missing := ", ".join(answer["missing"]):
-            where = f"{self.python} has no {missing}"
-            raise RefusedInput(f"--trainer-python: {where}; give the Python in which kohya is installed")
+            raise RefusedInput(f"--trainer-python: {self.python} has no {missing}; give the Python of kohya")
         if "dataset_config" not in answer.get("options", {}):
             why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
@@ -1834,12 +1822,11 @@ class Probe:
     def _run(self, script: Path) -> dict[str, Any]:
         """The answer of configs/kohya_probe.py. Nothing is left of it."""
         with tempfile.TemporaryDirectory() as temporary:
-            config, data_set, answer_file, out = (
-                Path(temporary, name) for name in ("c.toml", "d.json", "a.json", "out")
-            )
+            folder = Path(temporary)
+            data_set, config, answer_file = (folder / name for name in ("dataset.json", "config.toml", "answer.json"))
             # JSON, since the toml package garbles odd keys, and kohya is to be the one who refuses them.
             data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
-            write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, out))
+            write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
             command = [self.python, *map(str, (PROBE, script, config, answer_file))]
             _, output = capture(command, self.device, PROBE_SECONDS)
             answer = read_json(answer_file)
