@@ -1124,7 +1124,8 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
         rng = np.random.default_rng((self._seed, trial.number))
-        fixed = fixed_params(trial) or self._dealt_ratio(study, trial, rng)
+        given = {**fixed_params(trial), **trial.params}  # an interrupted trial has some values, or all
+        fixed = given if fixed_params(trial) else {**self._dealt_ratio(study, trial, rng), **given}
         if "lr_scheduler_num_cycles" in fixed:  # without restarts this value would be dropped
             fixed = {"lr_scheduler": "cosine_with_restarts", **fixed}
         free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
@@ -1491,11 +1492,18 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
 
 
-def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(epoch, file) of every checkpoint of a trial, in order; the last epoch is saved as lora.safetensors alone."""
-    config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LoRA as it was saved at the end of an epoch."""
+
+    epoch: int
+    path: Path
+
+
+def find_checkpoints(folder: Path, epochs: int) -> list[Checkpoint]:
+    """The checkpoints of a training of so many epochs, in order; the last one is saved as lora.safetensors alone."""
     *earlier, last = checkpoint_files(folder)
-    return [*((int(file.stem[-6:]), file) for file in earlier), (config["max_train_epochs"], last)]
+    return [*(Checkpoint(int(file.stem[-6:]), file) for file in earlier), Checkpoint(epochs, last)]
 
 
 # Bits of the exponent, all set in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
@@ -1533,9 +1541,9 @@ def check_lora(path: Path, *, is_last: bool) -> None:
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
 
-def check_checkpoints(checkpoints: Iterable[tuple[int, Path]]) -> None:
+def check_checkpoints(files: Iterable[Path]) -> None:
     """What check_lora says of every checkpoint of a finished training."""
-    for _, path in checkpoints:
+    for path in files:
         check_lora(path, is_last=path.stem == LORA_NAME)
 
 
@@ -1561,7 +1569,7 @@ def judge_training(folder: Path, status: int, progress: TrainingProgress, device
     """Raise what a training's end really was: kohya ends with status 0 when it diverged, too."""
     judge_end(folder, status, progress, device)
     try:
-        check_checkpoints(find_checkpoints(folder))
+        check_checkpoints(checkpoint_files(folder))
     except Diverged as error:
         since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
         raise Diverged(f"{error}{since}") from error
@@ -1578,7 +1586,7 @@ def has_finished_training(folder: Path) -> bool:
     """Whether a trial that nobody saw the end of was trained to its end, and well."""
     with contextlib.suppress(OSError, TrialFailed):
         if "model saved." in (folder / "training.log").read_text(encoding="utf-8", errors="replace"):
-            check_checkpoints(find_checkpoints(folder))
+            check_checkpoints(checkpoint_files(folder))
             return True
     return False
 
@@ -2386,7 +2394,7 @@ def score_folder(folder: Path, device: str) -> None:
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        check_checkpoints(checkpoints)
+        check_checkpoints(checkpoint.path for checkpoint in checkpoints)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
     except Diverged as error:
@@ -2407,7 +2415,7 @@ def score_folder(folder: Path, device: str) -> None:
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
-def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[int, Path]]]:
+def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
     """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
@@ -2416,11 +2424,12 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[tuple[i
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if is_reference:
         return reference, plan, []
-    if not (folder / "config.toml").is_file():
-        raise RefusedInput(f"--score: {folder} has no config.toml; give a trial's folder")
-    checkpoints = [(epoch, path) for epoch, path in find_checkpoints(folder) if path.is_file()]
+    params = read_json(folder / "params.json")
+    if params is None:
+        raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
+    checkpoints = [c for c in find_checkpoints(folder, params["max_train_epochs"]) if c.path.is_file()]
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not checkpoints or not (scored or checkpoints[-1][1].stem == LORA_NAME):
+    if not checkpoints or not (scored or checkpoints[-1].path.stem == LORA_NAME):
         raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
     return reference, plan, checkpoints
 
@@ -2553,7 +2562,7 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Sequence[tuple[int, Path]]) -> Metrics:
+    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
         """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by.
 
         What was screened before and is deleted since stays, marked; it is never the best, since it can't be confirmed.
@@ -2563,10 +2572,11 @@ class FolderScorer:
         screened = []
         total = len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])
         bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for epoch, path in checkpoints:
-            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", bar.update)
-            screened.append({"epoch": epoch, "checkpoint": path.name, **result})
-            bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
+        for checkpoint in checkpoints:
+            images = folder / "scores" / f"epoch-{checkpoint.epoch:06d}"
+            result = self.score_checkpoint(checkpoint.path, "screen", images, bar.update)
+            screened.append({"epoch": checkpoint.epoch, "checkpoint": checkpoint.path.name, **result})
+            bar.write(f"  epoch {checkpoint.epoch:3d}    {self._describe(result)}")
         best = max(screened, key=lambda result: result["score"])
         path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
         confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
@@ -2713,30 +2723,23 @@ class ScoringProcess:
             raise ScoringFailed(f"scoring ended with status {status}: {said}")
 
 
+@dataclass(frozen=True)
 class LoraObjective:
     """Optuna's objective: the score in [0, 1] of the LoRA that a trial's parameters make."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        options: Mapping[str, Any],
-        trainer: Callable[[Path, float | None], tuple[float, float | None]],
-        scorer: Callable[[Path], None],
-    ) -> None:
-        self.settings = settings
-        self.options = options
-        self.trainer = trainer
-        self.scorer = scorer
+    settings: Settings
+    options: Mapping[str, Any]
+    trainer: Callable[[Path, float | None], tuple[float, float | None]]  # seconds of the training, of a step
+    scorer: Callable[[Path], None]
 
     def __call__(self, trial: optuna.Trial) -> float:
         params = suggest_hyperparameters(trial)
         trial.set_user_attr("training_params", params)
         checkpoint = self.train_lora(trial, params)
-        metrics = self.score_checkpoints(trial, checkpoint.parent)
-        return metrics["score"]
+        return self.score_checkpoints(trial, checkpoint.parent)
 
     def train_lora(self, trial: optuna.Trial, params: Params) -> Path:
-        """Train with `params`; the last checkpoint, with the earlier ones beside it.
+        """Train with `params`, unless an earlier attempt has; the last checkpoint, with the earlier ones beside it.
 
         Raises optuna.TrialPruned for parameters that are not safe to train, before anything is made;
         Diverged, OutOfMemory or TrialFailed for what became of the training.
@@ -2748,82 +2751,71 @@ class LoraObjective:
             raise optuna.TrialPruned(rejection_reason)
 
         folder = trial_folder(self.settings.output_dir, trial.number)
+        checkpoint = folder / f"{LORA_NAME}.safetensors"
         screen.begin(str(trial.number), *brief_params(params))
         say(f"\nTrial {trial.number}: {folder}\n{describe_params(params)}", detail=True)
-        config = self._make_folder(folder, params)
-        trained_in = find_training(trial.user_attrs.get("trained_in"), self.settings.output_dir)
-        if trained_in:
-            screen.show("train", f"already done in {trained_in.name}")
-            say(f"  already trained in {trained_in.name}; only the scoring is done again", detail=True)
-            link_training(trained_in, folder)
-        else:
-            batches = params["gradient_accumulation_steps"]  # of a step
-            usual_batch = usual_batch_seconds(trial.study)
-            seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch)
-            trial.set_user_attr("trained_in", None)  # not where nothing was left any more
-            trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
-            trial.set_user_attr("training_seconds", round(seconds, 1))
-        return folder / f"{LORA_NAME}.safetensors"
+        config = self._write_config(folder, params)
+        if trial.user_attrs.get("training_seconds") is not None and checkpoint.is_file():
+            screen.show("train", "already done", 1)
+            say("  already trained; only the scoring is done again", detail=True)
+            return checkpoint
+        trial.set_user_attr("training_seconds", None)
+        self._clear(folder)
+        batches = params["gradient_accumulation_steps"]  # of a step
+        usual_batch = self._usual_batch_seconds(trial.study)
+        seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch)
+        trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
+        trial.set_user_attr("training_seconds", round(seconds, 1))
+        return checkpoint
 
-    def _make_folder(self, folder: Path, params: Params) -> Path:
-        """The trial's own, new folder with its config.toml and params.json."""
-        folder.mkdir()
+    def _write_config(self, folder: Path, params: Params) -> Path:
+        """config.toml and params.json in the trial's own folder, which is new or an earlier attempt's."""
+        folder.mkdir(exist_ok=True)
+        if any(folder.glob("[!.]*")) and read_json(folder / "params.json") != params:
+            raise FileExistsError(errno.EEXIST, "there are files of something else; move them away", str(folder))
         dataset_config = self.settings.reference / "dataset.toml"
         config = trial_config(params, self.options, self.settings.base_model, dataset_config, folder)
         write_json(folder / "params.json", params)
         write_toml(folder / "config.toml", config)
         return folder / "config.toml"
 
-    def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> Metrics:
-        """Score all checkpoints of a trial in the scoring process; the content of its metrics.json."""
-        self.scorer(folder)
+    def _clear(self, folder: Path) -> None:
+        """Remove what a broken training left, so that nothing stale is judged, scored or shown. Its log is kept."""
+        for file in (*checkpoint_files(folder), folder / "metrics.json", *folder.glob(".*.tmp")):
+            file.unlink(missing_ok=True)
+        for name in ("logs", "scores"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / "training.log").is_file():
+            (folder / "training.log").replace(folder / "training.earlier.log")
+
+    def _usual_batch_seconds(self, study: optuna.Study) -> float | None:
+        """The median over the study's trainings of what a batch took; None before there are three."""
+        found = [trial.user_attrs.get("batch_seconds") for trial in study.get_trials(deepcopy=False)]
+        known = [seconds for seconds in found if seconds]
+        return float(np.median(known)) if len(known) >= 3 else None
+
+    def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> float:
+        """The score in a trial's metrics.json, which the scoring process makes where there is none yet."""
+        if read_json(folder / "metrics.json") is None:
+            self.scorer(folder)
         metrics = read_json(folder / "metrics.json")
         if metrics is None:
             raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
-        record_metrics(trial, metrics, folder)
-        return metrics
-
-
-def usual_batch_seconds(study: optuna.Study) -> float | None:
-    """The median over the study's trainings of what a batch took; None before there are three."""
-    found = [trial.user_attrs.get("batch_seconds") for trial in study.get_trials(deepcopy=False)]
-    known = [seconds for seconds in found if seconds]
-    return float(np.median(known)) if len(known) >= 3 else None
+        trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"])
+        if metrics["outcome"] == "diverged":
+            raise Diverged(metrics["reason"])
+        if not math.isfinite(metrics["score"]):  # Optuna would make a failure of it, without a reason
+            raise ScoringFailed(f"the score is {metrics['score']}; check [encoders] in the scoring config")
+        for name in ("best_epoch", "checkpoint", "terms"):
+            trial.set_user_attr(name, metrics[name])
+        trial.set_user_attr("ended", "scored")
+        with only_warning(f"trial {trial.number} has no contact sheet in optuna-dashboard"):
+            upload_contact_sheet(trial, folder)
+        return metrics["score"]
 
 
 def trial_folder(output_dir: Path, number: int) -> Path:
     return output_dir / f"trial_{number:04d}"
-
-
-def find_training(trained_in: str | None, output_dir: Path) -> Path | None:
-    """The folder of an earlier attempt's finished training: here, to where a study may have moved, or where it was."""
-    for folder in (output_dir / Path(trained_in).name, Path(trained_in)) if trained_in else ():
-        if (folder / f"{LORA_NAME}.safetensors").is_file():
-            return folder
-    return None
-
-
-def link_training(source: Path, folder: Path) -> None:
-    """Give a trial the checkpoints of another one without a second copy on the disk, where that is possible."""
-    for file in checkpoint_files(source):
-        try:
-            os.link(file, folder / file.name)
-        except OSError:
-            shutil.copy2(file, folder / file.name)
-
-
-def record_metrics(trial: optuna.Trial, metrics: Metrics, folder: Path) -> None:
-    """What the study keeps of the metrics.json in a folder; Diverged if the scorer found it to be so."""
-    trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"])
-    if metrics["outcome"] == "diverged":
-        raise Diverged(metrics["reason"])
-    if not math.isfinite(metrics["score"]):  # Optuna would make a failure of it, without a reason
-        raise ScoringFailed(f"the score is {metrics['score']}; check [encoders] in the scoring config")
-    for name in ("best_epoch", "checkpoint", "terms"):
-        trial.set_user_attr(name, metrics[name])
-    trial.set_user_attr("ended", "scored")
-    with only_warning(f"trial {trial.number} has no contact sheet in optuna-dashboard"):
-        upload_contact_sheet(trial, folder)
 
 
 def upload_contact_sheet(trial: optuna.Trial, folder: Path) -> None:
@@ -2866,60 +2858,98 @@ def default_storage(output_dir: Path) -> str:
     return f"sqlite:///{output_dir / DATABASE_NAME}"
 
 
-def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
+@dataclass(frozen=True)
+class Storage:
+    """The database of a study, by the URL that --storage gives."""
 
-    Without the latter two programs that read before they write take the same enqueued trial (35 of 200 measured).
-    """
-    from sqlalchemy import event
+    url: str
 
-    file, kwargs = sqlite_file(url), {}
-    is_made = "alembic_version" in tables_of(url)  # then nothing is added to an older one's
-    if file:
-        # In a URL, SQLAlchemy and Optuna would take %, ? and {} of the file's name for something else.
-        connect = functools.partial(sqlite3.connect, file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
-        url, kwargs = "sqlite:///study.db", {"creator": connect}
-    storage = optuna.storages.RDBStorage(url, engine_kwargs=kwargs, skip_table_creation=is_made)
-    if file is None:
+    @property
+    def file(self) -> Path | None:
+        """The file of a URL such as sqlite:///study.db; None for a server, and for what is kept in memory."""
+        if self.url.startswith("sqlite:///") and self.url.endswith(f"/{DATABASE_NAME}"):  # whatever the folder's name
+            return Path(self.url.removeprefix("sqlite:///"))
+        found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", self.url)
+        return Path(found[1]) if found else None
+
+    def _engine(self) -> tuple[str, dict[str, Any]]:
+        """URL and arguments of an engine. SQLAlchemy and Optuna would misread %, ? and {} in a file's name."""
+        if self.file is None:
+            return self.url, {}
+        connect = functools.partial(sqlite3.connect, self.file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
+        return "sqlite:///study.db", {"creator": connect}
+
+    def tables(self) -> set[str]:
+        """The tables in the database. Makes none, and no file."""
+        import sqlalchemy
+
+        if self.file and not self.file.exists():
+            return set()
+        url, arguments = self._engine()
+        engine = sqlalchemy.create_engine(url, **arguments)
+        try:
+            return set(sqlalchemy.inspect(engine).get_table_names())
+        finally:
+            engine.dispose()
+
+    def open(self) -> optuna.storages.BaseStorage:
+        """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
+
+        Without the latter two programs that read before they write take the same enqueued trial (35 of 200 measured).
+        """
+        from sqlalchemy import event
+
+        is_made = "alembic_version" in self.tables()  # then nothing is added to an older Optuna's
+        url, arguments = self._engine()
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments, skip_table_creation=is_made)
+        if self.file is None:
+            return storage
+
+        @event.listens_for(storage.engine, "connect")
+        def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+            connection.isolation_level = None
+
+        @event.listens_for(storage.engine, "begin")
+        def begin_immediate(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        storage.engine.dispose()  # connections made before the listeners
         return storage
 
-    @event.listens_for(storage.engine, "connect")
-    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
+    def describe_error(self, error: BaseException) -> str:
+        """What an exception says; its type alone where the text may hold a part of a password."""
+        error = error.__cause__ or error
+        return type(error).__name__ if show_storage(self.url).endswith("***") else one_line(error, 160)
 
-    @event.listens_for(storage.engine, "begin")
-    def begin_immediate(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """RefusedInput for whatever is raised while it is opened."""
+        from sqlalchemy.exc import ArgumentError
 
-    storage.engine.dispose()  # connections made before the listeners
-    return storage
-
-
-def tables_of(url: str) -> set[str]:
-    """The tables in a database. Makes none, and no file."""
-    import sqlalchemy
-
-    file = sqlite_file(url)
-    if file and not file.exists():
-        return set()
-    if file:
-        # Not read-only: what a killed program had not committed must be rolled back before anything can be read.
-        connect = functools.partial(sqlite3.connect, f"{file.resolve().as_uri()}?mode=rw", uri=True)
-        engine = sqlalchemy.create_engine("sqlite://", creator=connect)
-    else:
-        engine = sqlalchemy.create_engine(url)
-    try:
-        return set(sqlalchemy.inspect(engine).get_table_names())
-    finally:
-        engine.dispose()
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The database's file, of a URL such as sqlite:///study.db or sqlite+pysqlite:////runs/study.db."""
-    if url.startswith("sqlite:///") and url.endswith(f"/{DATABASE_NAME}"):  # our own, whatever the folder's name
-        return Path(url.removeprefix("sqlite:///"))
-    found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", url)
-    return Path(found[1]) if found else None
+        where = show_storage(self.url)
+        try:
+            yield
+        except RefusedInput:
+            raise
+        except Exception as error:
+            said = f"can't open {where} ({self.describe_error(error)}); "
+            if "storage upgrade" in str(error):
+                said = f"{where} was made by an older Optuna; optuna storage upgrade --storage {where}"
+            elif "updating optuna" in str(error):
+                said = f"{where} was made by a newer Optuna than {optuna.__version__}; "
+                said += "pip install -U optuna, or give another --output-dir"
+            elif self.file:
+                said += "if another program holds it, wait; else restore the file or give another one"
+            elif isinstance(error, ArgumentError):
+                said = f"{where} is no address of a database; give sqlite:///FILE or, for several machines, "
+                said += "postgresql+psycopg://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40)"
+            elif isinstance(error, ImportError):
+                said += (
+                    'pip install its driver, e.g. "psycopg[binary]" for postgresql+psycopg, pymysql for mysql+pymysql'
+                )
+            else:
+                said += "check the server and the address, whose password must be percent-encoded (@ is %40)"
+            raise RefusedInput(f"--storage: {said}") from error
 
 
 # An address whose parts can't be taken for each other. In any other, each part may be one of the password.
@@ -2932,7 +2962,7 @@ _KNOWN_KIND = re.compile(r"(sqlite|postgres|postgresql|mysql|mariadb|mssql|oracl
 
 def show_storage(url: str) -> str:
     """What may be shown of --storage: a file; kind, host and name of a database; the kind alone of an unclear one."""
-    file = sqlite_file(url) or re.fullmatch(r"[\w./~-]+", url)
+    file = Storage(url).file or re.fullmatch(r"[\w./~-]+", url)
     if file and ("@" not in url or url.endswith(f"/{DATABASE_NAME}")):
         return url
     if clear := _CLEAR_ADDRESS.fullmatch(url):
@@ -2941,62 +2971,21 @@ def show_storage(url: str) -> str:
     return f"{kind[0]}://***" if kind else "***"
 
 
-def storage_error(url: str, error: BaseException) -> str:
-    """What an exception says of a storage; its type alone where the text may hold a part of a password."""
-    error = error.__cause__ or error
-    return type(error).__name__ if show_storage(url).endswith("***") else one_line(error, 160)
-
-
-@contextlib.contextmanager
-def refusing_storage(url: str) -> Iterator[None]:
-    """RefusedInput for whatever a storage raises while it is opened."""
-    from sqlalchemy.exc import ArgumentError
-
-    where = show_storage(url)
-    try:
-        yield
-    except RefusedInput:
-        raise
-    except Exception as error:
-        said = f"can't open {where} ({storage_error(url, error)}); "
-        if "storage upgrade" in str(error):
-            said = f"{where} was made by an older Optuna; optuna storage upgrade --storage {where}"
-        elif "updating optuna" in str(error):
-            said = f"{where} was made by a newer Optuna than {optuna.__version__}; pip install -U optuna, or "
-            said += "give another --output-dir"
-        elif sqlite_file(url):
-            said += "if another program holds it, wait; else restore the file or give another one"
-        elif isinstance(error, ArgumentError):
-            said = (
-                f"{where} is no address of a database; give sqlite:///FILE or, for several machines, postgresql+psycopg"
-            )
-            said += "://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40); no journal file, no gRPC"
-        elif isinstance(error, ImportError):
-            said += (
-                'pip install its driver, e.g. "psycopg[binary]" for postgresql+psycopg://, pymysql for mysql+pymysql://'
-            )
-        else:
-            said += "check the server and the address, whose password must be percent-encoded (@ is %40)"
-        raise RefusedInput(f"--storage: {said}") from error
-
-
 def load_study(storage: str, study_name: str) -> optuna.Study | None:
     """A study that exists, or None; makes nothing. RefusedInput if it can't be read, or is not this program's."""
-    file = sqlite_file(storage)
-    with refusing_storage(storage):
-        for place in (file, file.parent) if file else ():
+    database = Storage(storage)
+    with database.refusing():
+        for place in (database.file, database.file.parent) if database.file else ():
             if place.exists() and not os.access(place, os.W_OK):
-                raise RefusedInput(
-                    f"--storage: {show_storage(storage)} is not for this user to write; give another file"
-                )
-        tables = tables_of(storage)
-        if file and tables and not tables >= {"studies", "trials", "version_info"}:
+                where = show_storage(storage)
+                raise RefusedInput(f"--storage: {where} is not for this user to write; give another file")
+        tables = database.tables()
+        if database.file and tables and not tables >= {"studies", "trials", "version_info"}:
             raise ValueError("it is the database of another program")
         if "alembic_version" not in tables:
             return None
-        opened = open_storage(storage)
         try:
-            study = optuna.load_study(study_name=study_name, storage=opened)
+            study = optuna.load_study(study_name=study_name, storage=database.open())
         except KeyError:
             return None
         refuse_foreign_study(study)
@@ -3043,6 +3032,10 @@ def is_locked(folder: Path) -> bool:
         return True
 
 
+STUDY_FORM = ("form of the study", 2)  # 1: an interrupted trial was closed, and its copy tried
+TOGETHER = "which goes with which"
+
+
 def make_fingerprint(
     settings: Settings, options: Mapping[str, Any], data_set: DataSet, base_model: BaseModel, plan: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -3053,9 +3046,18 @@ def make_fingerprint(
     without_folders = json.dumps(data_set.config)
     for folder in sorted(folders, key=len, reverse=True):
         without_folders = without_folders.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
-    stages = {stage: _describe_jobs(plan[stage]) for stage in FIRST_SEEDS}
-    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)} | stages
+    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)}
+    for stage in FIRST_SEEDS:  # by name, so that a difference can be named
+        names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
+        scoring[stage] = {name: list(dict.fromkeys(job[name] for job in plan[stage])) for name in names}
+        scoring[stage][TOGETHER] = digest(json.dumps(plan[stage]))[:16]
+    encoders = {}
+    for name in ("dinov2", "clip"):  # a folder is known by its weights, wherever they lie
+        files = sorted(Path(plan["encoders"][name]).glob("*.safetensors"))
+        weights = digest("".join(map(digest_of_weights, files)))[:16]
+        encoders[name] = f"files {weights}" if files else plan["encoders"][name]
     return {
+        STUDY_FORM[0]: STUDY_FORM[1],
         "search space": search_space_digest()[:16],
         "Optuna's major version": optuna.__version__.split(".")[0],
         "seed (--seed)": settings.seed,
@@ -3069,24 +3071,8 @@ def make_fingerprint(
         "training options (--training-config)": dict(options),
         "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
         "definition of the score": SCORE_DEFINITION,
-        "encoders": {name: _encoder_fingerprint(plan["encoders"][name]) for name in ("dinov2", "clip")},
+        "encoders": encoders,
     }
-
-
-TOGETHER = "which goes with which"
-
-
-def _describe_jobs(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a stage's jobs hold, by name, so that a difference can be named; and which goes with which."""
-    names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
-    values = {name: list(dict.fromkeys(job[name] for job in jobs)) for name in names}
-    return {**values, TOGETHER: digest(json.dumps(jobs))[:16]}
-
-
-def _encoder_fingerprint(name: str) -> str:
-    """A hub name as it is; for a folder its weights, wherever they lie."""
-    files = sorted(Path(name).glob("*.safetensors"))
-    return "files " + digest("".join(digest_of_weights(file) for file in files))[:16] if files else name
 
 
 def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
@@ -3094,14 +3080,11 @@ def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: fl
     if isinstance(old, list) and isinstance(new, list):
         old, new = [x for x in old if x not in new] or old, [x for x in new if x not in old] or new
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            line
-            for key in keys
-            for line in fingerprint_differences(
-                old.get(key), new.get(key), f"{name}, {key}" if name else key, tolerance=tolerance
-            )
-        ]
+        lines = []
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{name}, {key}" if name else key
+            lines += fingerprint_differences(old.get(key), new.get(key), inner, tolerance=tolerance)
+        return lines
     are_numbers = isinstance(old, float) and isinstance(new, float)
     is_same = math.isclose(old, new, rel_tol=0, abs_tol=tolerance) if are_numbers else old == new
     return [] if is_same else [f"{name}: was {one_line(old, 80)}, is now {one_line(new, 80)}"]
@@ -3109,50 +3092,47 @@ def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: fl
 
 def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> None:
     """RefusedInput names every difference between the study's inputs and the ones given now."""
-    as_stored = json.loads(json.dumps(fingerprint))
-    differences = fingerprint_differences(study.user_attrs.get("fingerprint", as_stored), as_stored)
+    as_given = json.loads(json.dumps(fingerprint))
+    stored = study.user_attrs.get("fingerprint", as_given)
+    if stored.get(STUDY_FORM[0]) != as_given.get(STUDY_FORM[0]):
+        said = f"study {study.study_name!r} was made by another version of this program, which can go on with it"
+        raise RefusedInput(f"{said}; give another --output-dir (--report still shows this one)")
+    differences = fingerprint_differences(stored, as_given)
+    differences = [line for line in differences if TOGETHER not in line] or differences
+    said = f"study {study.study_name!r} was made with other inputs"
+    remedy = "its scores would not be comparable; restore it, or give another --output-dir"
     if differences:
-        differences = [line for line in differences if TOGETHER not in line] or differences
-        remedy = "its scores would not be comparable; restore it, or give another --output-dir"
-        raise RefusedInput(
-            *(f"study {study.study_name!r} was made with other inputs: {d}; {remedy}" for d in differences)
-        )
+        raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 
 
 def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
     """An output folder holds one study, and its trial folders are known to that study."""
-    for name, kind in (
-        ("reference", Path.is_dir),
-        ("results", Path.is_dir),
-        (ARTIFACTS, Path.is_dir),
-        (LOG_NAME, Path.is_file),
-        (".lock", Path.is_file),
-    ):
-        place = settings.output_dir / name
-        if place.exists() and not kind(place):
-            raise RefusedInput(
-                f"--output-dir: {place} is not this program's; move it away, or give another --output-dir"
-            )
-    plan = read_json(settings.reference / "plan.json") or {}
-    owner = plan.get("study", settings.study_name)
+    kinds = {"reference": Path.is_dir, "results": Path.is_dir, ARTIFACTS: Path.is_dir}
+    for name, is_right in {**kinds, LOG_NAME: Path.is_file, ".lock": Path.is_file}.items():
+        place, remedy = settings.output_dir / name, "move it away, or give another --output-dir"
+        if place.exists() and not is_right(place):
+            raise RefusedInput(f"--output-dir: {place} is not this program's; {remedy}")
+    owner = (read_json(settings.reference / "plan.json") or {}).get("study", settings.study_name)
     if owner != settings.study_name:
-        raise RefusedInput(
-            f"--output-dir: {settings.output_dir} holds study {owner!r}; give another --output-dir, "
-            f"or --study-name {owner}"
-        )
+        remedy = f"give another --output-dir, or --study-name {owner}"
+        raise RefusedInput(f"--output-dir: {settings.output_dir} holds study {owner!r}; {remedy}")
     known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
     for folder in sorted(settings.output_dir.glob("trial_*")):
         number = folder.name.removeprefix("trial_")
         if number.isdecimal() and int(number) not in known:
-            raise RefusedInput(
-                f"--output-dir: {folder} is not of this study (was its database deleted?); move it away, "
-                "or give another --output-dir"
-            )
+            remedy = "move it away, or give another --output-dir"
+            raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
 
 
 def is_trained(trial: FrozenTrial) -> bool:
-    """Whether a trial counts towards --n-trials: it was trained to its end, be it diverged."""
-    return trial.state == TrialState.COMPLETE or trial.user_attrs.get("ended") == "diverged"
+    """Whether a trial counts towards --n-trials: its training ended, well or diverged."""
+    has_diverged = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") == "diverged"
+    return trial.state == TrialState.COMPLETE or has_diverged
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Whether the program that began a trial which is still RUNNING has ended, and said so."""
+    return trial.user_attrs.get("ended") == "interrupted"
 
 
 def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -3167,283 +3147,287 @@ def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
     return there if there.is_dir() and not here.is_dir() else here
 
 
-def is_ours(trial: FrozenTrial, settings: Settings) -> bool:
-    """Whether a trial was started in this output folder, by whatever program held its lock.
-
-    The folder's own database may have been moved with it; another program at work in it is known by its lock.
-    """
-    made_in = trial.user_attrs.get("output_dir", str(settings.output_dir))
-    if made_in == str(settings.output_dir):
-        return "output_dir" in trial.user_attrs or is_own_database(settings)
-    return is_own_database(settings) and not is_locked(Path(made_in))
-
-
-def claim_trial(trial: optuna.Trial, settings: Settings) -> None:
-    """Write down whose trial it is; the output folder first, by which the next start knows it."""
-    folder = trial_folder(settings.output_dir, trial.number)
-    about = {"output_dir": str(settings.output_dir), "folder": folder.name}
-    for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
-        trial.set_user_attr(name, value)
-
-
-def close_unclaimed_trials(study: optuna.Study, settings: Settings) -> None:
-    """Close trials whose program died in the moment between asking for them and writing down whose they are.
-
-    No folder's holder knows them, and nothing was trained: they become this folder's, which tries them again. Who only
-    slept meanwhile finds the trial closed.
-    """
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        began = frozen.datetime_start or datetime.datetime.now()
-        now = datetime.datetime.now(datetime.timezone.utc) if began.tzinfo else datetime.datetime.now()
-        if "output_dir" not in frozen.user_attrs and (now - began).total_seconds() > UNCLAIMED_SECONDS:
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another program was quicker
-                trial = optuna.Trial(study, frozen._trial_id)
-                claim_trial(trial, settings)
-                finish_trial(study, trial, "interrupted", "its program died as it began", TrialState.FAIL)
-
-
-def is_own_database(settings: Settings) -> bool:
-    return sqlite_file(settings.storage) == settings.output_dir / DATABASE_NAME
-
-
-def earlier_attempts(attrs: Mapping[str, Any], by_number: Mapping[int, FrozenTrial]) -> Iterator[FrozenTrial]:
-    """The trials of which one with these user_attrs is the retry, latest first."""
-    while earlier := by_number.get(attrs.get("retry_of", -1)):
-        yield earlier
-        attrs = earlier.user_attrs
-
-
-def delete_spare_checkpoints(study: optuna.Study, settings: Settings) -> None:
-    """Of every trial that is done, delete all checkpoints in this folder but the chosen one of the study's ten best.
-
-    Derived from the study alone, so that a kill at any point loses nothing. What is not scored yet is kept: a trial
-    that was interrupted loses its files when a later attempt is done.
-    """
-    if settings.keep_checkpoints == "all":
-        return
-    trials = study.get_trials(deepcopy=False)
-    by_number = {trial.number: trial for trial in trials}
-    done = [trial for trial in trials if is_trained(trial)]
-    spare = {earlier.number for trial in done for earlier in earlier_attempts(trial.user_attrs, by_number)}
-    best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(study)[:KEPT_TRIALS]}
-    for number in spare.union(trial.number for trial in done if trial.user_attrs.get("ended")):
-        made_in = by_number[number].user_attrs.get("output_dir", str(settings.output_dir))
-        if made_in == str(settings.output_dir) or is_own_database(settings):
-            for file in checkpoint_files(trial_folder(settings.output_dir, number)):
-                if file.name != best.get(number):
-                    file.unlink(missing_ok=True)
-
-
-def seconds_in(attrs: Mapping[str, Any]) -> float:
-    """From a trial's first file to its last sign of life, whenever it is closed; 0 where nothing was begun."""
-    folder = Path(attrs.get("output_dir", "")) / attrs.get("folder", "")
-    written = [file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*")) if attrs.get("folder")]
-    return round(max(written) - min(written), 1) if written else 0.0
-
-
-def finish_trial(study: optuna.Study, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
-    trial.set_user_attr("ended", ended)
-    trial.set_user_attr("lost_seconds", seconds_in(trial.user_attrs))
-    trial.set_user_attr("rejection_reason" if ended == "rejected" else "reason", one_line(reason))
-    study.tell(trial, state=state)
-
-
 def end_left_over_processes(output_dir: Path) -> None:
     """End what an earlier program left running here; call it under the folder's lock only."""
     for file in (*output_dir.glob(f"trial_*/{PROCESS_FILE}"), *output_dir.glob(f"reference/**/{PROCESS_FILE}")):
         end_left_over_process(file.parent)
 
 
-def close_interrupted_trials(study: optuna.Study, settings: Settings) -> None:
-    """Close what an earlier program left RUNNING; call it under the folder's lock only."""
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_ours(frozen, settings):
-            trial = optuna.Trial(study, frozen._trial_id)
-            close_interrupted_trial(study, trial, "the program died while it ran", settings)
+@dataclass
+class Study:
+    """A study in an output folder that this program holds: whose trial is whose, what is left to do, how it ended.
 
-
-def close_interrupted_trial(study: optuna.Study, trial: optuna.Trial, reason: str, settings: Settings) -> None:
-    """Close a trial that was interrupted; where its metrics were already whole on disk, tell them from there."""
-    folder = trial_folder(settings.output_dir, trial.number)
-    if "training_seconds" not in trial.user_attrs and has_finished_training(folder):
-        lora, config = (folder / name for name in (f"{LORA_NAME}.safetensors", "config.toml"))
-        trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - config.stat().st_mtime, 1))
-    metrics = read_json(folder / "metrics.json") if "training_seconds" in trial.user_attrs else None
-    if metrics is None:
-        again = "only its scoring is done again" if "training_seconds" in trial.user_attrs else "it is tried again"
-        say(f"Trial {trial.number} was interrupted; {again}.")
-        return finish_trial(study, trial, "interrupted", reason, TrialState.FAIL)
-    try:
-        record_metrics(trial, metrics, folder)
-    except TrialFailed as error:
-        return finish_trial(study, trial, error.ended, str(error), state_after(study, trial, error))
-    study.tell(trial, metrics["score"])
-    say(f"Trial {trial.number} had been scored when it was interrupted: {metrics['score']:.4f}.")
-
-
-def queue_retries(study: optuna.Study, settings: Settings) -> None:
-    """Enqueue again what deserves it. Derived from the study alone, so a kill at any point loses nothing."""
-    trials = study.get_trials(deepcopy=False)
-    repeated = {trial.user_attrs.get("retry_of") for trial in trials}
-    by_number = {trial.number: trial for trial in trials}
-    for trial in trials:
-        if trial.state != TrialState.FAIL or trial.number in repeated or not is_ours(trial, settings):
-            continue
-        params = {**fixed_params(trial), **trial.params}  # it may have died before all of them were suggested
-        if not params or not deserves_retry(trial, by_number):
-            continue
-        attrs: dict[str, Any] = {"retry_of": trial.number}
-        if "training_seconds" in trial.user_attrs:
-            own_folder = trial_folder(settings.output_dir, trial.number)
-            attrs["trained_in"] = trial.user_attrs.get("trained_in") or str(own_folder)
-            attrs["training_seconds"] = trial.user_attrs["training_seconds"]
-        study.enqueue_trial(params=params, user_attrs=attrs)
-
-
-def failure_kind(trial: FrozenTrial) -> tuple[str, bool]:
-    """How it ended, and whether it had been trained by then."""
-    return trial.user_attrs.get("ended", "interrupted"), "training_seconds" in trial.user_attrs
-
-
-def deserves_retry(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> bool:
-    """Always after an interruption; once after a crash, a hang, a full card or a failed scoring."""
-    kind = failure_kind(trial)
-    if kind[0] not in ("crashed", "hung", "out of memory"):
-        return kind[0] == "interrupted"
-    return all(failure_kind(earlier) != kind for earlier in earlier_attempts(trial.user_attrs, by_number))
-
-
-def enqueue_once(study: optuna.Study, tables: Sequence[Params]) -> None:
-    """Enqueue the user's own parameters; the same ones given again add nothing."""
-    known = {trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)}
-    for table in tables:
-        mark = digest(json.dumps(table, sort_keys=True))[:16]
-        if mark not in known:
-            known.add(mark)
-            study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
-
-
-def run_study(
-    study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
-    settings: Settings,
-    started: float,
-    before_trial: Callable[[], None] = lambda: None,
-) -> None:
-    """Run trials until exactly n_trials are trained. SearchStopped says why it ended before.
-
-    `started` is when the program was, in time.monotonic()'s seconds; `before_trial` may raise SearchStopped.
+    All of it is in the database and in the trials' folders, so that a kill at any point loses nothing. A trial that
+    was interrupted stays RUNNING; "interrupted" as its `ended` tells other programs that nobody is at work on it.
     """
-    failures: list[tuple[str, Params]] = []
-    waiting = False
-    idle_since = started
-    while True:
-        close_unclaimed_trials(study, settings)
-        queue_retries(study, settings)
-        delete_spare_checkpoints(study, settings)
-        trials = study.get_trials(deepcopy=False)
-        trained = sum(map(is_trained, trials))
-        running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
-        if trained >= settings.n_trials:
-            return
-        check_timeout(settings, started, trained)
-        if trained + len(running) >= settings.n_trials:  # other programs train the rest
-            if not waiting:
-                say(f"Waiting for trials {running}, which other programs run in this study.")
-            waiting = True
-            screen.begin("of other programs:", *map(str, running))
-            show_study(study, settings.n_trials)
-            screen.wait(POLL_SECONDS)
-            continue
-        waiting = False
-        before_trial()
-        trial = study.ask()
+
+    study: optuna.Study
+    settings: Settings
+    objective: Callable[[optuna.Trial], float]
+    started: float  # when the program was, in time.monotonic()'s seconds
+    before_trial: Callable[[], None] = lambda: None  # may raise SearchStopped
+
+    def __post_init__(self) -> None:
+        self.idle_since, self.began = self.started, time.time()
+
+    def run(self) -> None:
+        """Run trials until exactly n_trials are trained. SearchStopped says why it ended before."""
         try:
-            claim_trial(trial, settings)
-        except optuna.exceptions.UpdateFinishedTrialError:  # this program slept, and another took it for dead
-            continue
-        if is_surplus(study, trial.number, settings.n_trials):
-            finish_trial(study, trial, "interrupted", "other programs train the last ones", TrialState.FAIL)
-            continue
-        trial.set_user_attr("waited_seconds", round(time.monotonic() - idle_since, 1))
-        failures = run_trial(study, trial, objective, settings, failures)
-        idle_since = time.monotonic()
-        stop_after_equal_failures(failures)
+            self.adopt()
+            self._run()
+        except optuna.exceptions.StorageInternalError:
+            raise
+        except (Exception, KeyboardInterrupt):
+            with contextlib.suppress(Exception):  # what ended the search is what the user must hear
+                self.pause()
+            raise
 
+    def _run(self) -> None:
+        waits_for: list[int] = []
+        while True:
+            self.close_unclaimed()
+            self.delete_spare_checkpoints()
+            left_over = next(iter(self._own_running()), None)
+            trials = self.study.get_trials(deepcopy=False)
+            trained = sum(map(is_trained, trials))
+            running = [trial.number for trial in trials if self._is_at_work(trial)]
+            if trained >= self.settings.n_trials and not left_over:
+                return
+            self._check_timeout(trained)
+            if trained + len(running) >= self.settings.n_trials and not left_over:  # other programs train the rest
+                if running != waits_for:
+                    say(f"Waiting for trials {running}, which other programs run in this study.")
+                waits_for = running
+                screen.begin("of other programs:", *map(str, running))
+                show_study(self.study, self.settings.n_trials)
+                screen.wait(POLL_SECONDS)
+                continue
+            self.before_trial()
+            if trial := self.resume(left_over) if left_over else self._ask():
+                self.run_trial(trial)
+                self._stop_after_equal_failures()
 
-def check_timeout(settings: Settings, started: float, trained: int) -> None:
-    hours = (time.monotonic() - started) / 3600
-    if settings.timeout_hours is not None and hours >= settings.timeout_hours:
-        raise SearchStopped(
-            f"--timeout {settings.timeout_hours:g} is over with {trained} of {settings.n_trials} "
-            "trials trained; the same command goes on"
-        )
+    def _check_timeout(self, trained: int) -> None:
+        hours, planned = self.settings.timeout_hours, self.settings.n_trials
+        if hours is not None and time.monotonic() - self.started >= 3600 * hours:
+            said = f"--timeout {hours:g} is over with {trained} of {planned} trials trained"
+            raise SearchStopped(f"{said}; the same command goes on")
 
+    # --- whose trial it is ---
 
-def is_surplus(study: optuna.Study, number: int, n_trials: int) -> bool:
-    """Whether enough trials are trained or began to run earlier, so that this one would be one too many."""
-    trials = study.get_trials(deepcopy=False)
-    ours = _turn(trials[number])
-    return sum(is_trained(t) or (t.state == TrialState.RUNNING and _turn(t) < ours) for t in trials) >= n_trials
+    @property
+    def has_own_database(self) -> bool:
+        return Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
 
+    def _own_running(self) -> list[FrozenTrial]:
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
 
-def _turn(trial: FrozenTrial) -> tuple[Any, int]:
-    """What orders running trials: an enqueued one may begin after one of a higher number."""
-    return trial.datetime_start, trial.number
+    def _is_at_work(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.RUNNING and not is_paused(trial)
 
+    def adopt(self) -> None:
+        """Take over what a program left RUNNING that held this folder's lock; call it under that lock only.
 
-def stop_after_equal_failures(failures: Sequence[tuple[str, Params]]) -> None:
-    """Three equal failures in a row from different parameters are the set-up's fault.
+        The folder's own database may have been moved with it; another program at work in it is known by its lock.
+        """
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            made_in = frozen.user_attrs.get("output_dir")
+            was_moved = self.has_own_database and not (made_in and is_locked(Path(made_in)))
+            if made_in == str(self.settings.output_dir) or was_moved:
+                self.claim(optuna.Trial(self.study, frozen._trial_id))
+                say(f"Trial {frozen.number} was interrupted; it is continued.")
 
-    Equal but for numbers, which name folders, steps and bytes.
-    """
-    last = failures[-EQUAL_FAILURES:]
-    reasons = {re.sub(r"\d+", "#", reason) for reason, _ in last}
-    different = {json.dumps(params, sort_keys=True) for _, params in last}
-    if len(last) == EQUAL_FAILURES and len(reasons) == 1 and len(different) > 1:
-        raise SearchStopped(
-            f"three trials in a row ended alike, so it is the set-up and not the parameters: "
-            f"{last[-1][0]}; mend that and give the same command again"
-        )
+    def claim(self, trial: optuna.Trial) -> None:
+        """Write down whose trial it is; the output folder first, by which the next start knows it."""
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        about = {"output_dir": str(self.settings.output_dir), "folder": folder.name}
+        for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
+            trial.set_user_attr(name, value)
 
+    def close_unclaimed(self) -> None:
+        """Close trials whose program died in the moment between asking for them and writing down whose they are.
 
-def run_trial(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    objective: Callable[[optuna.Trial], float],
-    settings: Settings,
-    failures: list[tuple[str, Params]],
-) -> list[tuple[str, Params]]:
-    """Run one trial and tell the study how it ended; the failures in a row, with their parameters, up to now."""
-    show_study(study, settings.n_trials)
-    try:
-        value = objective(trial)
-    except optuna.TrialPruned as pruned:
-        finish_trial(study, trial, "rejected", str(pruned), TrialState.PRUNED)
-        return failures
-    except TrialFailed as error:
-        state = state_after(study, trial, error)
+        No folder's holder knows them, and nothing was trained. Who only slept meanwhile finds the trial closed.
+        """
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            began = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
+            if "output_dir" not in frozen.user_attrs and time.time() - began > UNCLAIMED_SECONDS:
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another was quicker
+                    self._close(optuna.Trial(self.study, frozen._trial_id), "its program died as it began")
+
+    def _close(self, trial: optuna.Trial, reason: str) -> None:
+        """Close a trial that is not continued; what a user enqueued waits again."""
+        say(f"Trial {trial.number} is closed: {reason}.")
+        self.finish(trial, "interrupted", reason, TrialState.FAIL)
+        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        if fixed := fixed_params(frozen):
+            mark = {name: value for name, value in frozen.user_attrs.items() if name == "enqueued"}
+            self.study.enqueue_trial(params=fixed, user_attrs=mark)
+
+    def enqueue(self, tables: Sequence[Params]) -> None:
+        """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
+        trials = self.study.get_trials(deepcopy=False)
+        closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == "interrupted"}
+        known = {trial.user_attrs.get("enqueued") for trial in trials if trial.number not in closed}
+        for table in tables:
+            mark = digest(json.dumps(table, sort_keys=True))[:16]
+            if mark not in known:
+                known.add(mark)
+                self.study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
+
+    # --- the next trial ---
+
+    def _ask(self) -> optuna.Trial | None:
+        """A new trial; None if other programs train the last ones, or took this one for dead while it slept."""
+        trial = self.study.ask()
+        try:
+            self.claim(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return None
+        return None if self._close_surplus(trial) else trial
+
+    def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
+        """A trial that an earlier attempt has left; None if other programs train the last ones by now."""
+        trial = optuna.Trial(self.study, left_over._trial_id)
+        was_paused = left_over.user_attrs.get("ended") in ("interrupted", "returning")
+        if was_paused:
+            trial.set_user_attr("ended", "returning")  # first seen by the others, then looking for them
+        if self._close_surplus(trial, was_paused=was_paused):
+            return None
+        if was_paused:
+            trial.set_user_attr("ended", "running")
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        if trial.user_attrs.get("training_seconds") is None and has_finished_training(folder):
+            lora, config = (folder / name for name in (f"{LORA_NAME}.safetensors", "config.toml"))
+            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - config.stat().st_mtime, 1))
+        if not self._is_scored(trial):
+            self._add_lost_seconds(trial)
+        return trial
+
+    def _close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
+        is_surplus = self.is_surplus(trial.number, was_paused=was_paused)
+        if is_surplus:
+            self._close(trial, "enough other trials are trained")
+        return is_surplus
+
+    def is_surplus(self, number: int, *, was_paused: bool = False) -> bool:
+        """Whether enough other trials are trained, or were at work before this one began or, if paused, came back."""
+        trials = self.study.get_trials(deepcopy=False)
+
+        def turn(trial: FrozenTrial) -> tuple[Any, int]:
+            return trial.datetime_start, trial.number  # an enqueued one may begin after one of a higher number
+
+        others = [t for t in trials if t.number != number]
+        ahead = [t for t in others if self._is_at_work(t) and (was_paused or turn(t) < turn(trials[number]))]
+        return len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
+
+    def _is_scored(self, trial: optuna.Trial) -> bool:
+        """Whether all that is left to do is to tell the score."""
+        metrics = read_json(trial_folder(self.settings.output_dir, trial.number) / "metrics.json")
+        return trial.user_attrs.get("training_seconds") is not None and metrics is not None
+
+    # --- how it ended ---
+
+    def run_trial(self, trial: optuna.Trial) -> None:
+        """Run one trial and tell the study how it ended, if it did."""
+        show_study(self.study, self.settings.n_trials)
+        waited = (trial.user_attrs.get("waited_seconds") or 0.0) + time.monotonic() - self.idle_since
+        trial.set_user_attr("waited_seconds", round(waited, 1))
+        try:
+            value = self.objective(trial)
+        except optuna.TrialPruned as pruned:
+            self.finish(trial, "rejected", str(pruned), TrialState.PRUNED)
+        except TrialFailed as error:
+            self._fail(trial, error)
+        except OSError as error:  # a full or vanished disk: not the parameters' fault
+            raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
+        else:
+            self.study.tell(trial, value)
+            report_trial(self.study, trial.number, self.settings.n_trials)
+        self.idle_since = time.monotonic()
+
+    def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
+        """A failure is tried again in the same trial; the second of a kind ends it. Divergence is learnt from at once.
+
+        Out of memory for the second time is the parameters' fault, and learnt from too.
+        """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
-        finish_trial(study, trial, error.ended, str(error), state)
-        failure = (f"{error.ended}: {one_line(error)}", trial.params)
-        return [] if isinstance(error, Diverged) else [*failures, failure]
-    except KeyboardInterrupt:
-        close_interrupted_trial(study, trial, "stopped by the user or a signal", settings)
-        raise
-    except OSError as error:  # a full or vanished disk: not the parameters' fault
-        finish_trial(study, trial, "interrupted", str(error), TrialState.FAIL)
-        raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
-    study.tell(trial, value)
-    report_trial(study, trial.number, settings.n_trials)
-    return []
+        was_trained = trial.user_attrs.get("training_seconds") is not None
+        kind = {"ended": error.ended, "trained": was_trained}
+        earlier = trial.user_attrs.get("failures", [])
+        if not isinstance(error, Diverged):
+            folder = trial_folder(self.settings.output_dir, trial.number)
+            (folder / "metrics.json").unlink(missing_ok=True)
+            if not was_trained:  # nor may the next start take it for a training whose end nobody saw
+                (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
+            failure = {**kind, "reason": one_line(error), "when": time.time()}
+            trial.set_user_attr("failures", [*earlier, failure])
+        if isinstance(error, Diverged) or any(kind.items() <= failure.items() for failure in earlier):
+            is_learnt = isinstance(error, (Diverged, OutOfMemory))
+            self.finish(trial, error.ended, str(error), TrialState.PRUNED if is_learnt else TrialState.FAIL)
 
+    def finish(self, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
+        trial.set_user_attr("ended", ended)
+        self._add_lost_seconds(trial, trial.user_attrs.get("training_seconds") or 0.0)
+        trial.set_user_attr("rejection_reason" if ended == "rejected" else "reason", one_line(reason))
+        self.study.tell(trial, state=state)
 
-def state_after(study: optuna.Study, trial: optuna.Trial, error: TrialFailed) -> TrialState:
-    """Diverged, or out of memory for the second time, is the parameters' fault and learnt from; else FAIL."""
-    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
-    attempts = earlier_attempts(trial.user_attrs, by_number)
-    again = isinstance(error, OutOfMemory) and any(t.user_attrs.get("ended") == error.ended for t in attempts)
-    return TrialState.PRUNED if again or isinstance(error, Diverged) else TrialState.FAIL
+    def _add_lost_seconds(self, trial: optuna.Trial, more: float = 0.0) -> None:
+        """Add what the latest attempt spent in vain: from its start or its training's end to its last sign of life."""
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        config, lora = folder / "config.toml", folder / f"{LORA_NAME}.safetensors"
+        lost = (trial.user_attrs.get("lost_seconds") or 0.0) + more
+        if config.is_file():
+            since = config.stat().st_mtime
+            if trial.user_attrs.get("training_seconds") is not None and lora.is_file():
+                since = max(since, lora.stat().st_mtime)
+            lost += max(file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*"))) - since
+        trial.set_user_attr("lost_seconds", round(lost, 1))
+
+    def pause(self) -> None:
+        """Mark what this program leaves unfinished, so that others do not wait for it; what was scored is told."""
+        for frozen in self._own_running():
+            trial = optuna.Trial(self.study, frozen._trial_id)
+            if self._is_scored(trial):
+                self.run_trial(trial)
+            else:
+                trial.set_user_attr("ended", "interrupted")
+                say(f"Trial {trial.number} was interrupted; the same command continues it.")
+
+    def _stop_after_equal_failures(self) -> None:
+        """Three equal failures in a row, in this run and from different parameters, are the set-up's fault.
+
+        Equal but for numbers, which name folders, steps and bytes.
+        """
+        ends: list[tuple[float, str, str]] = []
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("output_dir") == str(self.settings.output_dir):
+                params = json.dumps(trial.params, sort_keys=True)
+                for failure in trial.user_attrs.get("failures", []):
+                    ends.append((failure["when"], f"{failure['ended']}: {failure['reason']}", params))
+                if is_trained(trial) and trial.datetime_complete:
+                    ends.append((trial.datetime_complete.timestamp(), "", params))
+        last = sorted(end for end in ends if end[0] >= self.began)[-EQUAL_FAILURES:]
+        alike = {re.sub(r"\d+", "#", reason) for _, reason, _ in last}
+        if len(last) == EQUAL_FAILURES and len(alike) == 1 and last[-1][1] and len({end[2] for end in last}) > 1:
+            said = "three trials in a row ended alike, so it is the set-up and not the parameters"
+            raise SearchStopped(f"{said}: {last[-1][1]}; mend that and give the same command again")
+
+    def delete_spare_checkpoints(self) -> None:
+        """Of every trial that is done, delete all checkpoints in this folder but the chosen one of the ten best.
+
+        Derived from the study alone, so that a kill at any point loses nothing. What is not scored yet is kept.
+        """
+        if self.settings.keep_checkpoints == "all":
+            return
+        best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(self.study)[:KEPT_TRIALS]}
+        for trial in filter(is_trained, self.study.get_trials(deepcopy=False)):
+            made_in = trial.user_attrs.get("output_dir")
+            if "ended" in trial.user_attrs and (made_in == str(self.settings.output_dir) or self.has_own_database):
+                for file in checkpoint_files(trial_folder(self.settings.output_dir, trial.number)):
+                    if file.name != best.get(trial.number):
+                        file.unlink(missing_ok=True)
 
 
 def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
@@ -4026,10 +4010,11 @@ class InputChecks:
 
 def find_study(settings: Settings) -> optuna.Study | None:
     """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
-    file, where = sqlite_file(settings.storage), show_storage(settings.storage)
+    file, where = Storage(settings.storage).file, show_storage(settings.storage)
     if settings.storage.startswith("sqlite") and file is None:
         raise RefusedInput(f"--storage: {where} keeps nothing or has options; give sqlite:///FILE, or leave it out")
-    if file and not os.path.isdir(file.parent) and not is_own_database(settings):  # noqa: PTH112 - Path raises
+    is_own = file == settings.output_dir / DATABASE_NAME
+    if file and not os.path.isdir(file.parent) and not is_own:  # noqa: PTH112 - Path raises
         raise RefusedInput(f"--storage: there is no folder for {where}; make it, or leave --storage out")
     study = load_study(settings.storage, settings.study_name)
     check_output_folder(settings, study)
@@ -4273,12 +4258,12 @@ class CheckReport:
 
 def open_study(inputs: Inputs) -> optuna.Study:
     """Create or resume the study; RefusedInput if another program made it with other inputs meanwhile."""
-    settings = inputs.settings
-    with refusing_storage(settings.storage), warnings.catch_warnings():
+    settings, storage = inputs.settings, Storage(inputs.settings.storage)
+    with storage.refusing(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
             study_name=settings.study_name,
-            storage=open_storage(settings.storage),
+            storage=storage.open(),
             sampler=inputs.sampler(),
             direction="maximize",
             load_if_exists=True,
@@ -4576,21 +4561,21 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
             inputs = reference.train_first_step(trainer)
             study.sampler = inputs.sampler()
             reference.make_anchors(study, scorer)
-        close_interrupted_trials(study, settings)
-        enqueue_once(study, inputs.enqueued)
-        objective = LoraObjective(settings, inputs.options, trainer, scorer)
         noted: set[int] = set()
 
         def before_trial() -> None:
             check_room(settings.output_dir, inputs.largest_trial_bytes(), SearchStopped)
-            with only_warning("the notes for optuna-dashboard are not all written"):
-                write_notes(study, noted)
             with only_warning(f"not all of {settings.results} is written"):
                 write_results(study, settings.output_dir)
+            with only_warning("the notes for optuna-dashboard are not all written"):
+                write_notes(study, noted)
 
+        objective = LoraObjective(settings, inputs.options, trainer, scorer)
+        ours = Study(study, settings, objective, started, before_trial)
+        ours.enqueue(inputs.enqueued)
         try:
             with screen.live():
-                run_study(study, objective, settings, started, before_trial)
+                ours.run()
         finally:
             show_results(study, settings.output_dir)
 
@@ -4601,7 +4586,7 @@ def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
         return 2, "\n".join(f"error: {printable(problem)}" for problem in error.problems)
     if isinstance(error, KeyboardInterrupt):  # a line of its own, after the terminal's ^C
         return 130, f"\ninterrupted{f' ({error})' if str(error) else ''}; the same command resumes"
-    told = storage_error(storage, error) if storage else one_line(error.__cause__ or error)
+    told = Storage(storage).describe_error(error) if storage else one_line(error.__cause__ or error)
     if isinstance(error, SearchError):
         why = one_line(error, 1000)
     elif isinstance(error, optuna.exceptions.StorageInternalError):

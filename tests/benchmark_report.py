@@ -66,7 +66,7 @@ def link_study(source: Path, target: Path, best: FrozenTrial) -> None:
 def before_the_last(study: optuna.Study, best: FrozenTrial, target: Path) -> tuple[optuna.Study, int]:
     """The study in a new database while its best trial is being trained, and that trial's id there."""
     copy = optuna.create_study(
-        study_name=study.study_name, direction="maximize", storage=search.open_storage(search.default_storage(target))
+        study_name=study.study_name, direction="maximize", storage=search.Storage(search.default_storage(target)).open()
     )
     for name, value in study.user_attrs.items():
         copy.set_user_attr(name, value)

@@ -104,7 +104,8 @@ def process_per_checkpoint(trial: Path) -> tuple[float, list[float]]:
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return seconds, result["score"]
 
-    names = [path.name for _, path in search.find_checkpoints(trial)]
+    epochs = search.read_json(trial / "params.json")["max_train_epochs"]
+    names = [checkpoint.path.name for checkpoint in search.find_checkpoints(trial, epochs)]
     screened = [score(name, "screen") for name in names]
     best = max(range(len(names)), key=lambda number: screened[number][1])
     times, scores = zip(*screened, score(names[best], "confirm"), strict=True)

@@ -92,6 +92,7 @@ class Damage:
     _complete: dict[int, float] = field(default_factory=dict)
     _configs: dict[str, bytes] = field(default_factory=dict)
     _metrics: dict[str, bytes] = field(default_factory=dict)
+    _logs: dict[str, bytes] = field(default_factory=dict)  # of trainings that were finished
 
     def note(self, kind: str, what: str) -> None:
         self.counts[kind] += 1
@@ -106,19 +107,22 @@ class Damage:
         for folder in sorted(self.output_dir.glob("trial_*")):
             self._compare(self._configs, folder / "config.toml")
         for trial in self.trials():
+            folder = self.output_dir / f"trial_{trial.number:04d}"
+            if trial.user_attrs.get("training_seconds") is not None:
+                self._compare(self._logs, folder / "training.log", "parameters trained twice without reason")
             if trial.state == TrialState.COMPLETE:
                 self._complete.setdefault(trial.number, trial.value or 0.0)
-                self._compare(self._metrics, self.output_dir / f"trial_{trial.number:04d}" / "metrics.json")
+                self._compare(self._metrics, folder / "metrics.json")
         now = {trial.number: trial.value for trial in self.trials() if trial.state == TrialState.COMPLETE}
         for number, value in self._complete.items():
             if now.get(number) != value:
                 self.note("COMPLETE trials lost", f"trial {number} was {value}, is {now.get(number)}")
 
-    def _compare(self, seen: dict[str, bytes], file: Path) -> None:
+    def _compare(self, seen: dict[str, bytes], file: Path, kind: str = "folders overwritten") -> None:
         if file.is_file():
             content = file.read_bytes()
             if seen.setdefault(str(file), content) != content:
-                self.note("folders overwritten", str(file))
+                self.note(kind, str(file))
                 seen[str(file)] = content
 
     def look_at_the_end(self, n_trials: int) -> None:
@@ -133,22 +137,16 @@ class Damage:
                 self.note("trials left running", str(trial.number))
 
     def _look_for_repetition(self) -> None:
-        """Equal parameters need a failed attempt before them, and a finished training is never done again."""
-        by_number = {trial.number: trial for trial in self.trials()}
+        """No two trials have equal parameters, as a copy of one that was interrupted would have."""
         seen: dict[str, int] = {}
-        for number, trial in by_number.items():
-            if "training_params" not in trial.user_attrs:
-                continue
-            params = json.dumps(trial.user_attrs["training_params"], sort_keys=True)
-            before = by_number.get(trial.user_attrs.get("retry_of", -1))
-            if params in seen and (before is None or before.state == TrialState.COMPLETE):
-                self.note("parameters trained twice without reason", f"trials {seen[params]} and {number}")
-            retrained = (self.output_dir / f"trial_{number:04d}" / "training.log").is_file()
-            if before and "training_seconds" in before.user_attrs and retrained:
-                self.note(
-                    "parameters trained twice without reason", f"trial {before.number} was whole, {number} trained"
-                )
-            seen[params] = number
+        for trial in self.trials():
+            if "training_params" in trial.user_attrs:
+                params = json.dumps(trial.user_attrs["training_params"], sort_keys=True)
+                if params in seen:
+                    self.note("parameters trained twice without reason", f"trials {seen[params]} and {trial.number}")
+                seen[params] = trial.number
+            if trial.user_attrs.get("ended") == "interrupted":
+                self.note("interrupted trials given up", f"{trial.number}: {trial.user_attrs.get('reason')}")
 
     def _look_for_torn_files(self) -> None:
         for file in self.output_dir.rglob("*"):
@@ -169,7 +167,8 @@ class Damage:
 
 
 KINDS = (
-    "trained trials too many or too few", "trials left running", "COMPLETE trials lost", "folders overwritten",
+    "trained trials too many or too few", "trials left running", "interrupted trials given up", "COMPLETE trials lost",
+    "folders overwritten",
     "parameters trained twice without reason", "orphans", "files torn", "restarts that needed a person",
 )  # fmt: skip
 

@@ -42,7 +42,13 @@ sys.path.insert(0, str(TESTS.parent))
 import optuna_hyperparameter_search as search  # noqa: E402
 
 SMALL_WORLD = TESTS / "small_world"
-ENDS = ("scored", "diverged", "rejected", "crashed", "out of memory", "interrupted", "hung", "running", "waiting")
+ATTEMPTS = {  # of a trial that ends like this, where it takes more than one
+    "crashed": ("crashed", "crashed"),
+    "out of memory": ("out of memory", "out of memory"),
+    "hung": ("hung", "hung"),
+    "continued": ("running", "scored"),  # its program was killed
+}
+ENDS = ("scored", "diverged", "rejected", *ATTEMPTS, "interrupted", "running", "waiting")
 DATA_PICTURES = 20
 BATCHES_PER_EPOCH = 40  # 20 pictures, 8 repeats, batches of 4
 BATCH_SECONDS = 0.55
@@ -80,8 +86,8 @@ def make_study(
         picture_size: pixels, a multiple of 8 from 32 on.
         checkpoints: of a training of 16 epochs; one of 12 or 20 has fewer or more.
         prompts, confirm_prompts: with the subject, two and three seeds each.
-        ends: how trials end, by their numbers, one of ENDS; the others are scored. What the search would try again, it
-            tries again in the next trial; a trial that waits is none before the last ones.
+        ends: how trials end, by their numbers, one of ENDS; the others are scored. A trial that waits is none before
+            the last ones.
         distinct_pictures: no two alike. Otherwise LoRAs that are about as good draw the same picture, which saves most
             of the time at 512 pixels.
         keep_checkpoints: "best" or "all", as the search's own option.
@@ -205,8 +211,9 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     inputs = reference.train_first_step(trainer)
     reference.make_anchors(study, scorer)
     objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
-    times = run_trials(study, objective, settings, trainer, ends)
-    search.delete_spare_checkpoints(study, settings)
+    ours = search.Study(study, settings, objective, time.monotonic())
+    times = run_trials(ours, trainer, ends)
+    ours.delete_spare_checkpoints()
     search.show_results(study, settings.output_dir)
     set_times(study, times)
     engine_of(study).dispose()
@@ -229,32 +236,29 @@ class LeftRunning(BaseException):
 Times = dict[int, tuple[datetime.datetime, datetime.datetime | None]]
 
 
-def run_trials(
-    study: optuna.Study,
-    objective: search.LoraObjective,
-    settings: search.Settings,
-    trainer: MadeTrainer,
-    ends: Sequence[str],
-) -> Times:
-    """What run_study does, but that every trial ends as it shall; when each began and was over."""
+def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) -> Times:
+    """What Study.run does, but that every trial ends as it shall; when each began and was over."""
     times: Times = {}
     for number, end in enumerate(ends):
         if end in ("rejected", "waiting"):
             table = {**(UNSAFE if end == "rejected" else SAFE), "learning_rate": 6e-5 + 1e-7 * number}
-            search.enqueue_once(study, [table])
+            ours.enqueue([table])
         if end == "waiting":
             continue
-        search.queue_retries(study, settings)
         began = trainer.clock.now
-        trial = study.ask()
+        trial = ours.study.ask()
         assert trial.number == number, "a trial that waits was taken before its turn"
-        search.claim_trial(trial, settings)
-        trainer.end = end
-        with contextlib.suppress(LeftRunning, search.Interrupted):
-            trial.set_user_attr("waited_seconds", 12.0)
-            search.run_trial(study, trial, objective, settings, [])
+        ours.claim(trial)
+        for attempt, trainer.end in enumerate(ATTEMPTS.get(end, (end,))):
+            if attempt > 0:
+                assert ours.resume(ours.study.get_trials()[number])
+            ours.idle_since = time.monotonic() - 12
+            with contextlib.suppress(LeftRunning, search.Interrupted):
+                ours.run_trial(trial)
+        if end == "interrupted":
+            trial.set_user_attr("ended", "interrupted")
         trainer.clock.spend(2)
-        times[number] = (began, None if end == "running" else trainer.clock.now)
+        times[number] = (began, None if end in ("running", "interrupted") else trainer.clock.now)
     return times
 
 

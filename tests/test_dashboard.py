@@ -275,13 +275,13 @@ def test_tensorboard_shows_every_trained_trial_by_name_with_kohyas_tags(demo: De
         tags: dict[str, Any] = {}
         for _ in range(60):
             tags = json.loads(get("/data/plugin/scalars/tags"))
-            if len(tags) >= 3 and all(len(of_one) == 5 for of_one in tags.values()):
+            if len(tags) >= 2 and all(len(of_one) == 5 for of_one in tags.values()):
                 break
             time.sleep(1)
     runs = {name.partition("/")[0]: name for name in tags if not name.startswith("results/")}
-    assert sorted(runs) == ["trial_0000", "trial_0001", "trial_0002"]  # trial 1 was killed, trial 2 is its retry
+    assert sorted(runs) == ["trial_0000", "trial_0001"]  # the second was killed and trained again
     expected = {"loss/current", "loss/average", "loss/epoch_average", "lr/textencoder", "lr/unet"}
-    assert set(tags[runs["trial_0000"]]) == set(tags[runs["trial_0002"]]) == expected
+    assert set(tags[runs["trial_0000"]]) == set(tags[runs["trial_0001"]]) == expected
     assert runs["trial_0000"].endswith("/network_train")
 
 

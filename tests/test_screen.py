@@ -215,7 +215,7 @@ def test_one_line_stays_of_a_trial(whole: Session) -> None:
     wanted = (
         scored.format(0, 1),
         r"Trial 1 crashed: the trainer ended with status 1: RuntimeError: the worker has l\nost its mind",
-        scored.format(2, 2),
+        scored.format(1, 2),
     )
     said = "\n".join(lines[start + 1 : end]).strip()
     assert re.fullmatch("\n".join(wanted), said), said
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_the_terminal_clean(interrupted: Session, evening: Evening
     lines = [line for line in interrupted.terminal.all_lines() if line]
     assert not left_over(lines)
     assert lines[-1] == "interrupted; the same command resumes"
-    assert "Trial 3 was interrupted; it is tried again." in lines
+    assert "Trial 2 was interrupted; the same command continues it." in lines
     assert not wait_until_none(evening.top / "out", 2)
 
 
@@ -256,7 +256,7 @@ def test_a_pipe_gets_plain_lines_whatever_is_forced(plain: str) -> None:
     assert re.search(r"^  epoch 2/\d+  step \d+/\d+ +\d+%  loss \S+  ETA \S+$", plain, re.MULTILINE)
     assert re.search(r"^  network_alpha: \d+ \(ratio: 0\.\d{3}\)$", plain, re.MULTILINE)
     assert re.search(r"^  epoch   5    score 0\.\d{4}  \(fidelity", plain, re.MULTILINE)
-    assert re.search(r"^Trial 4 scored .*; 3 of 3 trained$", plain, re.MULTILINE)
+    assert re.search(r"^Trial 2 scored .*; 3 of 3 trained$", plain, re.MULTILINE)
 
 
 # --- the screen alone --------------------------------------------------------------------------------

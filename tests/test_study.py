@@ -21,7 +21,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.numpy import save
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 import optuna_hyperparameter_search as search
 
@@ -36,18 +36,17 @@ TERMS = {"fidelity": 0.5, "text": 0.6, "preservation": 0.7, "variety": 0.8, "usa
 
 
 @pytest.fixture(autouse=True)
-def quick_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite without waiting for the disk: what a power cut would take, no test here looks at."""
-    open_storage = search.open_storage
+def quick_commits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing waits for the disk: what a power cut would take, no test here looks at."""
+    monkeypatch.setattr(os, "fsync", lambda _file: None)
 
-    def open_quickly(url: str) -> optuna.storages.BaseStorage:
-        storage = open_storage(url)
-        if url.startswith("sqlite"):
-            event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
-            storage.engine.dispose()
-        return storage
+    def wait_for_no_disk(connection: object, _record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
 
-    monkeypatch.setattr(search, "open_storage", open_quickly)
+    event.listen(Engine, "connect", wait_for_no_disk)
+    yield
+    event.remove(Engine, "connect", wait_for_no_disk)
 
 
 class Killed(BaseException):
@@ -68,7 +67,7 @@ def settings_for(folder: Path, n_trials: int = 3, **changes: object) -> search.S
 
 def open_study(settings: search.Settings) -> optuna.Study:
     return optuna.create_study(
-        study_name=settings.study_name, storage=search.open_storage(settings.storage), direction="maximize",
+        study_name=settings.study_name, storage=search.Storage(settings.storage).open(), direction="maximize",
         sampler=search.FeasibleTPESampler(settings.seed), load_if_exists=True,
     )  # fmt: skip
 
@@ -102,6 +101,15 @@ def failing(error: BaseException) -> Step:
     return fail
 
 
+def nothing_to_try(trial: optuna.Trial) -> float:
+    raise AssertionError(f"trial {trial.number} was tried")
+
+
+def study_of(settings: search.Settings, objective: Callable[[optuna.Trial], float] = nothing_to_try) -> search.Study:
+    """The program's view of a study, by a start of its own."""
+    return search.Study(open_study(settings), settings, objective, time.monotonic())
+
+
 def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[Step] = ()) -> optuna.Study:
     """One start of the program's main loop; the given steps come first, then good ones."""
     train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
@@ -111,11 +119,10 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
         next(train)(config.parent)
         return 7.0, 0.5
 
-    study = open_study(settings)
-    search.close_interrupted_trials(study, settings)
     objective = search.LoraObjective(settings, {"seed": 42}, trainer, lambda folder: next(score)(folder))
-    search.run_study(study, objective, settings, time.monotonic())
-    return study
+    ours = study_of(settings, objective)
+    ours.run()
+    return ours.study
 
 
 def endings(study: optuna.Study) -> list[tuple[TrialState, str]]:
@@ -127,6 +134,8 @@ def suggested(trial: FrozenTrial) -> dict[str, object]:
 
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
+SCORED, LEFT = (COMPLETE, "scored"), (RUNNING, "interrupted")
 
 
 # --- a trial -----------------------------------------------------------------------------------------
@@ -162,8 +171,9 @@ def test_accumulated_batches_make_no_step_slow(tmp_path: Path) -> None:
         return 7.0, 2.0 * batches
 
     settings = settings_for(tmp_path, 6)
-    study = open_study(settings)
-    search.run_study(study, search.LoraObjective(settings, {}, trainer, good_scoring), settings, time.monotonic())
+    ours = study_of(settings, search.LoraObjective(settings, {}, trainer, good_scoring))
+    ours.run()
+    study = ours.study
     assert usual == [None, None, None, 2.0, 2.0, 2.0]
     assert [trial.user_attrs["batch_seconds"] for trial in study.get_trials()] == [2.0] * 6
     assert len({trial.params["gradient_accumulation_steps"] for trial in study.get_trials()}) > 1
@@ -192,12 +202,16 @@ def test_unsafe_parameters_are_rejected_before_anything_is_made(
     assert json.JSONDecoder().raw_decode(printed)[0]["network_alpha"] == 57
 
 
-def test_a_folder_that_exists_is_never_written_into(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_never_written_into(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     (settings.output_dir / "trial_0000").mkdir()
-    with pytest.raises(search.SearchStopped):
-        run(settings)
-    assert list((settings.output_dir / "trial_0000").iterdir()) == []
+    (settings.output_dir / "trial_0000" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        with pytest.raises(search.SearchStopped, match="files of something else"):
+            run(settings)
+    assert [file.name for file in (settings.output_dir / "trial_0000").iterdir()] == ["notes.txt"]
+    (settings.output_dir / "trial_0000" / "notes.txt").unlink()
+    assert endings(run(settings)) == [SCORED]
 
 
 # --- counting ----------------------------------------------------------------------------------------
@@ -218,7 +232,7 @@ def test_a_larger_n_trials_goes_on(tmp_path: Path) -> None:
 def test_rejected_and_failed_trials_do_not_count_but_diverged_ones_do(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 3)
     open_study(settings).enqueue_trial(UNSAFE)
-    study = run(settings, [failing(search.TrialFailed("boom")), failing(search.Diverged("nan"))])
+    study = run(settings, [failing(search.TrialFailed("boom"))] * 2 + [failing(search.Diverged("nan"))])
     assert endings(study) == [
         (PRUNED, "rejected"),
         (FAIL, "crashed"),
@@ -238,6 +252,18 @@ def _work(settings: search.Settings) -> None:
     run(settings)
 
 
+def work_at_once(work: Callable[[search.Settings], None], all_settings: list[search.Settings]) -> list[int | None]:
+    """The exit status of a program a folder."""
+    open_study(all_settings[0])
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(settings,)) for settings in all_settings]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("workers", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_programs_that_share_a_storage_end_at_exactly_n(
@@ -247,14 +273,7 @@ def test_programs_that_share_a_storage_end_at_exactly_n(
     urls = {"sqlite": lambda: f"sqlite:///{tmp_path / 'shared.db'}"}
     storage = urls.get(database, lambda: request.getfixturevalue("postgresql")())()
     all_settings = [settings_for(tmp_path / str(n), 16, storage=storage) for n in range(workers)]
-    open_study(all_settings[0])
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_work, args=(settings,)) for settings in all_settings]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * workers
+    assert work_at_once(_work, all_settings) == [0] * workers
     trials = open_study(all_settings[0]).get_trials()
     assert sum(map(search.is_trained, trials)) == 16
     learning_rates = [trial.params["learning_rate"] for trial in trials if trial.params]
@@ -267,7 +286,7 @@ def test_a_study_on_postgresql_is_resumed_and_its_password_hidden(
     settings = settings_for(tmp_path, 2, storage=postgresql())
     with pytest.raises(Killed):
         run(settings, [failing(Killed())])
-    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored"), (COMPLETE, "scored")]
+    assert endings(run(settings)) == [SCORED] * 2
     written = "".join(file.read_text(errors="replace") for file in settings.output_dir.rglob("*") if file.is_file())
     assert "s3cr3t" in settings.storage and "s3cr3t" not in written + capsys.readouterr().out
 
@@ -277,7 +296,7 @@ def test_a_study_on_postgresql_is_resumed_and_its_password_hidden(
 
 WRITES = (
     (optuna.Study, "ask"), (optuna.Study, "tell"), (optuna.Study, "enqueue_trial"), (optuna.Trial, "set_user_attr"),
-    (search, "write_atomically"), (Path, "mkdir"), (Path, "unlink"), (os, "link"),
+    (search, "write_atomically"), (Path, "mkdir"), (Path, "unlink"), (shutil, "rmtree"),
 )  # fmt: skip
 
 
@@ -322,9 +341,7 @@ def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
             countdown = Countdown(patched, (moment + 1) // 2, after=moment % 2 == 0)
             run(settings, steps, [failing(search.ScoringFailed("no encoder"))])
         study = run(settings, steps)
-        trials = study.get_trials()
-        assert sum(map(search.is_trained, trials)) == 2, moment
-        assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)], moment
+        assert endings(study) == [SCORED] * 2, moment
         assert len(set(trainings)) == len(trainings) == 2, moment
         for trial in search.scored_trials(study):
             folder = settings.output_dir / trial.user_attrs["folder"]
@@ -335,33 +352,62 @@ def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
             return
 
 
-def test_a_trial_that_nobody_claimed_is_closed_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_nobody_claimed_is_closed_and_what_was_enqueued_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its program died between asking and writing down whose it is, in a storage that others share."""
     settings = settings_for(tmp_path, 2, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    study = open_study(settings)
-    study.enqueue_trial(SAFE)
-    study.ask()
+    ours = study_of(settings)
+    ours.enqueue([SAFE])
+    ours.study.ask()
     monkeypatch.setattr(search, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(search, "UNCLAIMED_SECONDS", 0.2)
     study = run(settings)
-    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored"), (COMPLETE, "scored")]
-    again = [trial for trial in study.get_trials() if trial.user_attrs.get("retry_of") == 0]
-    assert len(again) == 1 and {name: again[0].params[name] for name in SAFE} == SAFE
+    assert endings(study) == [(FAIL, "interrupted"), SCORED, SCORED]
+    assert sorted(suggested(trial) == SAFE for trial in study.get_trials()) == [False, False, True]
+    study_of(settings).enqueue([SAFE])  # by the same command, given again
+    assert len(study.get_trials()) == 3
+
+
+def test_what_was_enqueued_for_a_trial_that_was_closed_is_enqueued_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill came between closing the trial that nobody claimed and enqueueing its values again."""
+    settings = settings_for(tmp_path, 2, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    ours = study_of(settings)
+    ours.enqueue([SAFE])
+    ours.study.ask()
+    monkeypatch.setattr(search, "UNCLAIMED_SECONDS", 0)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(optuna.Study, "enqueue_trial", lambda *_, **__: failing(Killed())(tmp_path))
+        run(settings)
+    for _ in range(2):
+        study_of(settings).enqueue([SAFE])
+    assert [state for state, _ in endings(ours.study)] == [FAIL, WAITING]
+
+
+def test_a_trial_that_nobody_claimed_is_continued_in_the_folders_own_database(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    ours = study_of(settings)
+    ours.enqueue([SAFE])
+    ours.study.ask()
+    study = run(settings)
+    assert endings(study) == [SCORED] and suggested(study.get_trials()[0]) == SAFE
 
 
 def test_who_slept_too_long_before_claiming_leaves_the_trial_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_for(tmp_path, 1)
-    claim, others = search.claim_trial, []
+    claim, others = search.Study.claim, []
 
-    def sleep_before_claiming(trial: optuna.Trial, settings: search.Settings) -> None:
+    def sleep_before_claiming(self: search.Study, trial: optuna.Trial) -> None:
         if not others:
             others.append(trial.number)
             trial.study.tell(trial.number, state=FAIL)
-        claim(trial, settings)
+        claim(self, trial)
 
-    monkeypatch.setattr(search, "claim_trial", sleep_before_claiming)
+    monkeypatch.setattr(search.Study, "claim", sleep_before_claiming)
     assert endings(run(settings)) == [(FAIL, ""), (COMPLETE, "scored")]
 
 
@@ -389,13 +435,13 @@ def test_all_checkpoints_are_kept_where_that_is_asked_for(tmp_path: Path) -> Non
     assert len(kept(settings)) == 4
 
 
-def test_what_is_not_scored_yet_is_kept_and_what_was_scored_elsewhere_is_not(tmp_path: Path) -> None:
+def test_what_is_not_scored_yet_is_kept(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     with pytest.raises(Killed):
         run(settings, [save_two_checkpoints], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
-    assert len([name for name in kept(settings) if name.startswith("trial_0000")]) == 2
+    assert len(kept(settings)) == 2
     run(settings, [failing(AssertionError("trained again"))])
-    assert kept(settings) == ["trial_0002/lora.safetensors"]
+    assert kept(settings) == ["trial_0000/lora.safetensors"]
 
 
 OWN = ("lora-copy.safetensors", "lora-best-000006.safetensors", "lora-6.safetensors", "lora2.safetensors")
@@ -411,12 +457,12 @@ def test_a_users_own_files_in_a_trials_folder_are_no_checkpoints_and_never_delet
     settings = settings_for(tmp_path, 2)
     with pytest.raises(Killed):  # the first trial has finished its training
         run(settings, [save_own_files_too], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
-    names = [(epoch, path.name) for epoch, path in search.find_checkpoints(settings.output_dir / "trial_0000")]
-    assert names[:-1] == [(6, "lora-000006.safetensors")] and names[-1][1] == "lora.safetensors"
+    found = search.find_checkpoints(settings.output_dir / "trial_0000", 16)
+    assert [(c.epoch, c.path.name) for c in found] == [(6, "lora-000006.safetensors"), (16, "lora.safetensors")]
     run(settings, [save_own_files_too])
     own = [name for name in kept(settings) if name.rpartition("/")[2] in OWN]
-    assert own == sorted(f"trial_{number:04d}/{name}" for number in (0, 3) for name in OWN)
-    assert sorted(set(kept(settings)) - set(own)) == ["trial_0002/lora.safetensors", "trial_0003/lora.safetensors"]
+    assert own == sorted(f"trial_{number:04d}/{name}" for number in (0, 1) for name in OWN)
+    assert sorted(set(kept(settings)) - set(own)) == ["trial_0000/lora.safetensors", "trial_0001/lora.safetensors"]
 
 
 def test_a_diverged_trial_keeps_no_checkpoint(tmp_path: Path) -> None:
@@ -439,44 +485,68 @@ def test_another_folders_checkpoints_are_left_alone(tmp_path: Path) -> None:
     assert len(kept(others)) == len(before) + 1
 
 
-# --- retries -----------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------
+
+
+def failures_of(trial: FrozenTrial) -> list[tuple[str, bool]]:
+    return [(failure["ended"], failure["trained"]) for failure in trial.user_attrs["failures"]]
 
 
 def test_out_of_memory_is_tried_once_more_and_then_learnt_from(tmp_path: Path) -> None:
     study = run(settings_for(tmp_path, 1), [failing(search.OutOfMemory("no room"))] * 2)
-    assert endings(study) == [(FAIL, "out of memory"), (PRUNED, "out of memory"), (COMPLETE, "scored")]
-    first, second, third = study.get_trials()
-    assert suggested(first) == suggested(second) != suggested(third)
-    assert second.user_attrs["retry_of"] == 0
+    assert endings(study) == [(PRUNED, "out of memory"), SCORED]
+    first, second = study.get_trials()
+    assert failures_of(first) == [("out of memory", False)] * 2 and first.user_attrs["reason"] == "no room"
+    assert suggested(first) != suggested(second)
 
 
 def test_a_crash_is_tried_once_more(tmp_path: Path) -> None:
     study = run(settings_for(tmp_path, 1), [failing(search.TrialFailed("boom"))] * 2)
-    assert endings(study) == [(FAIL, "crashed"), (FAIL, "crashed"), (COMPLETE, "scored")]
-    first, second, third = study.get_trials()
-    assert suggested(first) == suggested(second) != suggested(third)
+    assert endings(study) == [(FAIL, "crashed"), SCORED]
+    first, second = study.get_trials()
+    assert failures_of(first) == [("crashed", False)] * 2 and first.user_attrs["reason"] == "boom"
+    assert suggested(first) != suggested(second)
+
+
+def test_a_crash_that_does_not_come_again_costs_no_trial(tmp_path: Path) -> None:
+    trial, *others = run(settings_for(tmp_path, 1), [failing(search.TrialFailed("boom"))]).get_trials()
+    assert trial.state == COMPLETE and failures_of(trial) == [("crashed", False)] and not others
+    assert "reason" not in trial.user_attrs
 
 
 def test_an_interruption_is_tried_again_always(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
+    seen = set()
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             run(settings, [failing(KeyboardInterrupt())])
+        (trial,) = open_study(settings).get_trials()
+        assert (trial.state, trial.user_attrs["ended"]) == LEFT
+        seen.add(json.dumps(suggested(trial)))
     study = run(settings)
-    assert endings(study) == [(FAIL, "interrupted")] * 3 + [(COMPLETE, "scored")]
-    assert len({json.dumps(suggested(trial)) for trial in study.get_trials()}) == 1
+    assert endings(study) == [SCORED] and {json.dumps(suggested(study.get_trials()[0]))} == seen
 
 
 def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, 1, keep_checkpoints="all")
+    settings = settings_for(tmp_path, 1)
     trained = [good_training, failing(AssertionError("trained again"))]
     study = run(settings, trained, [failing(search.ScoringFailed("no encoder"))])
-    assert endings(study) == [(FAIL, "crashed"), (COMPLETE, "scored")]
-    second = study.get_trials()[1]
-    assert second.user_attrs["trained_in"] == str(settings.output_dir / "trial_0000")
-    assert second.user_attrs["training_seconds"] == 7.0
-    for folder in ("trial_0000", "trial_0001"):
-        assert (settings.output_dir / folder / "lora.safetensors").read_bytes() == weights_of("trial_0000")
+    (trial,) = study.get_trials()
+    assert endings(study) == [SCORED] and failures_of(trial) == [("crashed", True)]
+    assert trial.user_attrs["training_seconds"] == 7.0
+
+
+def test_a_scoring_that_fails_twice_ends_the_trial(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    study = run(settings, [], [failing(search.ScoringFailed("no encoder"))] * 2)
+    assert endings(study) == [(FAIL, "crashed"), SCORED]
+    assert failures_of(study.get_trials()[0]) == [("crashed", True)] * 2
+
+
+def test_a_crash_and_a_failed_scoring_are_two_kinds(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 1), [failing(search.TrialFailed("boom"))], [failing(search.ScoringFailed("x"))])
+    assert endings(study) == [SCORED]
+    assert failures_of(study.get_trials()[0]) == [("crashed", False), ("crashed", True)]
 
 
 def test_an_interrupted_scoring_is_scored_again_after_any_number_of_interruptions(tmp_path: Path) -> None:
@@ -486,27 +556,66 @@ def test_an_interrupted_scoring_is_scored_again_after_any_number_of_interruption
     never = [failing(AssertionError("trained again"))]
     with pytest.raises(KeyboardInterrupt):
         run(settings, never, [failing(KeyboardInterrupt())])
-    assert endings(run(settings, never))[-1] == (COMPLETE, "scored")
+    assert endings(run(settings, never)) == [SCORED]
 
 
 def test_a_training_that_was_repeated_is_not_trained_a_third_time(tmp_path: Path) -> None:
-    """The first one's folder vanished, and the scoring of the second is interrupted too."""
+    """Its folder vanished, and the scoring after the second training is interrupted too."""
     settings = settings_for(tmp_path, 1)
     with pytest.raises(KeyboardInterrupt):
         run(settings, [], [failing(KeyboardInterrupt())])
     shutil.rmtree(settings.output_dir / "trial_0000")
     with pytest.raises(KeyboardInterrupt):
         run(settings, [good_training], [failing(KeyboardInterrupt())])
-    study = run(settings, [failing(AssertionError("trained a third time"))])
-    assert [ended for _, ended in endings(study)] == ["interrupted", "interrupted", "scored"]
-    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == weights_of("trial_0001")
+    assert endings(run(settings, [failing(AssertionError("trained a third time"))])) == [SCORED]
+
+
+def test_a_training_that_starts_again_finds_nothing_of_the_broken_one(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    folder = settings.output_dir / "trial_0000"
+
+    def break_off(folder: Path) -> None:
+        save_two_checkpoints(folder)
+        (folder / "logs").mkdir()
+        (folder / "logs" / "events").write_text("of the first attempt")
+        (folder / "training.log").write_text("Traceback")
+        (folder / "my notes.txt").write_text("mine")
+        raise search.TrialFailed("the trainer ended with status 1, after it had saved all")
+
+    seen: list[str] = []
+
+    def look_and_train(folder: Path) -> None:
+        seen.extend(sorted(file.name for file in folder.iterdir()))
+        good_training(folder)
+
+    assert endings(run(settings, [break_off, look_and_train])) == [SCORED]
+    assert seen == ["config.toml", "my notes.txt", "params.json", "training.earlier.log"]
+    assert (folder / "training.earlier.log").read_text() == "Traceback"
+
+
+def test_a_training_that_failed_is_not_taken_for_one_whose_end_nobody_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saved everything and then ended badly, on the CPU for example; the program dies before the next attempt."""
+    monkeypatch.setattr(search, "has_finished_training", lambda folder: (folder / "lora.safetensors").is_file())
+    settings = settings_for(tmp_path, 1)
+
+    def end_badly(folder: Path) -> None:
+        good_training(folder)
+        raise search.TrialFailed("the trainer used the CPU instead of cuda")
+
+    trained: list[Path] = []
+    with pytest.raises(Killed):
+        run(settings, [end_badly, failing(Killed())])
+    assert endings(run(settings, [lambda folder: (trained.append(folder), good_training(folder))])) == [SCORED]
+    assert trained == [settings.output_dir / "trial_0000"]
 
 
 def test_three_equal_failures_of_different_parameters_stop_the_study(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 5)
     with pytest.raises(search.SearchStopped, match=r"three trials in a row ended alike.*no bitsandbytes"):
         run(settings, [failing(search.TrialFailed("no bitsandbytes"))] * 3)
-    assert len(open_study(settings).get_trials(states=(FAIL,))) == 3
+    assert endings(open_study(settings)) == [(FAIL, "crashed"), LEFT]
 
 
 def test_failures_that_differ_in_numbers_alone_are_equal(tmp_path: Path) -> None:
@@ -518,17 +627,25 @@ def test_failures_that_differ_in_numbers_alone_are_equal(tmp_path: Path) -> None
 def test_a_rejected_trial_between_equal_failures_does_not_hide_them(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2)
     study = open_study(settings)
-    for params in (SAFE, UNSAFE, {**SAFE, "network_dim": 128}, {**SAFE, "network_dim": 256}):
+    for params in (SAFE, UNSAFE, {**SAFE, "network_dim": 128}):
         study.enqueue_trial(params)
     with pytest.raises(search.SearchStopped, match="ended alike"):
         run(settings, [failing(search.TrialFailed("boom"))] * 3)
-    assert [ended for _, ended in endings(study)][:4] == ["crashed", "rejected", "crashed", "crashed"]
+    assert [ended for _, ended in endings(study)] == ["crashed", "rejected", "interrupted"]
 
 
 def test_a_success_between_failures_begins_the_count_anew(tmp_path: Path) -> None:
     failure = failing(search.TrialFailed("boom"))
     study = run(settings_for(tmp_path, 3), [failure, failure, good_training, failure, failure])
-    assert [state for state, _ in endings(study)] == [FAIL, FAIL, COMPLETE, FAIL, FAIL, COMPLETE, COMPLETE]
+    assert [state for state, _ in endings(study)] == [FAIL, COMPLETE, FAIL, COMPLETE, COMPLETE]
+
+
+def test_failures_of_an_earlier_start_do_not_stop_this_one(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    for failures in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, [failing(search.TrialFailed("boom"))] * failures + [failing(KeyboardInterrupt())])
+    assert endings(run(settings)) == [(FAIL, "crashed"), SCORED]
 
 
 def test_a_crash_an_interruption_and_a_crash_are_enough(tmp_path: Path) -> None:
@@ -536,15 +653,15 @@ def test_a_crash_an_interruption_and_a_crash_are_enough(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(settings, [failing(search.TrialFailed("boom")), failing(KeyboardInterrupt())])
     study = run(settings, [failing(search.TrialFailed("boom"))])
-    assert [ended for _, ended in endings(study)] == ["crashed", "interrupted", "crashed", "scored"]
-    assert suggested(study.get_trials()[2]) != suggested(study.get_trials()[3])
+    assert endings(study) == [(FAIL, "crashed"), SCORED]
+    assert suggested(study.get_trials()[0]) != suggested(study.get_trials()[1])
 
 
 def test_out_of_memory_before_and_after_an_interruption_is_learnt_from(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     with pytest.raises(KeyboardInterrupt):
         run(settings, [failing(search.OutOfMemory("no room")), failing(KeyboardInterrupt())])
-    assert endings(run(settings, [failing(search.OutOfMemory("no room"))]))[2] == (PRUNED, "out of memory")
+    assert endings(run(settings, [failing(search.OutOfMemory("no room"))]))[0] == (PRUNED, "out of memory")
 
 
 def test_a_full_disk_interrupts_the_trial_and_stops_the_study(tmp_path: Path) -> None:
@@ -552,7 +669,9 @@ def test_a_full_disk_interrupts_the_trial_and_stops_the_study(tmp_path: Path) ->
     for _ in range(2):
         with pytest.raises(search.SearchStopped, match="No space left"):
             run(settings, [failing(OSError(28, "No space left on device"))])
-    assert endings(run(settings)) == [(FAIL, "interrupted")] * 2 + [(COMPLETE, "scored")]
+        assert endings(open_study(settings)) == [LEFT]
+    study = run(settings)
+    assert endings(study) == [SCORED] and "failures" not in study.get_trials()[0].user_attrs
 
 
 def test_different_failures_do_not_stop_it(tmp_path: Path) -> None:
@@ -563,22 +682,22 @@ def test_different_failures_do_not_stop_it(tmp_path: Path) -> None:
 # --- a program that died -----------------------------------------------------------------------------
 
 
-def test_a_trial_that_was_running_is_closed_and_its_parameters_tried_again(tmp_path: Path) -> None:
+def test_a_trial_that_was_running_is_continued_with_its_own_parameters(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2)
     with pytest.raises(Killed):
         run(settings, [good_training, failing(Killed())])
-    assert open_study(settings).get_trials()[1].state == TrialState.RUNNING
+    left = open_study(settings).get_trials()[1]
+    assert left.state == RUNNING and "ended" not in left.user_attrs
     study = run(settings)
-    assert endings(study) == [(COMPLETE, "scored"), (FAIL, "interrupted"), (COMPLETE, "scored")]
-    assert suggested(study.get_trials()[1]) == suggested(study.get_trials()[2])
+    assert endings(study) == [SCORED] * 2
+    assert suggested(study.get_trials()[1]) == suggested(left)
 
 
 def test_where_the_training_had_finished_only_the_scoring_is_done_again(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     with pytest.raises(Killed):
         run(settings, [], [failing(Killed())])
-    study = run(settings, [failing(AssertionError("trained again"))])
-    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+    assert endings(run(settings, [failing(AssertionError("trained again"))])) == [SCORED]
 
 
 def test_metrics_that_were_whole_on_disk_are_told_from_there(tmp_path: Path) -> None:
@@ -590,7 +709,8 @@ def test_metrics_that_were_whole_on_disk_are_told_from_there(tmp_path: Path) -> 
 
     with pytest.raises(Killed):
         run(settings, [], [score_and_die])
-    study = run(settings, [failing(AssertionError("trained again"))])
+    never = failing(AssertionError("made again"))
+    study = run(settings, [never], [never])
     assert endings(study) == [(COMPLETE, "scored")] and study.best_value == pytest.approx(0.1)
 
 
@@ -624,7 +744,9 @@ def test_metrics_of_a_training_that_had_not_finished_are_not_told(tmp_path: Path
     with pytest.raises(Killed):
         run(settings, [failing(Killed())])
     good_scoring(settings.output_dir / "trial_0000")
-    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+    trained: list[Path] = []
+    assert endings(run(settings, [lambda folder: (trained.append(folder), good_training(folder))])) == [SCORED]
+    assert trained == [settings.output_dir / "trial_0000"]
 
 
 def test_a_score_that_is_no_number_is_a_scoring_that_failed(tmp_path: Path) -> None:
@@ -633,7 +755,8 @@ def test_a_score_that_is_no_number_is_a_scoring_that_failed(tmp_path: Path) -> N
         metrics = json.loads((folder / "metrics.json").read_text())
         (folder / "metrics.json").write_text(json.dumps({**metrics, "score": float("nan")}))
 
-    assert endings(run(settings_for(tmp_path, 1), [], [score_nan])) == [(FAIL, "crashed"), (COMPLETE, "scored")]
+    study = run(settings_for(tmp_path, 1), [], [score_nan])
+    assert endings(study) == [SCORED] and failures_of(study.get_trials()[0]) == [("crashed", True)]
 
 
 def test_a_training_that_ended_as_the_program_died_is_only_scored(tmp_path: Path) -> None:
@@ -646,35 +769,31 @@ def test_a_training_that_ended_as_the_program_died_is_only_scored(tmp_path: Path
     with pytest.raises(Killed):
         run(settings, [train_and_die])
     study = run(settings, [failing(AssertionError("trained again"))])
-    assert endings(study) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+    assert endings(study) == [SCORED]
     assert study.get_trials()[0].user_attrs["training_seconds"] >= 0
 
 
-def test_a_retry_that_dies_before_it_has_the_checkpoints_loses_no_training(
+def test_what_was_not_yet_suggested_is_completed_around_what_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for(tmp_path, 1)
-    never = [failing(AssertionError("trained again"))]
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "link_training", failing_link)
-        with pytest.raises(search.SearchStopped):
-            run(settings, [good_training], [failing(search.ScoringFailed("no encoder"))])
-    study = run(settings, never)
-    assert [ended for _, ended in endings(study)] == ["crashed", "interrupted", "scored"]
-    assert (settings.output_dir / "trial_0002" / "lora.safetensors").read_bytes() == weights_of("trial_0000")
+    """A kill in the middle of suggesting: the trial keeps its first values, and the whole passes the constraints."""
+    suggest = search._suggest
+    for count in range(1, len(search.SEARCH_SPACE) + 1):
+        settings = settings_for(tmp_path / str(count), 1)
+        names = iter([None] * count)
 
+        def suggest_some(trial: optuna.Trial, name: str, kind: object, names: Iterator[None] = names) -> object:
+            if next(names, Killed) is Killed:
+                raise Killed
+            return suggest(trial, name, kind)
 
-def failing_link(source: Path, folder: Path) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_checkpoints_are_copied_where_they_can_not_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_args: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    run(settings_for(tmp_path, 1), [], [failing(search.ScoringFailed("no encoder"))])
-    assert (tmp_path / "out" / "trial_0001" / "lora.safetensors").read_bytes() == weights_of("trial_0000")
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            patched.setattr(search, "_suggest", suggest_some)
+            run(settings, [failing(Killed())])
+        before = suggested(open_study(settings).get_trials()[0])
+        assert len(before) == count
+        (trial,) = run(settings).get_trials()
+        assert before.items() <= trial.params.items() and trial.state == COMPLETE
 
 
 def test_enqueued_values_survive_a_death_before_they_were_suggested(
@@ -699,40 +818,98 @@ def test_torn_metrics_are_not_told(tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         run(settings, [], [tear_and_die])
-    assert endings(run(settings)) == [(FAIL, "interrupted"), (COMPLETE, "scored")]
+    assert endings(run(settings)) == [SCORED]
 
 
-def test_a_kill_between_closing_and_enqueueing_loses_nothing(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, 1)
-    with pytest.raises(Killed):
-        run(settings, [failing(Killed())])
-    study = open_study(settings)
-    search.close_interrupted_trials(study, settings)  # and the program dies here
-    for _ in range(2):
-        search.queue_retries(study, settings)
-    assert len(study.get_trials(states=(TrialState.WAITING,))) == 1
+# --- several folders in one storage -------------------------------------------------------------------
+
+
+def two_folders(tmp_path: Path, n_trials: int) -> tuple[search.Settings, search.Settings]:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    here, there = (settings_for(tmp_path / name, n_trials, storage=storage) for name in ("here", "there"))
+    return here, there
+
+
+def interrupted_in(settings: search.Settings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(KeyboardInterrupt())])
 
 
 def test_running_trials_of_another_folder_are_left_alone(tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    here, there = (settings_for(tmp_path / name, 3, storage=storage) for name in ("here", "there"))
+    here, there = two_folders(tmp_path, 3)
     with pytest.raises(Killed):
         run(there, [failing(Killed())])
-    study = open_study(here)
-    search.close_interrupted_trials(study, here)
-    assert study.get_trials()[0].state == TrialState.RUNNING
+    study_of(here).adopt()
+    assert open_study(here).get_trials()[0].user_attrs["output_dir"] == str(there.output_dir)
 
 
-def test_a_failed_trial_of_another_folder_is_tried_again_there_alone(tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_continued_in_its_own_folder_alone(tmp_path: Path) -> None:
+    here, there = two_folders(tmp_path, 2)
+    interrupted_in(there)
+    interrupted_in(here)
+    study = run(there)
+    assert endings(study) == [SCORED, LEFT, SCORED]  # and nobody waits for the one that stopped
+    assert [trial.user_attrs["output_dir"] for trial in study.get_trials()] == [
+        str(settings.output_dir) for settings in (there, here, there)
+    ]
+
+
+def test_who_comes_back_when_the_others_have_trained_the_last_ones_is_one_too_many(tmp_path: Path) -> None:
+    here, there = two_folders(tmp_path, 2)
+    interrupted_in(there)
+    run(here)
+    study = run(there, [failing(AssertionError("trained one too many"))])
+    assert endings(study) == [(FAIL, "interrupted"), SCORED, SCORED]
+    assert study.get_trials()[0].user_attrs["reason"] == "enough other trials are trained"
+
+
+def test_who_comes_back_while_the_others_train_the_last_ones_is_one_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = two_folders(tmp_path, 1)
+    interrupted_in(there)
+    monkeypatch.setattr(search.screen, "wait", failing(Killed()))
+
+    def come_back(folder: Path) -> None:
+        with pytest.raises(Killed):  # once it is closed, it waits
+            run(there, [failing(AssertionError("trained one too many"))])
+        good_training(folder)
+
+    assert endings(run(here, [come_back])) == [(FAIL, "interrupted"), SCORED]
+
+
+def test_who_comes_back_in_time_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = two_folders(tmp_path, 1)
+    interrupted_in(there)
+    monkeypatch.setattr(search.screen, "wait", failing(Killed()))
+
+    def look(folder: Path) -> None:
+        with pytest.raises(Killed):  # it waits for this one
+            run(here, [failing(AssertionError("trained one too many"))])
+        good_training(folder)
+
+    assert endings(run(there, [look])) == [SCORED]
+
+
+def _work_interrupted(settings: search.Settings) -> None:
+    """A program that is interrupted in its first training, in its third's scoring, and then goes on."""
+    for steps in (([failing(KeyboardInterrupt())], []), ([], [good_scoring, failing(KeyboardInterrupt())])):
+        with contextlib.suppress(KeyboardInterrupt):
+            run(settings, *steps)
+    run(settings)
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_programs_that_are_interrupted_and_come_back_end_at_exactly_n(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "POLL_SECONDS", 0.05)
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    here, there = (settings_for(tmp_path / name, 1, storage=storage) for name in ("here", "there"))
-    with pytest.raises(KeyboardInterrupt):
-        run(there, [failing(KeyboardInterrupt())])
-    study = open_study(here)
-    search.queue_retries(study, here)
-    assert study.get_trials(states=(TrialState.WAITING,)) == []
-    search.queue_retries(study, there)
-    assert len(study.get_trials(states=(TrialState.WAITING,))) == 1
+    all_settings = [settings_for(tmp_path / str(n), 12, storage=storage) for n in range(workers)]
+    assert work_at_once(_work_interrupted, all_settings) == [0] * workers
+    trials = open_study(all_settings[0]).get_trials()
+    assert sum(map(search.is_trained, trials)) == 12
+    assert {trial.state for trial in trials} <= {COMPLETE, FAIL}
 
 
 def test_another_programs_trial_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -753,7 +930,8 @@ def test_another_programs_trial_is_waited_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_of_two_that_begin_at_once_the_later_one_is_surplus(tmp_path: Path) -> None:
-    study = open_study(settings_for(tmp_path))
+    ours = study_of(settings_for(tmp_path, 2))
+    study = ours.study
     study.enqueue_trial({"network_dim": 64})
     waiting = study.ask()  # the enqueued one ...
     study.enqueue_trial({"network_dim": 128})
@@ -761,7 +939,7 @@ def test_of_two_that_begin_at_once_the_later_one_is_surplus(tmp_path: Path) -> N
     fresh = optuna.Trial(study, study._storage.create_new_trial(study._study_id))
     late = study.ask()  # ... and one with a lower number than a trial that began before it
     assert late.number == enqueued.number < fresh.number
-    assert [search.is_surplus(study, t.number, 2) for t in (waiting, fresh, late)] == [False, False, True]
+    assert [ours.is_surplus(t.number) for t in (waiting, fresh, late)] == [False, False, True]
 
 
 def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_database(tmp_path: Path) -> None:
@@ -769,12 +947,12 @@ def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_dat
     guest = settings_for(tmp_path / "guest", 3, storage=owner.storage)
     with pytest.raises(Killed):
         run(guest, [failing(Killed())])
-    study = open_study(owner)
+    ours = study_of(owner)
     with search.locked_folder(guest.output_dir):
-        search.close_interrupted_trials(study, owner)
-        assert study.get_trials()[0].state == TrialState.RUNNING
-    search.close_interrupted_trials(study, owner)
-    assert study.get_trials()[0].state == FAIL
+        ours.adopt()
+        assert ours.study.get_trials()[0].user_attrs["output_dir"] == str(guest.output_dir)
+    ours.adopt()
+    assert ours.study.get_trials()[0].user_attrs["output_dir"] == str(owner.output_dir)
 
 
 def test_the_timeout_starts_no_new_trial(tmp_path: Path) -> None:
@@ -788,7 +966,7 @@ def test_the_timeout_starts_no_new_trial(tmp_path: Path) -> None:
 
 
 def test_every_transaction_takes_the_write_lock_at_its_start(tmp_path: Path) -> None:
-    storage = search.open_storage(f"sqlite:///{tmp_path / 's.db'}")
+    storage = search.Storage(f"sqlite:///{tmp_path / 's.db'}").open()
     other = sqlite3.connect(tmp_path / "s.db", timeout=0)
     with storage.engine.connect() as connection:
         connection.exec_driver_sql("SELECT 1")
@@ -839,27 +1017,24 @@ def test_a_database_that_can_grow_no_more_stops_the_search_which_loses_nothing(
         )
 
     engines = []
-    open_storage = search.open_storage
+    open_storage, objective = search.Storage.open, search.LoraObjective.__call__
 
-    def remember_engine(url: str) -> optuna.storages.BaseStorage:
-        storage = open_storage(url)
+    def remember_engine(self: search.Storage) -> optuna.storages.BaseStorage:
+        storage = open_storage(self)
         engines.append(storage.engine)
         return storage
 
-    monkeypatch.setattr(search, "open_storage", remember_engine)
-    padding = "x" * 20_000  # more than the last page has room for
-    record = search.record_metrics
-
-    def record_much(trial: optuna.Trial, metrics: search.Metrics, folder: Path) -> None:
-        trial.set_user_attr("padding", padding)
-        record(trial, metrics, folder)
+    def write_much(self: search.LoraObjective, trial: optuna.Trial) -> float:
+        value = objective(self, trial)
+        trial.set_user_attr("padding", "x" * 20_000)  # more than the last page has room for
+        return value
 
     with monkeypatch.context() as patched:
-        patched.setattr(search, "record_metrics", record_much)
+        patched.setattr(search.Storage, "open", remember_engine)
+        patched.setattr(search.LoraObjective, "__call__", write_much)
         with pytest.raises(optuna.exceptions.StorageInternalError) as caught:
             run(settings, [], [fill_up])
     assert "full" in str(caught.value.__cause__)
-    monkeypatch.setattr(search, "open_storage", open_storage)
     study = run(settings)
     assert endings(study) == [(COMPLETE, "scored")] * 2
     assert study.get_trials()[0].value == pytest.approx(0.1)
@@ -901,7 +1076,7 @@ def test_what_a_server_says_is_shown(tmp_path: Path) -> None:
 
 def test_a_server_without_tables_is_left_so(postgresql: Callable[[], str]) -> None:
     url = postgresql()
-    assert search.load_study(url, "x") is None and search.tables_of(url) == set()
+    assert search.load_study(url, "x") is None and search.Storage(url).tables() == set()
 
 
 def test_a_study_that_was_only_created_is_gone_on_with(tmp_path: Path) -> None:
@@ -987,6 +1162,17 @@ def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
         search.check_anchors(study, {"screen": {"q_base": 0.52}, "version": "x"})
 
 
+def test_a_study_of_an_earlier_version_is_refused_and_can_be_shown(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path)
+    study = open_study(settings)
+    study.set_user_attr("fingerprint", {"seed": 1})
+    name, number = search.STUDY_FORM
+    with pytest.raises(search.RefusedInput, match=r"made by another version of this program.*--output-dir") as caught:
+        search.check_fingerprint(study, {name: number, "seed": 2})
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+    assert search.load_study(settings.storage, settings.study_name) is not None
+
+
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     search.write_json(settings.reference / "plan.json", {"study": "the first"})
@@ -1006,10 +1192,10 @@ def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
 
 def test_enqueued_parameters_come_first_and_once(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2)
-    study = open_study(settings)
+    ours = study_of(settings)
     for _ in range(2):
-        search.enqueue_once(study, [dict(SAFE), dict(SAFE)])
+        ours.enqueue([dict(SAFE), dict(SAFE)])
     run(settings)
-    search.enqueue_once(study, [dict(SAFE)])
-    trials = study.get_trials()
+    ours.enqueue([dict(SAFE)])
+    trials = ours.study.get_trials()
     assert len(trials) == 2 and suggested(trials[0]) == SAFE != suggested(trials[1])

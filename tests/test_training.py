@@ -125,7 +125,7 @@ def test_a_good_training_passes(folder: Path) -> None:
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
-    found = [(epoch, file.name) for epoch, file in search.find_checkpoints(folder)]
+    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.find_checkpoints(folder, 4)]
     assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
 
 

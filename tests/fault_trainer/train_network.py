@@ -4,7 +4,8 @@ It takes train_network.py's options, prints what that prints, and leaves the fil
 is the stand-in that really trains; options, data set and epochs are read by its code). Its weights come from the
 config alone: equal parameters, equal files.
 
-FAULT says what goes wrong, from which step on, and in which trial's folder (all, if none is named):
+FAULT says what goes wrong, from which step on, and in which trial's folder, where it happens once (in all, and always,
+if none is named):
 
     FAULT=hang@3:trial_0001
     hang     no step any more                deaf   the same, and SIGTERM is ignored
@@ -51,7 +52,12 @@ def read_fault(output_dir: str) -> tuple[str, int]:
     """What goes wrong in this folder, and from which step on."""
     fault, _, where = os.environ.get("FAULT", "").partition(":")
     kind, _, step = fault.partition("@")
-    return (kind, int(step or 1)) if kind and where in ("", Path(output_dir).name) else ("", 0)
+    happened = Path(output_dir, "fault_happened")
+    if not kind or where not in ("", Path(output_dir).name) or happened.exists():
+        return "", 0
+    if where:
+        happened.touch()
+    return kind, int(step or 1)
 
 
 def happen(kind: str) -> None:
