@@ -1937,10 +1937,7 @@ class PromptChooser:
         self.counts: dict[str, SampleCounts] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
 
     def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
-        """A quarter captions of the data set, half the subject elsewhere, a quarter in another style; then plain ones.
-
-        Where captions are too few, templates stand in, and one kind of template for the other.
-        """
+        """A quarter captions of the data set, half the subject elsewhere, a quarter another style; then plain ones."""
         named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.left_out_of(c)]
         elsewhere, style = (
             iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
@@ -1950,7 +1947,7 @@ class PromptChooser:
         for number, (stage, counts) in enumerate(self.counts.items()):
             texts = _evenly(named[number::2], counts.prompts // 4)
             texts += itertools.islice(style, counts.prompts // 4)
-            texts += itertools.islice(elsewhere, counts.prompts - len(texts))
+            texts += itertools.islice(elsewhere, counts.prompts - len(texts))  # also for captions that are missing
             texts += itertools.islice(style, counts.prompts - len(texts))
             missing += counts.prompts - len(texts)
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
@@ -2180,12 +2177,10 @@ class ImageScorer:
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        self.torch = torch
-        self.plan = plan
+        self.torch, self.plan, self.device = torch, plan, device
         self.batch_size: int = plan["batch_size"]
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
-        self.device = device
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
         encoders, base_model = plan["encoders"], plan["base_model"]
         configs = [plan["pipeline_config"]] if Path(base_model).is_file() else []
@@ -2387,10 +2382,7 @@ Metrics = dict[str, Any]  # the content of a trial's metrics.json
 
 
 def score_folder(folder: Path, device: str) -> None:
-    """Score a trial's folder (metrics.json), or make the reference of OUTPUT_DIR/reference.
-
-    Raises RefusedInput for a folder that is neither, ScoringFailed for whatever else goes wrong.
-    """
+    """Write a trial's metrics.json, or make OUTPUT_DIR/reference; any other folder is a RefusedInput."""
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
@@ -2470,21 +2462,17 @@ class StageImages:
 
     def raw_values(self, base: np.ndarray, base_usable: np.ndarray) -> dict[str, Any]:
         """Averages over the usable images, None where there is none; `base` holds the base model's vectors."""
-        plain = [n for n in self.plain if base_usable[n]]
-        preserved = paired_similarity(self.vectors[plain], base[plain]) if plain else None
+        both = [n for n in self.plain if base_usable[n]]
+        plain = paired_similarity(self.vectors[both], base[both]) if both else None
         per_image = [{"name": job["name"], "usable": bool(ok)} for job, ok in zip(self.jobs, self.usable, strict=True)]
         if self.about:
             nearest = (self.vectors[self.about] @ self.data.T).max(axis=1)
             for number, text, near in zip(self.about, (self.pictures * self.texts).sum(axis=1), nearest, strict=True):
                 to_data = float((self.vectors[number] @ self.data.T).mean())
                 per_image[number].update(data=to_data, nearest=float(near), text=float(text))
-        return {
-            **self.averages,
-            "plain": preserved,
-            "usable": float(self.usable.mean()),
-            **brightness_and_contrast([self.images[n] for n in np.flatnonzero(self.usable)]),
-            "images": per_image,
-        }
+        grey = brightness_and_contrast([self.images[n] for n in np.flatnonzero(self.usable)])
+        share = float(self.usable.mean())
+        return {**self.averages, "plain": plain, "usable": share, **grey, "images": per_image}
 
 
 class FolderScorer:
@@ -2563,10 +2551,8 @@ class FolderScorer:
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
     def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
-        """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by.
-
-        What was screened before and is deleted since stays, marked; it is never the best, since it can't be confirmed.
-        """
+        """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by."""
+        # Results of checkpoints that were deleted since stay, marked; none is the best, since none can be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
         screened = []
