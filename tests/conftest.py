@@ -34,20 +34,26 @@ Pictures = Callable[..., Path]
 DataSetFile = Callable[..., Path]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """What pytest-xdist does with -n: it keeps groups together, in our order."""
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+# One worker of pytest-xdist takes all modules that read the demo, and first, since the demo takes longest.
+READ_DEMO = {"test_dashboard", "test_made_study", "test_results", "test_small_world", "test_verification_checklist"}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker makes the demo, which takes longest and comes first; others make a module's fixtures once."""
-    reads_demo = {item: "demo" in getattr(item, "fixturenames", ()) for item in items}
-    items.sort(key=lambda item: not reads_demo[item])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("demo" if reads_demo[item] else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in READ_DEMO)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Every module stays on one worker, which makes its fixtures once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ModuleScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = Path(nodeid.partition("::")[0]).stem
+            return "demo" if module in READ_DEMO else module
+
+    config.option.loadscopereorder = False  # it would begin with the modules that have the most tests
+    return ModuleScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
