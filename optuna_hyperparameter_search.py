@@ -715,13 +715,14 @@ class DataSetReader:
 
     def list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
         """A subset's pictures, which stand in where sd-scripts does not tell what it trains."""
-        place, has_metadata = settings.get("image_dir", ""), "metadata_file" in settings
+        place, has_metadata = settings.get("image_dir", ""), isinstance(settings.get("metadata_file"), str)
+        images = self._list_metadata(settings) if has_metadata else []
         if not os.path.isdir(str(place)):  # noqa: PTH112 - Path raises
             if isinstance(place, str) and place:
                 self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
             elif place == "" and not has_metadata:
                 self.problems.append(f"image_dir is missing in a subset of {self.path}; give its folder")
-            return []
+            return images
         folder = Path(str(place))
         try:
             self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
@@ -729,12 +730,11 @@ class DataSetReader:
             self.problems.append(f"can't read image_dir {folder} ({error.strerror}); mend its rights")
             return []
         if has_metadata:
-            return []
+            return images
         if not _pictures_in(folder):
             self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
         extension = f".{settings['caption_extension']}".replace("..", ".")
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
-        images = []
         for picture in [file for file in files if file.suffix in _ALWAYS_TRAINED]:
             caption = self._read_caption(picture, extension)
             images.append(TrainingImage(picture, (as_tags(caption or tokens),), caption is not None, is_reg))
@@ -743,6 +743,19 @@ class DataSetReader:
             what = f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens"
             self.problems.append(f"{what}, {without[0]} for one; write them, or set caption_extension or class_tokens")
         return images
+
+    def _list_metadata(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
+        """The pictures of kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
+        file, folder = Path(settings["metadata_file"]), str(settings.get("image_dir", ""))
+        try:
+            text = file.read_text(encoding="utf-8")
+            entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+            named = entries.items() if isinstance(entries, dict) else [(one["image_path"], one) for one in entries]
+            pairs = [(Path(folder, name), (one.get("caption"), one.get("tags"))) for name, one in named]
+            return [TrainingImage(path, (as_tags(", ".join(filter(None, said))),), True) for path, said in pairs]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            self.problems.append(f"can't use metadata_file {file} ({one_line(error)}); mend it")
+            return []
 
     def _find_images(self, files: Sequence[Path]) -> str:
         """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file does not."""

@@ -133,6 +133,25 @@ def test_a_renamed_inside_keeps_nobody_from_training(file: str, old: str, new: s
     assert search.read_data_set(sd_scripts.data_set, config, OPTIONS, known).notes == data_set.notes  # said once
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_metadata_is_read_where_sd_scripts_does_not_answer(lines: bool, sd_scripts: SdScripts, tmp_path: Path) -> None:
+    """A changed inside of kohya keeps nobody with a metadata file from training either."""
+    folder = tmp_path / "images"
+    entries = {name: {"caption": "luca", "tags": "a boy"} for name in ("00.png", "01.png")}
+    file = folder / ("meta.jsonl" if lines else "meta.json")
+    named = "\n".join(json.dumps({"image_path": name, **entry}) for name, entry in entries.items())
+    file.write_text(named if lines else json.dumps(entries))
+    data = toml.loads(sd_scripts.data_set.read_text())
+    data["datasets"][0]["subsets"] = [{"image_dir": str(folder), "metadata_file": str(file)}]
+    sd_scripts.data_set.write_text(toml.dumps(data))
+    config = search.read_data_set_file(sd_scripts.data_set)
+    data_set = search.read_data_set(sd_scripts.data_set, config, OPTIONS, {"unknown": "no such function"})
+    assert [(i.path.name, i.captions) for i in data_set.images] == [(name, ("luca, a boy",)) for name in entries]
+    file.write_text("{")
+    with pytest.raises(search.RefusedInput, match="can't use metadata_file"):
+        search.read_data_set(sd_scripts.data_set, config, OPTIONS, {"unknown": "no such function"})
+
+
 def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:
     log = tmp_path / "training.log"
     log.write_text("  num batches per epoch / 1epochのバッチ数: 12\nx")
