@@ -486,6 +486,7 @@ def test_a_trainer_that_does_not_work_costs_no_trial(
     assert study is not None and study.get_trials() == []
 
 
+@pytest.mark.slow
 def test_a_timeout_is_status_1_and_says_why(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main(command(timeout=1e-9)) == 1
     said = capsys.readouterr().err

@@ -124,6 +124,7 @@ def test_the_best_lora_is_the_chosen_checkpoint_of_the_best_trial(demo: Demo) ->
     assert parameters["parameters"] == best.user_attrs["training_params"]
 
 
+@pytest.mark.slow
 def test_the_best_config_trains_the_same_lora_again(demo: Demo) -> None:
     """Run unchanged by the trainer, from another folder: the checkpoint that the comment names is the best LoRA."""
     results = demo.output_dir / "results"
