@@ -73,7 +73,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import optuna
@@ -85,7 +85,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
 LOG_NAME = "search.log"
-ANSWER_NAME = "kohya_answer.json"  # in reference/: what sd-scripts said of the inputs
+ANSWER_NAME = "kohya_answer.json"  # in reference/: what sd-scripts answered to the probe
 ARTIFACTS = "artifacts"  # in the output folder, for optuna-dashboard --artifact-dir
 DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
@@ -133,7 +133,7 @@ class SearchStopped(SearchError):
 
 
 class TrialFailed(SearchError):
-    """One trial ended without a value; `ended` is what its user_attrs say of it."""
+    """One trial ended without a value. Its user_attrs keep `ended`."""
 
     ended = "crashed"
 
@@ -145,19 +145,19 @@ class OutOfMemory(TrialFailed):
 
 
 class Diverged(TrialFailed):
-    """The training made weights that are not finite."""
+    """A checkpoint has weights that are not finite (NaN or infinite)."""
 
     ended = "diverged"
 
 
 class Hung(TrialFailed):
-    """The trainer went on without getting on."""
+    """The trainer ran on, but made no progress."""
 
     ended = "hung"
 
 
 class ScoringFailed(TrialFailed):
-    """The training is good, its scoring is not: only the scoring has to be done again."""
+    """The training succeeded, and its scoring failed. Only the scoring is repeated."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -165,12 +165,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, _frame: Any = None) -> None:
-    """Handles a signal. What Ctrl-C does needs no name."""
+    """The handler of signals. It names every signal but that of Ctrl-C, which the user knows."""
     raise Interrupted(*[signal.Signals(number).name] if number != signal.SIGINT else [])
 
 
 def printable(text: object) -> str:
-    """A text as one line that no name in it can break, colour or hide: what does not print is escaped."""
+    """The text with unprintable characters escaped, so that no file name in it can break or colour a line."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
@@ -178,17 +178,17 @@ REDRAWS_PER_SECOND = 8
 
 
 class Screen:
-    """What the user sees: lines that stay and, in a terminal while a search runs, four below them that change.
+    """What the user sees: lines that stay and, in a terminal, a live region of four lines below them.
 
-    Without threads, because this program forks: whoever waits calls refresh().
+    No thread redraws the region, because this program forks. Code that waits calls refresh().
     """
 
     def __init__(self) -> None:
-        self.started = time.monotonic()  # near enough to the program's start
+        self.started = time.monotonic()  # about when the program did
         self.log_file: Path | None = None
         self._log_failed = False
         self._live: Any = None  # rich.live.Live, where there is a terminal
-        self._lines: dict[str, Any] = {}  # of it, a rich.progress.Progress with one task each
+        self._lines: dict[str, Any] = {}  # its lines by name, each a rich.progress.Progress with one task
         self._next_redraw = 0.0
 
     @property
@@ -196,28 +196,28 @@ class Screen:
         return self._live is not None
 
     def show(self, name: str, text: str, done: float = 0, total: float = 1) -> None:
-        """What a line of the live region (study, trial, train or score) says from now on, and how far its bar is."""
+        """Set the text and the bar of a line of the live region: study, trial, train or score."""
         if self._live is not None:
             self._lines[name].update(0, text=printable(text), completed=done, total=total)
 
     def begin(self, *pieces: str) -> None:
-        """Something new begins, a trial mostly; nothing of it is trained or scored yet."""
+        """Name the trial (or other work) that begins; nothing of it is trained or scored yet."""
         for name, text in {"trial": "  ".join(pieces), "train": "-", "score": "-"}.items():
             self.show(name, text)
 
     def print(self, text: str, *, detail: bool = False) -> None:
-        """Lines that stay; details only where there is no live region."""
+        """Print lines that stay. Details are left out while there is a live region."""
         if self._live is None:
             try:
                 print(text, flush=True)
-            except OSError:  # whoever read it is gone (`| head`, a closed terminal); search.log has it all
+            except OSError:  # the reader is gone (`| head`, a closed terminal); search.log has it all
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         elif not detail:
             with self._drawing():
                 self._live.console.print(text.strip("\n"), soft_wrap=True)
 
     def log(self, text: str) -> None:
-        """Add to search.log, once there is one. A full disk costs lines there, and nothing else."""
+        """Append to search.log, once there is one. A full disk costs lines of the log, but never stops the search."""
         try:
             if self.log_file:
                 with self.log_file.open("a", encoding="utf-8") as file:
@@ -226,17 +226,17 @@ class Screen:
             if not self._log_failed:
                 self._log_failed = True
                 file = printable(self.log_file)
-                self.print(f"warning: {file} takes no more ({error.strerror}) and lacks what follows; make room")
+                self.print(f"warning: can't write to {file} ({error.strerror}), so it lacks what follows; make room")
 
     def refresh(self) -> None:
-        """Redraw the live region, if there is one and some time has passed."""
+        """Redraw the live region, REDRAWS_PER_SECOND at most."""
         if self._live is not None and time.monotonic() >= self._next_redraw:
             with self._drawing():
                 self._live.refresh()
             self._next_redraw = time.monotonic() + 1 / REDRAWS_PER_SECOND
 
     def wait(self, seconds: float) -> None:
-        """Sleep, while the live region's clocks go on."""
+        """Sleep, and keep the clock of the live region running."""
         times = math.ceil(seconds)
         for _ in range(times):
             self.refresh()
@@ -244,7 +244,7 @@ class Screen:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """With a live region, if this is a terminal that can show one; nothing of it is left afterwards."""
+        """Show the live region where the terminal can, and remove it at the end."""
         live = self._make_live() if sys.stdout and sys.stdout.isatty() else None
         try:
             if live:
@@ -259,35 +259,35 @@ class Screen:
                     live.stop()
 
     def _make_live(self) -> Any:
-        """The study with a clock, training and scoring with bars; None where no cursor can be moved (TERM=dumb)."""
+        """A line each for study (with a clock), trial, training and scoring; None for a terminal like TERM=dumb."""
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Column
 
-        # What users named is never taken for markup.
+        # markup=False: brackets in a user's file names are no markup.
         console = Console(force_terminal=True, force_jupyter=False, markup=False, highlight=False, emoji=False)
         if not console.is_interactive:
             return None
         label = TextColumn("{task.description}", style="bold", markup=False)
         room = Column(ratio=1, no_wrap=True, overflow="crop" if console.options.ascii_only else "ellipsis")
         text = TextColumn("{task.fields[text]}", markup=False, table_column=room)
-        bar = BarColumn(max(8, min(30, console.width - 72)))  # 72 columns hold label and text of a training
+        bar = BarColumn(max(8, min(30, console.width - 72)))  # label and text of a training take 72 columns
         lines = {"study": (label, text, TimeElapsedColumn()), "trial": (label, text)}
         lines |= dict.fromkeys(("train", "score"), (label, bar, text))
         for name, columns in lines.items():
             self._lines[name] = Progress(*columns, console=console, expand=True)
             self._lines[name].add_task(name, total=1, text="-")
         self._lines["study"].tasks[0].start_time = self.started
-        rows = Group(*self._lines.values(), "")  # an empty one for the cursor, where a terminal echoes Ctrl-C
+        rows = Group(*self._lines.values(), "")  # the cursor stands in the empty row, and ^C is echoed there
         off = dict.fromkeys(("auto_refresh", "redirect_stdout", "redirect_stderr"), False)
         return Live(rows, console=console, transient=True, **off)
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
-        """A signal waits, because half a redraw would stay; a second one does not. A gone terminal ends no search.
+        """Hold a signal back until the redraw is whole; a second signal interrupts at once. Ignores a closed terminal.
 
-        No signal mask: NumPy's threads would take what it blocks in this one, and the handler runs here all the same.
+        A signal mask would not do: one of NumPy's threads takes the signal, and Python runs the handler in this thread.
         """
         held: list[int] = []
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -307,14 +307,14 @@ screen = Screen()
 
 
 class LibraryLog(logging.Handler):
-    """What libraries warn of goes to search.log, where there is one, and never between the program's lines."""
+    """Sends the warnings of libraries to search.log instead of the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         screen.log(record.getMessage())
 
 
 def say(text: str = "", *, detail: bool = False) -> None:
-    """Print to the screen (details only where no live region shows them) and, once there is one, to search.log."""
+    """Print to the screen and append to search.log. A live region hides details from the screen alone."""
     text = "\n".join(map(printable, text.split("\n")))
     screen.print(text, detail=detail)
     screen.log(text)
@@ -322,7 +322,7 @@ def say(text: str = "", *, detail: bool = False) -> None:
 
 @contextlib.contextmanager
 def only_warning(what: str) -> Iterator[None]:
-    """For what is nice to have: that it failed is said, and costs nothing else."""
+    """Turn an error into a warning, for work that the search can do without. The error follows `what`."""
     try:
         yield
     except Exception as error:
@@ -330,7 +330,7 @@ def only_warning(what: str) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write whole and then rename into place, so that no reader ever sees half a file."""
+    """Write beside the file and rename into place, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -348,14 +348,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_toml(path: Path, data: Mapping[str, Any], comment: str = "") -> None:
-    """TOML as kohya reads it; the `toml` package itself garbles no-break spaces, control characters and backslash x."""
+    """Write TOML with texts quoted as in JSON: `toml` itself garbles no-break spaces, control characters and \\x."""
     encoder = toml.TomlEncoder()
     encoder.dump_funcs[str] = lambda text: json.dumps(text, ensure_ascii=False)
     write_atomically(path, comment + toml.dumps(data, encoder))
 
 
 def read_json(path: Path) -> Any:
-    """The object in a JSON file, or None if there is none or it is torn."""
+    """The object in a JSON file; None for a missing or damaged file and for any other value."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -368,7 +368,7 @@ def digest(data: str | bytes) -> str:
 
 
 def digest_of_weights(path: Path) -> str:
-    """A fingerprint of gigabytes in milliseconds: size, first mebibyte (a safetensors header) and 16 samples."""
+    """A quick digest of a large file: its size, its first mebibyte (a safetensors header) and 16 samples."""
     size = path.stat().st_size
     sha = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -380,7 +380,7 @@ def digest_of_weights(path: Path) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` where one of the valid names is near."""
+    """The remedy for an unknown name: the nearest valid one, or to delete it."""
     found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; did you mean '{found[0]}'?" if found else "; delete it"
 
@@ -390,14 +390,14 @@ def one_line(text: object, limit: int = 300) -> str:
 
 
 # ======================================================================================================
-# 3. Settings and inputs: what the command line, configs/*.toml, the data set and the base model say.
-#    Reads files; makes none. Unknown keys are errors that name the key, the file and the nearest valid name.
+# 3. Settings and inputs: the command line, configs/*.toml, the data set and the base model. Reads files; writes
+#    none. An unknown key is an error that names the key, the file and the nearest valid name.
 # ======================================================================================================
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one search is to do; the command line's flags under their own names."""
+    """The settings of one search, named as the flags of the command line."""
 
     dataset_config: Path
     base_model: Path
@@ -417,7 +417,7 @@ class Settings:
     timeout_hours: float | None
     stall_minutes: float = 30.0
     keep_checkpoints: str = "best"  # or "all"
-    command: str = ""  # that was given, without passwords
+    command: str = ""  # as the user typed it, without passwords
 
     @property
     def reference(self) -> Path:
@@ -461,23 +461,23 @@ class ScoringSettings:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Parse with the `toml` package, as kohya does: what it can't read, the trainer can't either."""
+    """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
     kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
-        return {**content}  # raises where JSON holds no table
+        return {**content}  # TypeError where the JSON holds no object
     except OSError as error:
         raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable {kind} file") from error
     except UnicodeDecodeError as error:
         raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
-        remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "mend it there"
+        remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "correct it there"
         raise RefusedInput(f"{what}: {path} is not valid {kind} ({one_line(error)}); {remedy}") from error
 
 
-MAX_STEPS = 1000  # of the scheduler: it was trained on so many
-# What a value must be, by its kind.
+MAX_STEPS = 1000  # as many as Stable Diffusion was trained with
+# Kinds of values: what messages call them, and the Python types.
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "switch": ("true or false", (bool,)),
     "int": ("a whole number", (int,)),
@@ -488,7 +488,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
-    """What is wrong with a value, or nothing; `smallest` is for a list's length, too."""
+    """What is wrong with a value, or ''. `smallest` holds for a number, and for the length of a list."""
     wanted, kinds = _KINDS.get(kind, ("", (type(value),)))
     if type(value) not in kinds:
         return f"must be {wanted}"
@@ -499,7 +499,7 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
 
 
 def read_scoring_settings(path: Path) -> ScoringSettings:
-    """scoring.toml, checked; the shipped file says which keys there are, and of which kind their values must be."""
+    """Read and check a scoring.toml. The shipped one defines the keys and the kinds of their values."""
     given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
     unknown = given.keys() - shipped.keys()
     problems = [f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in unknown]
@@ -526,7 +526,7 @@ def read_scoring_settings(path: Path) -> ScoringSettings:
 
 
 def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
-    """What scoring could not work with, though its kind is right."""
+    """Problems with values whose kind is right."""
     if images["resolution"] % 8 or images["resolution"] < 16:
         yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
     if images["steps"] > MAX_STEPS:
@@ -549,13 +549,13 @@ FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
     for key in table["options"].split()
 }
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
-_SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # no other kinds can be
+_SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # the search can score no others
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 
 
 def path_remedy(text: str) -> str:
-    """What to do about a path that leads nowhere: Windows' paths are known by their drive or their backslashes."""
-    for letter, typed in zip("\b\t\n\f\r", "btnfr", strict=True):  # TOML has made \n of C:\new
+    """The remedy for a path that does not exist. A drive or a backslash shows that it is one of Windows."""
+    for letter, typed in zip("\b\t\n\f\r", "btnfr", strict=True):  # TOML reads C:\new as C:, a line break, ew
         text = text.replace(letter, f"\\{typed}")
     if drive := re.match(r"([A-Za-z]):(?=[\\/])", text):
         linux = text[2:].replace("\\", "/")
@@ -566,21 +566,21 @@ def path_remedy(text: str) -> str:
 
 
 def load_training_options(path: Path) -> dict[str, Any]:
-    """The fixed kohya options, flattened one level as kohya does, unchecked; without what only spells out a default."""
+    """The fixed kohya options, unchecked and flattened by one level, as kohya does. Unset options are dropped."""
     given: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
         given.update(value if isinstance(value, dict) else {key: value})
     options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
     for key, value in given.items():
         if value == [] or (key in FORBIDDEN_TRAINING_KEYS and (value is False or value == "")):
-            continue  # as tools write it that save all options
+            continue  # kohya's GUI and others save every option, set or not
         is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110 - Path raises
         options[key] = str(Path(value).resolve()) if is_path else value  # the config is used from other folders too
     return options
 
 
 def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """The fixed kohya options; RefusedInput lists those that are not the trainer's (`known`) or not of their kind."""
+    """The fixed kohya options. `known` are those of the trainer's parser; RefusedInput lists all that are wrong."""
     options, problems = load_training_options(path), []
     for key, value in options.items():
         if key in FORBIDDEN_TRAINING_KEYS:
@@ -595,9 +595,9 @@ def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | N
 
 
 def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
-    """What is wrong with a fixed option's value, or nothing; `option` is what kohya's parser says of it."""
+    """What is wrong with a fixed option's value, or ''. `option` describes it, as kohya's parser does."""
     if key in _SCORED and value != _SCORED[key]:
-        return f"must be {_SCORED[key]!r}, which is scored"
+        return f"must be {_SCORED[key]!r}, or it can't be scored"
     if key in _SMALLEST and (wrong := _wrong_value(value, "int", _SMALLEST[key])):
         return wrong
     for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
@@ -609,11 +609,11 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
         if Path(text).suffix.lower() in _PICKLE_SUFFIXES:
             return "is a pickle; use a safetensors file"
         if re.match(r"[A-Za-z]:[\\/]", text):
-            return f"leads nowhere; {path_remedy(text)}"
+            return f"does not exist; {path_remedy(text)}"
     return ""
 
 
-# Files that people take for pictures. Which of them are trained, sd-scripts says, and depends on its Python's plug-ins.
+# Suffixes of pictures. sd-scripts always trains the first group; the rest depends on the plug-ins of its Python.
 _ALWAYS_TRAINED = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
 _PICTURE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()
@@ -627,13 +627,13 @@ class TrainingImage:
     """A picture as one [[datasets]] table trains it."""
 
     path: Path
-    captions: tuple[str, ...]  # as they are trained, but for shuffling and dropout; several: one is drawn each time
-    has_caption: bool  # of its own; else class_tokens stand in, or nothing does
+    captions: tuple[str, ...]  # without shuffling and dropout; of several, kohya draws one at each step
+    has_caption: bool  # False: its caption is class_tokens, or empty
     is_reg: bool = False
-    bucket: tuple[int, int] | None = None  # width, height in pixels at which it is trained
+    bucket: tuple[int, int] | None = None  # width, height in pixels that are trained
     size: tuple[int, int] | None = None  # width, height in pixels, as kohya knows it
-    latents: Path | None = None  # where kohya caches them
-    arrays: tuple[str, ...] = ("latents",)  # that the cache must hold
+    latents: Path | None = None  # the file in which kohya caches them
+    arrays: tuple[str, ...] = ("latents",)  # names of the arrays that the cache must hold
 
     @classmethod
     def of(cls, found: Mapping[str, Any], weighted: bool) -> TrainingImage:
@@ -645,7 +645,7 @@ class TrainingImage:
 
 
 def as_tags(caption: str, *, weighted: bool = False) -> str:
-    """A caption with a comma and a space between its tags, without a byte order mark, without kohya's weights.
+    """A caption as tags with ', ' between them, without byte order mark and, if `weighted`, without kohya's weights.
 
     With weighted_captions `(curly hair:1.2)` is `curly hair`, `[beach]` is `beach`, and a backslash keeps a bracket.
     """
@@ -656,13 +656,13 @@ def as_tags(caption: str, *, weighted: bool = False) -> str:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kohya data set; `config` has absolute folders. Images and batches are kohya's own count."""
+    """A kohya data set. Folders in `config` are absolute; kohya itself counted the batches."""
 
     config: dict[str, Any]
     images: tuple[TrainingImage, ...]
     batches_per_epoch: int | None  # None: not known before the first step
     class_tokens: str | None
-    notes: tuple[str, ...] = ()  # what a user should know of it
+    notes: tuple[str, ...] = ()  # what the user should know about it
 
     @property
     def subject_images(self) -> list[TrainingImage]:
@@ -676,7 +676,7 @@ class DataSet:
 
 
 def read_data_set_file(path: Path) -> dict[str, Any]:
-    """kohya's data set file. A relative folder is in the current one (as for kohya), or else beside the file."""
+    """Read kohya's data set file. Relative paths are tried in the current folder, as by kohya, then beside the file."""
     config = read_toml(path, "--dataset-config")
     if not isinstance(config.setdefault("general", {}), dict):
         raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
@@ -689,7 +689,7 @@ def read_data_set_file(path: Path) -> dict[str, Any]:
         raise RefusedInput(f"--dataset-config: {why}; see configs/luca_human_dataset.toml")
     for subset, key in itertools.product(subsets, _FOLDERS):
         if subset.get(key) and isinstance(subset[key], str):
-            with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long a name, nobody's home
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # too long, ~nobody
                 given = Path(subset[key]).expanduser()
                 places = [place for place in (given, path.parent / given) if place.exists()]
                 subset[key] = str(places[0].resolve()) if places else subset[key]
@@ -697,7 +697,7 @@ def read_data_set_file(path: Path) -> dict[str, Any]:
 
 
 def why_stopped(answer: Mapping[str, Any]) -> str:
-    """kohya's own words, without the Japanese half of its messages."""
+    """kohya's last error and what stopped it, without the Japanese half of the messages."""
     errors = [message for level, message in answer["said"] if level in ("ERROR", "CRITICAL")]
     texts = [*errors[-1:], *(message for _, message in answer.get("stopped", [])[:1])]
     texts = [re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", text) for text in texts]
@@ -705,16 +705,16 @@ def why_stopped(answer: Mapping[str, Any]) -> str:
 
 
 class DataSetReader:
-    """Collects what is wrong with a data set, and notes on it: without kohya's knowledge, what people meet most."""
+    """Reads a data set; collects its problems, and notes for the user."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.folders: dict[Path, list[Path]] = {}  # and their files
+        self.folders: dict[Path, list[Path]] = {}  # the files of each folder
         self.problems: list[str] = []
         self.notes: list[str] = []
 
     def list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
-        """A subset's pictures, which stand in where sd-scripts does not tell what it trains."""
+        """A subset's pictures as they lie in its folder, for an sd-scripts that does not say what it trains."""
         place, has_metadata = settings.get("image_dir", ""), isinstance(settings.get("metadata_file"), str)
         images = self._list_metadata(settings) if has_metadata else []
         if not os.path.isdir(str(place)):  # noqa: PTH112 - Path raises
@@ -758,7 +758,7 @@ class DataSetReader:
             return []
 
     def _find_images(self, files: Sequence[Path]) -> str:
-        """kohya's command line takes the parent of folders such as `10_luca boy`; its data set file does not."""
+        """The remedy for a folder without pictures. Only kohya's command line takes the parent of `10_luca`."""
         best = max(files, key=lambda file: len(_pictures_in(file)), default=self.path)
         if not (count := len(_pictures_in(best))):
             return "give the folder that holds them (kohya would train nothing and say it succeeded)"
@@ -767,9 +767,9 @@ class DataSetReader:
         return f"its folder {best.name!r} has {count}: give {str(best)!r}{more}"
 
     def _read_caption(self, picture: Path, extension: str) -> str | None:
-        """The first line of a picture's caption; None where there is no file."""
+        """The first line of a picture's caption; None if there is no file."""
         parts = picture.stem.split("_")
-        stems = (picture.stem, "_".join(parts[:-4]) or picture.stem)  # the second one lacks the place of a face
+        stems = (picture.stem, "_".join(parts[:-4]) or picture.stem)  # a face crop ends in its place
         file = next((file for stem in stems if (file := picture.with_name(stem + extension)).is_file()), None)
         try:
             text = file.read_text(encoding="utf-8") if file else None
@@ -777,7 +777,7 @@ class DataSetReader:
             self.problems.append(f"caption {file} is not UTF-8; save it as UTF-8")
             return ""
         if text == "":
-            self.problems.append(f"caption {file} is empty, at which kohya stops; write it, or delete it")
+            self.problems.append(f"caption {file} is empty, and kohya would stop at it; write it, or delete it")
         return text and text.split("\n")[0].strip()
 
     def look_at(self, images: Iterable[TrainingImage], on_disk: bool) -> None:
@@ -788,11 +788,11 @@ class DataSetReader:
         pictures = {image.path: image for image in images}
         for path, image in pictures.items():
             try:
-                str(path).encode()  # plan.json and the trainer want UTF-8
-                if not path.is_file():  # a pipe would be waited for
-                    raise ValueError("it is no file")
+                str(path).encode()  # plan.json and the trainer need a name in UTF-8
+                if not path.is_file():  # opening a pipe would block
+                    raise ValueError("it is no regular file")
                 with Image.open(path) as opened:
-                    opened.load()  # kohya stops at a truncated one, hours later perhaps
+                    opened.load()  # kohya stops at a truncated picture, perhaps hours later
                     turned += [path.name] if opened.getexif().get(0x0112, 1) != 1 else []
             except Exception as error:  # Pillow raises all sorts on damaged files
                 self.problems.append(f"can't use {path} ({one_line(error)}); mend or remove it, or convert it to PNG")
@@ -801,14 +801,14 @@ class DataSetReader:
             if on_disk and other != path:
                 self.problems.append(f"{other} and {path.name} would share one cache of latents; rename one")
             if on_disk and any(abs(size[side] - opened.size[side]) > 1 for side in (0, 1)):
-                why = f"{path} is not of the size that a .npz file beside it names ({size[0]} x {size[1]})"
-                self.problems.append(f"{why}, and kohya goes by that; delete its .npz files")
+                why = f"{path} has another size than a .npz file beside it says ({size[0]} x {size[1]})"
+                self.problems.append(f"{why}, and kohya trusts the .npz file; delete its .npz files")
         if turned:
             counted = f"{', '.join(turned[:3])}, {len(turned)} of {len(pictures)}"
-            self.notes.append(f"stored turned (EXIF), and trained as stored, not as viewers show it: {counted}")
+            self.notes.append(f"rotated by EXIF in viewers, but trained as stored: {counted}")
 
     def find_unused(self, images: Iterable[TrainingImage]) -> None:
-        """Note what lies in the folders and is not used, with its number."""
+        """Note how many files of the folders kohya does not use."""
         has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
         trained = {image.path for image in images}
         for folder, files in self.folders.items():
@@ -817,56 +817,56 @@ class DataSetReader:
             captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES]
             unread = [file for file in captions if not has_caption.get(file.with_suffix(""))]
             for what, found, remedy in (
-                ("not trained", pictures, by_cache or "convert them, or let them lie"),
-                ("captions that are not read", unread, "set caption_extension or rename them, or let them lie"),
+                ("not trained", pictures, by_cache or "convert them, or leave them"),
+                ("captions that are not read", unread, "set caption_extension, rename them, or leave them"),
             ):
                 counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
                 self.notes += [f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}"] if found else []
             for inner in filter(_pictures_in, files):
                 count = len(_pictures_in(inner))
-                self.notes.append(f"not trained: {count} in {inner}; kohya looks into no folder of a folder")
+                self.notes.append(f"not trained: {count} in {inner}; kohya does not look into subfolders")
 
     def hear_kohya(self, config: Any, answer: Mapping[str, Any]) -> None:
-        """What kohya says against keys, values and folders, and why it stops where nothing else says it."""
+        """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
         for place, message in answer.get("stopped", []):
             value = config
-            with contextlib.suppress(KeyError, IndexError, TypeError):  # a key that lacks
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing
                 for part in place:
                     value = value[part]
             if "extra keys" in message:
                 known = ("general", "datasets", *answer.get("keys", ()))
                 self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
             elif place:
-                self.problems.append(f"{place[-1]} = {value!r} in {self.path} is refused by kohya ({message}); mend it")
+                self.problems.append(f"kohya refuses {place[-1]} = {value!r} in {self.path} ({message}); correct it")
         if not self.problems:
             left_out = [said.partition(" / ")[0] for _, said in answer.get("said", []) if said.startswith("ignore ")]
-            self.problems += [f"{self.path}: kohya would {one_line(said)}; mend that" for said in left_out]
+            self.problems += [f"{self.path}: kohya would {one_line(said)}; correct that" for said in left_out]
         if answer.get("stopped") and not self.problems:
-            self.problems.append(f"{self.path}: kohya stops before its first step: {why_stopped(answer)}; mend it")
+            self.problems.append(f"{self.path}: kohya stops before its first step: {why_stopped(answer)}; correct it")
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    """None for what is no folder, or can't be read."""
+    """The pictures of a folder; [] for a file, and for a folder that can't be read."""
     return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
 
 
 def read_data_set(path: Path, config: Params, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
-    """A data set as sd-scripts' `answer` has it, else as it lies in its folders; RefusedInput lists what is wrong."""
+    """The data set that sd-scripts' `answer` describes, or else its folders hold. RefusedInput lists all problems."""
     inherited = {"caption_extension": ".caption", **options, **config["general"]}
     subsets = [{**inherited, **dataset, **subset} for dataset in config["datasets"] for subset in dataset["subsets"]]
     reader = DataSetReader(path)
     images = [image for settings in subsets for image in reader.list_folder(settings)]
     if "images" in answer:
         images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
-    if "notes" not in answer:  # otherwise an earlier start has looked at the same files
+    if "notes" not in answer:  # no earlier start has looked at these files
         reader.look_at(images, options.get("cache_latents_to_disk") is True)
         reader.find_unused(images)
         if answer and "images" not in answer:
             why = f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')})"
-            reader.notes.append(f"{why}; what lies in the folders is taken, and its first step tells the batches")
+            reader.notes.append(f"{why}; all pictures in the folders count, and the first step's log tells the batches")
     reader.hear_kohya(config, answer)
     if answer and not reader.problems and all(image.is_reg for image in images):
-        reader.problems.append(f"{path} has no images but for regularisation; add the character's own")
+        reader.problems.append(f"{path} has only regularisation images; add the character's own")
     smallest = min((side for image in images for side in image.bucket or ()), default=8)
     if smallest < 8:  # pixels of one latent
         reader.problems.append(f"{path}: a resolution of {smallest} pixels is too small; raise it")
@@ -878,13 +878,13 @@ def read_data_set(path: Path, config: Params, options: Mapping[str, Any], answer
     return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, notes)
 
 
-# By which tensors and files a base model is known, and is whole.
+# The tensors and files that identify a base model and that make it complete.
 _MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
 _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 _CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _TEXT_ENCODER = "cond_stage_model.transformer."
 _OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
-# Layers that networks.lora adapts: linear layers and 1x1 convolutions of attention blocks and text encoder.
+# The layers that networks.lora adapts: linear layers and 1x1 convolutions in attention blocks and text encoder.
 _LORA_LAYERS = re.compile(
     r"^(?!first_stage_model\.).*?"
     r"(transformer_blocks\..*|\.proj_in|\.proj_out|(input|output)_blocks\.\d+\.1\.proj_(in|out)|middle_block\.1\.proj_.*"
@@ -897,22 +897,22 @@ class BaseModel:
     path: Path
     family: str
     fingerprint: str
-    lora_bytes_per_dim: int  # size of an fp16 LoRA over its network_dim
+    lora_bytes_per_dim: int  # of an fp16 LoRA
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, dtypes, shapes and offsets of a safetensors file; ValueError if it is none or torn."""
+    """Names, dtypes, shapes and offsets of a safetensors file; ValueError for any other file, or half of one."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np"), path.open("rb") as file:  # it judges the header, and the file's size by it
+        with safe_open(path, "np"), path.open("rb") as file:  # safe_open checks the header, and the file's size
             return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     except SafetensorError as error:
         raise ValueError(f"it is torn, or no safetensors file: {error}") from error
 
 
 def name_in_file(key: str) -> str:
-    """A tensor's name in a Stable Diffusion 1.x file; kohya, too, takes the text encoder's old ones for the new."""
+    """A tensor's name in a Stable Diffusion 1.x file, with old names of the text encoder made new, as kohya does."""
     return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
 
 
@@ -942,7 +942,7 @@ def inspect_base_model(path: Path) -> BaseModel:
 
 
 def _wrong_in_file(header: Mapping[str, Any]) -> str:
-    """Why a file is no whole Stable Diffusion 1.x, or nothing."""
+    """Why a file is no whole Stable Diffusion 1.x, or ''."""
     names = "\n".join(header)
     families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
     first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
@@ -957,11 +957,11 @@ def _wrong_in_file(header: Mapping[str, Any]) -> str:
         if counts[part] != known["tensors"]:
             found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
             missing.append(found if counts[part] else f"no {part}")
-    return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
+    return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
 
 def _wrong_in_folder(folder: Path) -> str:
-    """Why a folder is no whole Stable Diffusion 1.x of diffusers, or nothing."""
+    """Why a folder is no whole Stable Diffusion 1.x of diffusers, or ''."""
     index, unet = (read_json(folder / file) for file in ("model_index.json", "unet/config.json"))
     if index is None:
         return "is a folder without model_index.json"
@@ -978,7 +978,7 @@ def _wrong_in_folder(folder: Path) -> str:
                     variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
                     hint = f" (rename {' or '.join(variants)})" if variants else ""
                     missing.append(f"no whole {part}/{file.name}{hint}")
-    return f"has {', '.join(missing)}, so that it can't be loaded" if missing else ""
+    return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
 
 def _files_of(file: Path) -> list[Path]:
@@ -1211,16 +1211,53 @@ def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
 
 TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
 PROCESS_FILE = "process.json"  # in the folder of a trial that is trained or scored
-STARTING_ALLOWANCE = 4  # times as long in silence while the model is loaded and latents are cached
-SLOW_STEP = 3.0  # times the study's usual
+STARTING_ALLOWANCE = 4  # times --stall-minutes while the model loads and latents are cached
+SLOW_STEP = 3.0  # times the usual seconds of a step; slower is warned of
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
-    """In the child: be killed when this program is (kill -9 too), so that no trainer holds the card unseen."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+class ChildProcess(subprocess.Popen[bytes]):
+    """A program in a session of its own. It dies with this one, even by kill -9, so that it never keeps the card."""
+
+    stdout: IO[bytes]
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        super().__init__(command, env=dict(environment), start_new_session=True, preexec_fn=self._on_start, **streams)
+
+    @staticmethod
+    def _on_start() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def read(self, watch: Callable[[], None]) -> bytes:
+        """The next piece of output; b"" once the process has ended, even if a child of its own holds the pipe open."""
+        while True:
+            ended = self.poll() is not None
+            watch()
+            screen.refresh()
+            if select.select([self.stdout], [], [], 1.0)[0]:
+                if data := os.read(self.stdout.fileno(), 1 << 16):
+                    return data
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it may close its output and run on
+                    self.wait(1.0)
+            if ended:
+                return b""
+
+    def end(self) -> None:
+        """SIGTERM, then SIGKILL to whatever is left of its session."""
+        try:
+            if self.poll() is None:
+                os.killpg(self.pid, signal.SIGTERM)
+                self.wait(TERMINATION_SECONDS)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+        finally:  # a second Ctrl-C, too, gets here at once
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self.wait()
+            self.stdout.close()
 
 
 def run_process(
@@ -1231,30 +1268,21 @@ def run_process(
     log_name: str = "",
     watch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run a program to its end and return its status; its output goes to on_text and, unchanged, to folder/log_name.
+    """Run a program to its end and return its status. `on_text` and, unchanged, folder/log_name get its output.
 
-    It runs in a session of its own; whatever ends this call (Ctrl-C too, or what `watch` raises, which is called
-    about every second) ends every process of that session. folder/process.json says which process it is, as long as
-    it lives.
+    `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends every process of
+    the program's session. folder/process.json names the process while it lives.
     """
     with contextlib.ExitStack() as stack:
         log_to = stack.enter_context((folder / log_name).open("ab")) if folder else None
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
+        process = ChildProcess(command, environment)
         if folder:
             stack.callback((folder / PROCESS_FILE).unlink, missing_ok=True)
-        stack.callback(_end_process_group, process)
+        stack.callback(process.end)
         if folder:
             write_json(folder / PROCESS_FILE, {"pid": process.pid, "started": when_started(process.pid)})
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while data := _read_output(process, watch):
+        while data := process.read(watch):
             if log_to:
                 log_to.write(data)
                 log_to.flush()
@@ -1262,40 +1290,8 @@ def run_process(
         return process.wait()
 
 
-def _read_output(process: subprocess.Popen[bytes], watch: Callable[[], None]) -> bytes:
-    """The next piece of output; nothing when the process has ended, and what a child of its holds open is silent."""
-    assert process.stdout is not None
-    while True:
-        ended = process.poll() is not None
-        watch()
-        screen.refresh()
-        if select.select([process.stdout], [], [], 1.0)[0]:
-            if data := os.read(process.stdout.fileno(), 1 << 16):
-                return data
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it may have closed its output and live on
-                process.wait(1.0)
-        if ended:
-            return b""
-
-
-def _end_process_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL to whatever is left of the process's session."""
-    try:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(TERMINATION_SECONDS)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 def when_started(pid: int) -> str | None:
-    """The boot and the clock tick at which a process of this machine began; None where there is none, or no /proc."""
+    """The boot and the clock tick at which a process started; None if it does not live, or there is no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -1305,14 +1301,14 @@ def when_started(pid: int) -> str | None:
 
 
 def end_left_over_process(folder: Path) -> None:
-    """End the trainer or scorer that a program left in a folder when it died, if it is that process still.
+    """Kill the trainer or scorer that a dead program left in a folder; usually the kernel has done so.
 
-    The parent-death signal has usually done it. A number alone proves nothing, since they are given anew.
+    Its start time tells it from a later process with the same number.
     """
     known = read_json(folder / PROCESS_FILE) or {}
     started = known.get("started")
     if started and when_started(known["pid"]) == started:
-        say(f"Process {known['pid']} in {folder} has outlived the program that started it; it is ended.")
+        say(f"Process {known['pid']} in {folder} has outlived the program that started it and is killed.")
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(known["pid"], signal.SIGKILL)
         deadline = time.monotonic() + TERMINATION_SECONDS
@@ -1322,9 +1318,9 @@ def end_left_over_process(folder: Path) -> None:
 
 
 def child_environment(device: str) -> dict[str, str]:
-    """The environment of trainer and scorer: unbuffered UTF-8, lines that are not wrapped, only the card asked for."""
+    """The environment of trainer and scorer: unbuffered UTF-8, no wrapped lines, only the card that was asked for."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "250"}
-    environment["PYTHONIOENCODING"] = "utf-8:replace"  # the shell's own would beat PYTHONUTF8
+    environment["PYTHONIOENCODING"] = "utf-8:replace"  # else the shell's would override PYTHONUTF8
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif ":" in device:
@@ -1338,7 +1334,7 @@ def child_environment(device: str) -> dict[str, str]:
 def trial_config(
     params: Mapping[str, Any], options: Mapping[str, Any], base_model: Path, dataset_config: Path, folder: Path
 ) -> dict[str, Any]:
-    """The complete config of one training: train_network.py --config_file repeats it."""
+    """The complete config of one training, for train_network.py --config_file."""
     searched = {name: value for name, value in params.items() if name != "network_alpha_ratio"}
     return {
         "pretrained_model_name_or_path": str(base_model.resolve()),
@@ -1349,6 +1345,70 @@ def trial_config(
         **options,
         **searched,
     }
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in which kohya saves a trial's epochs, in order. Other files there belong to the user."""
+    return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LoRA as it was saved at the end of an epoch."""
+
+    epoch: int
+    path: Path
+
+    @classmethod
+    def find(cls, folder: Path, epochs: int) -> list[Checkpoint]:
+        """All of a training of so many epochs, in order. Only the last one has no number in its name."""
+        *earlier, last = checkpoint_files(folder)
+        return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
+
+
+# The bits of the exponent: all are 1 in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
+_EXPONENT_BITS: dict[str, tuple[type, int]] = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+}
+
+
+def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
+    """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
+
+    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0. The bits are compared,
+    because NumPy does not know bfloat16.
+    """
+    try:
+        header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+    except (ValueError, OSError) as error:
+        raise TrialFailed(f"{path.name} can't be read: {error}") from error
+    start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    learnt = False
+    for name, entry in header.items():
+        if entry["dtype"] not in _EXPONENT_BITS:
+            continue
+        kind, exponent = _EXPONENT_BITS[entry["dtype"]]
+        begin, end = entry["data_offsets"]
+        bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
+        if np.any(bits & kind(exponent) == exponent):
+            raise Diverged(f"weights that are not finite in {path.name} ({name})")
+        learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
+    if path.stem == LORA_NAME and not learnt and not may_be_zero:
+        raise TrialFailed(f"no weight of {path.name} has moved from zero")
+
+
+def has_finished_training(folder: Path) -> bool:
+    """Whether a training whose end this program did not see has ended well."""
+    with contextlib.suppress(OSError, TrialFailed):
+        if "model saved." in (folder / "training.log").read_text(encoding="utf-8", errors="replace"):
+            for path in checkpoint_files(folder):
+                check_lora(path)
+            return True
+    return False
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -1364,20 +1424,20 @@ _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR 
 
 
 class ProcessOutput:
-    """Reads what a trainer or scorer prints as it comes: the tqdm bar that counts its steps, and lines."""
+    """Reads what a trainer or scorer prints: lines, and the tqdm bar that counts its steps."""
 
-    bar_name = ""
+    bar_name = ""  # of that bar
 
     def __init__(self) -> None:
         self.step = self.steps = 0
         self.eta = ""
-        self.lines: deque[str] = deque(maxlen=200)  # the last ones, without bars
-        self.last_sign = time.monotonic()  # of getting on: a step, or any output before the first and after the last
+        self.lines: deque[str] = deque(maxlen=200)  # the last lines, without bars
+        self.last_sign = time.monotonic()  # of progress: a step, or any output before the first and after the last
         self._step_times: deque[tuple[float, int]] = deque(maxlen=51)  # (time, step)
         self._unfinished = ""
 
     def read(self, text: str) -> None:
-        """Take the next piece of output, cut anywhere; a bar begins with CR, a line ends with LF."""
+        """Take the next piece of output, cut anywhere. A bar begins with CR; a line ends with LF."""
         if self.step in (0, self.steps):
             self.last_sign = time.monotonic()
         *pieces, self._unfinished = re.split(r"[\r\n]", self._unfinished + text)
@@ -1387,7 +1447,7 @@ class ProcessOutput:
                 self.lines.append(line)
                 self.read_line(line)
         if self._unfinished.endswith("]") and self._is_bar(self._unfinished):
-            self._unfinished = ""  # a whole bar need not wait for the next one's CR
+            self._unfinished = ""  # show a whole bar before the CR of the next one
 
     def _is_bar(self, line: str) -> bool:
         bar = _BAR.match(line)
@@ -1402,20 +1462,32 @@ class ProcessOutput:
         self.step, self.steps, self.eta = int(bar["step"]), int(bar["steps"]), bar["eta"]
 
     def read_line(self, line: str) -> None:
-        """What a line tells besides."""
+        """For subclasses: take what they need from a line."""
 
     def is_silent(self, minutes: float) -> bool:
         return time.monotonic() - self.last_sign > 60 * minutes
 
     def seconds_per_step(self) -> float | None:
-        """The median of the latest steps; None before there are five."""
+        """The median of the last steps; None before there are five."""
         pairs = list(itertools.pairwise(self._step_times))
         times = [(later - earlier) / (step - before) for (earlier, before), (later, step) in pairs]
         return float(np.median(times)) if len(times) >= 5 else None
 
+    def error(self) -> str:
+        """The last line that names an error, else the last line."""
+        found = (_ERROR_LINE.search(line.strip().removeprefix("stopped: ")) for line in reversed(self.lines))
+        last = next((error[0] for error in found if error), self.lines[-1] if self.lines else "it printed nothing")
+        return one_line(last)
+
+    def refuse_full_disk(self) -> None:
+        """OSError if the output says that the disk is full: then no trial can go on."""
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if any(os.strerror(number) in line for line in self.lines):
+                raise OSError(number, os.strerror(number))
+
 
 class TrainingProgress(ProcessOutput):
-    """Reads kohya's output; says a line an epoch."""
+    """Reads kohya's output, prints a line for each epoch, and judges the training."""
 
     bar_name = "steps"
 
@@ -1425,8 +1497,8 @@ class TrainingProgress(ProcessOutput):
         self.loss = self.device = ""
         self.first_nan_step: int | None = None
         self.saved = False
-        self.checkpoints: list[Path] = []  # as far as their saving has begun
-        self._finite: set[Path] = set()  # those of them whose weights are
+        self.checkpoints: list[Path] = []  # whose saving has begun
+        self._finite: set[Path] = set()  # checkpoints that were found to be finite
         self._said_slow = False
         screen.show("train", "starting: the model is loaded, latents are cached")
 
@@ -1463,9 +1535,9 @@ class TrainingProgress(ProcessOutput):
             say(f"  {self.describe(f'{100 * self.step // max(1, self.steps):3d}%')}", detail=True)
 
     def check(self, device: str, stall_minutes: float, usual_step: float | None) -> None:
-        """Looks at a training while it runs, about every second; what it raises ends the trainer.
+        """Judge a training while it runs, about every second; an error ends the trainer.
 
-        `usual_step`: the seconds that a step takes in this study; None before there are any.
+        `usual_step`: the usual seconds of a step in this study; None for the first training.
         """
         self.check_device(device)
         minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
@@ -1477,21 +1549,19 @@ class TrainingProgress(ProcessOutput):
         now = self.seconds_per_step()
         if usual_step and now and now > SLOW_STEP * usual_step and not self._said_slow:
             self._said_slow = True
-            say(
-                f"  warning: a step takes {now:.3g} s where {usual_step:.3g} s are usual in this study; is another "
-                "program on the card, or does its driver spill into system memory (Windows)?"
-            )
+            why = "does another program use the card, or its driver spill into system memory (Windows)?"
+            say(f"  warning: a step takes {now:.3g} s, in this study usually {usual_step:.3g} s; {why}")
 
     def check_device(self, device: str) -> None:
-        """TrialFailed where kohya trains on the CPU instead, which it does without a word of warning."""
+        """TrialFailed if kohya trains on the CPU instead. It does so without a warning."""
         if device != "cpu" and self.device.startswith("cpu"):
             raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
 
     def _check_weights(self) -> None:
-        """A loss of NaN is the alarm, a checkpoint that is not finite the proof: fp16 may skip a bad step."""
+        """Diverged if a checkpoint is not finite. A loss of NaN is no proof: fp16 may skip the bad step."""
         for path in set(self.checkpoints) - self._finite:
             try:
-                check_lora(path, is_last=False)
+                check_lora(path)
             except Diverged as error:
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
                 raise Diverged(f"{error}; {since}") from error
@@ -1499,117 +1569,28 @@ class TrainingProgress(ProcessOutput):
                 continue
             self._finite.add(path)
 
+    def judge_end(self, folder: Path, status: int, device: str) -> None:
+        """Raise why the trainer did not train to its end. kohya ends with status 0 when it finds no image, too."""
+        if status != 0:
+            self.refuse_full_disk()
+            if status == -signal.SIGKILL:
+                raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel because memory ran out")
+            if any(_OUT_OF_MEMORY.search(line) for line in self.lines):
+                raise OutOfMemory(self.error())
+            raise TrialFailed(f"the trainer ended with status {status}: {self.error()}")
+        self.check_device(device)
+        if not (self.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
+            raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {self.error()}")
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files in which kohya saves a trial's epochs, in order, by its names; what else is there is the user's own."""
-    return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A LoRA as it was saved at the end of an epoch."""
-
-    epoch: int
-    path: Path
-
-
-def find_checkpoints(folder: Path, epochs: int) -> list[Checkpoint]:
-    """The checkpoints of a training of so many epochs, in order; the last one is saved as lora.safetensors alone."""
-    *earlier, last = checkpoint_files(folder)
-    return [*(Checkpoint(int(file.stem[-6:]), file) for file in earlier), Checkpoint(epochs, last)]
-
-
-# Bits of the exponent, all set in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
-_EXPONENT_BITS: dict[str, tuple[type, int]] = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
-}
-
-
-def check_lora(path: Path, *, is_last: bool) -> None:
-    """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
-
-    Works on the bits, so it needs no torch and knows bfloat16, which NumPy doesn't. An early checkpoint may well
-    be zero: a warm-up begins with a learning rate of 0.
-    """
-    try:
-        header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
-        data = np.memmap(path, dtype=np.uint8, mode="r")
-    except (ValueError, OSError) as error:
-        raise TrialFailed(f"{path.name} can't be read: {error}") from error
-    start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    learnt = False
-    for name, entry in header.items():
-        if entry["dtype"] not in _EXPONENT_BITS:
-            continue
-        kind, exponent = _EXPONENT_BITS[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
-        if np.any(bits & kind(exponent) == exponent):
-            raise Diverged(f"weights that are not finite in {path.name} ({name})")
-        learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
-    if is_last and not learnt:
-        raise TrialFailed(f"no weight of {path.name} has moved from zero")
-
-
-def check_checkpoints(files: Iterable[Path]) -> None:
-    """What check_lora says of every checkpoint of a finished training."""
-    for path in files:
-        check_lora(path, is_last=path.stem == LORA_NAME)
-
-
-def judge_end(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
-    """Raise why the trainer did not train to its end; its exit status alone says little.
-
-    kohya ends with status 0 when it found no image, and when it trained on the CPU instead.
-    """
-    said = meaningful_line(progress.lines)
-    if status != 0:
-        refuse_full_disk(progress.lines)
-        if status == -signal.SIGKILL:
-            raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel for want of memory")
-        if any(_OUT_OF_MEMORY.search(line) for line in progress.lines):
-            raise OutOfMemory(said)
-        raise TrialFailed(f"the trainer ended with status {status}: {said}")
-    progress.check_device(device)
-    if not (progress.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
-        raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {said}")
-
-
-def judge_training(folder: Path, status: int, progress: TrainingProgress, device: str) -> None:
-    """Raise what a training's end really was: kohya ends with status 0 when it diverged, too."""
-    judge_end(folder, status, progress, device)
-    try:
-        check_checkpoints(checkpoint_files(folder))
-    except Diverged as error:
-        since = f"; loss was nan from step {progress.first_nan_step}" if progress.first_nan_step else ""
-        raise Diverged(f"{error}{since}") from error
-
-
-def refuse_full_disk(lines: Sequence[str]) -> None:
-    """OSError where a program's output says that the disk takes no more: then no trial can go on."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if any(os.strerror(number) in line for line in lines):
-            raise OSError(number, os.strerror(number))
-
-
-def has_finished_training(folder: Path) -> bool:
-    """Whether a trial that nobody saw the end of was trained to its end, and well."""
-    with contextlib.suppress(OSError, TrialFailed):
-        if "model saved." in (folder / "training.log").read_text(encoding="utf-8", errors="replace"):
-            check_checkpoints(checkpoint_files(folder))
-            return True
-    return False
-
-
-def meaningful_line(lines: Sequence[str]) -> str:
-    """The last error line of an output, without the traceback's noise; else its last line."""
-    for line in reversed(lines):
-        if error := _ERROR_LINE.search(line.strip()):
-            return one_line(error[0])
-    return one_line(lines[-1]) if lines else "it printed nothing"
+    def judge_training(self, folder: Path, status: int, device: str) -> None:
+        """Like judge_end, and Diverged or TrialFailed for the weights of any checkpoint."""
+        self.judge_end(folder, status, device)
+        try:
+            for path in checkpoint_files(folder):
+                check_lora(path)
+        except Diverged as error:
+            since = f"; loss was nan from step {self.first_nan_step}" if self.first_nan_step else ""
+            raise Diverged(f"{error}{since}") from error
 
 
 @dataclass(frozen=True)
@@ -1629,12 +1610,13 @@ class KohyaTrainer:
         """
         started = time.monotonic()
         status, progress = self._run(config, usual_step)
-        judge_training(config.parent, status, progress, self.device)
+        progress.judge_training(config.parent, status, self.device)
         return time.monotonic() - started, progress.seconds_per_step()
 
     def try_out(self, config: Path) -> None:
         """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
-        judge_end(config.parent, *self._run(config, None), self.device)
+        status, progress = self._run(config, None)
+        progress.judge_end(config.parent, status, self.device)
 
     def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
         progress = TrainingProgress()
@@ -1849,10 +1831,11 @@ class Probe:
             data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
             write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
             command = [self.python, *map(str, (PROBE, script, config, answer_file))]
-            _, output = capture(command, self.device, PROBE_SECONDS)
+            output = ProcessOutput()
+            output.read(capture(command, self.device, PROBE_SECONDS)[1] + "\n")
             answer = read_json(answer_file)
         if answer is None or "missing" not in answer:
-            why = f"{self.python} is no working Python ({meaningful_line(output.splitlines())})"
+            why = f"{self.python} is no working Python ({output.error()})"
             raise RefusedInput(f"--trainer-python: {why}; give kohya's python")
         return answer
 
@@ -2399,7 +2382,8 @@ def score_folder(folder: Path, device: str) -> None:
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        check_checkpoints(checkpoint.path for checkpoint in checkpoints)
+        for checkpoint in checkpoints:
+            check_lora(checkpoint.path)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
     except Diverged as error:
@@ -2432,7 +2416,7 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpo
     params = read_json(folder / "params.json")
     if params is None:
         raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
-    checkpoints = [c for c in find_checkpoints(folder, params["max_train_epochs"]) if c.path.is_file()]
+    checkpoints = [c for c in Checkpoint.find(folder, params["max_train_epochs"]) if c.path.is_file()]
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
     if not checkpoints or not (scored or checkpoints[-1].path.stem == LORA_NAME):
         raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
@@ -2717,9 +2701,8 @@ class ScoringProcess:
         environment = {**child_environment(self.device), PARENT_HOLDS_FOLDER: "1"}
         status = run_process(command, environment, progress.read, folder, "scoring.log", watch)
         if status != 0:
-            refuse_full_disk(progress.lines)
-            said = meaningful_line([line.removeprefix("stopped: ") for line in progress.lines])
-            raise ScoringFailed(f"scoring ended with status {status}: {said}")
+            progress.refuse_full_disk()
+            raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 
 @dataclass(frozen=True)
@@ -4340,7 +4323,7 @@ class Reference:
     def _is_tried_out(self) -> bool:
         """Whether the first step left its LoRA, whole, and all latents are there; deletes torn latents."""
         try:
-            check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", is_last=False)
+            check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", may_be_zero=True)
         except TrialFailed:
             return False
         if not self.inputs.caches_latents:

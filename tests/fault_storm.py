@@ -158,9 +158,9 @@ class Damage:
             if trial.state == TrialState.COMPLETE:
                 chosen = self.output_dir / trial.user_attrs["folder"] / trial.user_attrs["checkpoint"]
                 if chosen.is_file():
-                    search.check_lora(chosen, is_last=False)
+                    search.check_lora(chosen)
         best = self.output_dir / "results" / "best_lora.safetensors"
-        search.check_lora(best, is_last=False)
+        search.check_lora(best)
         with closing(sqlite3.connect(self.output_dir / search.DATABASE_NAME)) as database:
             if database.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
                 self.note("files torn", search.DATABASE_NAME)

@@ -333,14 +333,14 @@ class MadeTrainer:
             raise search.Hung(
                 f"the trainer made no step after step {progress.step} for 30 minutes and was stopped (--stall-minutes)"
             )
-        search.judge_training(config.parent, output.status, progress, self.device)
+        progress.judge_training(config.parent, output.status, self.device)
         return output.seconds, output.batches * output.batch_seconds
 
     def try_out(self, config: Path) -> None:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), "scored", self.clock.now)
         progress = self._write(config.parent, output)
         self.clock.spend(output.seconds)
-        search.judge_end(config.parent, output.status, progress, self.device)
+        progress.judge_end(config.parent, output.status, self.device)
 
     def _write(self, folder: Path, output: TrainerOutput) -> search.TrainingProgress:
         text = output.text()

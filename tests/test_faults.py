@@ -410,7 +410,7 @@ def test_a_log_that_takes_no_more_disturbs_nothing(night: Night, small_disk: Cal
     assert done.returncode == 0 and done.stderr == ""
     warnings = [line for line in done.stdout.splitlines() if "search.log" in line]
     assert warnings == [
-        f"warning: {night.log} takes no more (No space left on device) and lacks what follows; make room"
+        f"warning: can't write to {night.log} (No space left on device), so it lacks what follows; make room"
     ]
     program = night.start(3, STEP_SECONDS="0.05")
     read_until(program, "epoch 2/")

@@ -408,7 +408,7 @@ def test_turned_pictures_are_said(case: Case) -> None:
     Image.open(picture).save(picture, exif=exif)
     case.picture("b.png")
     status, said = case.check()
-    assert status == 0 and "stored turned (EXIF)" in said and "a.jpg, 1 of 2" in said, said
+    assert status == 0 and "rotated by EXIF in viewers, but trained as stored" in said and "a.jpg, 1 of 2" in said, said
 
 
 def test_an_unreadable_picture_is_named(case: Case) -> None:

@@ -121,11 +121,11 @@ def test_away_from_a_terminal_each_epoch_is_one_line(capsys: pytest.CaptureFixtu
 
 
 def test_a_good_training_passes(folder: Path) -> None:
-    search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
-    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.find_checkpoints(folder, 4)]
+    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.Checkpoint.find(folder, 4)]
     assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
 
 
@@ -134,7 +134,7 @@ def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
 def test_weights_that_are_not_finite_are_diverged(folder: Path, value: float, dtype: type) -> None:
     save_lora(folder / "lora-000002.safetensors", value, dtype)
     with pytest.raises(search.Diverged, match=r"not finite in lora-000002\.safetensors"):
-        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
 
 
 def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
@@ -144,36 +144,36 @@ def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
     for value, finite in ((0.01, True), (3e38, True), (float("nan"), False), (float("inf"), False)):
         save_torch({"a.lora_up.weight": torch.full((2, 2), value, dtype=torch.bfloat16)}, tmp_path / "l.safetensors")
         with contextlib.nullcontext() if finite else pytest.raises(search.Diverged):
-            search.check_lora(tmp_path / "l.safetensors", is_last=True)
+            search.check_lora(tmp_path / "l.safetensors")
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_a_lora_that_learnt_nothing_is_the_set_ups_fault(folder: Path, zero: float) -> None:
     save_lora(folder / "lora.safetensors", zero)
     with pytest.raises(search.TrialFailed, match="moved from zero") as caught:
-        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
     assert caught.value.ended == "crashed"
 
 
 def test_an_early_checkpoint_may_be_zero_as_a_warm_up_begins(folder: Path) -> None:
     save_lora(folder / "lora-000002.safetensors", 0.0)
-    search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
 
 
 def test_the_largest_finite_half_is_finite(folder: Path) -> None:
     save_lora(folder / "lora.safetensors", 65504.0)
-    search.check_lora(folder / "lora.safetensors", is_last=True)
+    search.check_lora(folder / "lora.safetensors")
 
 
 def test_a_file_without_the_trainers_word_is_not_enough(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="saved no LoRA"):
-        search.judge_training(folder, 0, progress_of(OUTPUT.replace("model saved.", "")), "cpu")
+        progress_of(OUTPUT.replace("model saved.", "")).judge_training(folder, 0, "cpu")
 
 
 def test_a_full_disk_is_no_trials_fault(folder: Path) -> None:
     output = OUTPUT + "OSError: [Errno 28] No space left on device\n"
     with pytest.raises(OSError, match="No space left on device"):
-        search.judge_training(folder, 1, progress_of(output), "cpu")
+        progress_of(output).judge_training(folder, 1, "cpu")
 
 
 def test_a_training_that_nobody_saw_the_end_of_is_known_by_its_log_and_files(folder: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
     whole = (folder / "lora.safetensors").read_bytes()
     (folder / "lora.safetensors").write_bytes(whole[:-1])
     with pytest.raises(search.TrialFailed, match="torn") as caught:
-        search.judge_training(folder, 0, progress_of(OUTPUT), "cpu")
+        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
     assert caught.value.ended == "crashed"
 
 
@@ -214,13 +214,13 @@ def test_ends_are_told_apart(
     tmp_path: Path, status: int, output: str, kind: type[search.TrialFailed], ended: str, says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
-        search.judge_training(tmp_path, status, progress_of(output), "cpu")
+        progress_of(output).judge_training(tmp_path, status, "cpu")
     assert caught.value.ended == ended
 
 
 def test_a_training_on_the_cpu_is_no_training_on_the_card(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="used the CPU instead of cuda"):
-        search.judge_training(folder, 0, progress_of(OUTPUT), "cuda")
+        progress_of(OUTPUT).judge_training(folder, 0, "cuda")
 
 
 def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_path: Path) -> None:
