@@ -166,7 +166,7 @@ class Interrupted(KeyboardInterrupt):
 
 def interrupt(number: int, _frame: Any = None) -> None:
     """The handler of signals. It names every signal but that of Ctrl-C, which the user knows."""
-    raise Interrupted(*[signal.Signals(number).name] if number != signal.SIGINT else [])
+    raise Interrupted(signal.Signals(number).name) if number != signal.SIGINT else Interrupted
 
 
 def printable(text: object) -> str:
@@ -437,29 +437,6 @@ class SampleCounts:
     plain_prompts: int
 
 
-@dataclass(frozen=True)
-class ScoringSettings:
-    """configs/scoring.toml; every key is explained there."""
-
-    resolution: int  # pixels
-    steps: int
-    guidance_scale: float
-    negative_prompt: str
-    batch_size: int
-    screen: SampleCounts
-    confirm: SampleCounts
-    weights: dict[str, float]  # exponent of each term
-    dinov2: str
-    clip: str
-    pipeline_config: str
-    flat_std: float  # these three in units of 0..255
-    black_p99: float
-    white_p1: float
-    elsewhere: tuple[str, ...]
-    style: tuple[str, ...]
-    plain: tuple[str, ...]
-
-
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
     kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
@@ -498,48 +475,71 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
     return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
 
 
-def read_scoring_settings(path: Path) -> ScoringSettings:
-    """Read and check a scoring.toml. The shipped one defines the keys and the kinds of their values."""
-    given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
-    unknown = given.keys() - shipped.keys()
-    problems = [f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in unknown]
-    for table, examples in shipped.items():
-        found = given.get(table)
-        if not isinstance(found, dict):
-            problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
-            continue
-        for key in found.keys() - examples.keys():
-            problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
-        for key, example in examples.items():
-            kind = type(example).__name__
-            smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
-            wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
-            if wrong:
-                problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-    problems = problems or list(_odd_settings(path, given["images"], given["weights"], given["prompts"]))
-    if problems:
-        raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
-    stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
-    prompts = {key: tuple(templates) for key, templates in given["prompts"].items()}
-    values = {**given["images"], **given["encoders"], **given["usable"], **stages, **prompts}
-    return ScoringSettings(weights=given["weights"], **values)
+@dataclass(frozen=True)
+class ScoringSettings:
+    """configs/scoring.toml; every key is explained there."""
 
+    resolution: int  # pixels
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    batch_size: int
+    screen: SampleCounts
+    confirm: SampleCounts
+    weights: dict[str, float]  # exponent of each term
+    dinov2: str
+    clip: str
+    pipeline_config: str
+    flat_std: float  # these three in units of 0..255
+    black_p99: float
+    white_p1: float
+    elsewhere: tuple[str, ...]
+    style: tuple[str, ...]
+    plain: tuple[str, ...]
 
-def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
-    """Problems with values whose kind is right."""
-    if images["resolution"] % 8 or images["resolution"] < 16:
-        yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
-    if images["steps"] > MAX_STEPS:
-        yield f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough"
-    if not any(weights.values()):
-        yield f"all weights of {path} are 0, so every trial would score 1; raise one"
-    for key, templates in prompts.items():
-        if not all(isinstance(text, str) and text.strip() for text in templates):
-            yield f"{key} in [prompts] of {path} must be a list of texts"
-            continue
-        for text in templates if key != "plain" else ():
-            if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
-                yield f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
+    @classmethod
+    def read(cls, path: Path) -> ScoringSettings:
+        """Read and check a scoring.toml. The shipped one defines the keys and the kinds of their values."""
+        given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
+        unknown = given.keys() - shipped.keys()
+        problems = [f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in unknown]
+        for table, examples in shipped.items():
+            found = given.get(table)
+            if not isinstance(found, dict):
+                problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
+                continue
+            for key in found.keys() - examples.keys():
+                problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
+            for key, example in examples.items():
+                kind = type(example).__name__
+                smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
+                wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
+                if wrong:
+                    problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
+        problems = problems or list(cls._odd_settings(path, given["images"], given["weights"], given["prompts"]))
+        if problems:
+            raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
+        stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
+        prompts = {key: tuple(templates) for key, templates in given["prompts"].items()}
+        values = {**given["images"], **given["encoders"], **given["usable"], **stages, **prompts}
+        return cls(weights=given["weights"], **values)
+
+    @staticmethod
+    def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
+        """Problems with values whose kind is right."""
+        if images["resolution"] % 8 or images["resolution"] < 16:
+            yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
+        if images["steps"] > MAX_STEPS:
+            yield f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough"
+        if not any(weights.values()):
+            yield f"all weights of {path} are 0, so every trial would score 1; raise one"
+        for key, templates in prompts.items():
+            if not all(isinstance(text, str) and text.strip() for text in templates):
+                yield f"{key} in [prompts] of {path} must be a list of texts"
+                continue
+            for text in templates if key != "plain" else ():
+                if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
+                    yield f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
 
 
 # Options that a fixed training config must not hold, and why.
@@ -707,13 +707,40 @@ def why_stopped(answer: Mapping[str, Any]) -> str:
 class DataSetReader:
     """Reads a data set; collects its problems, and notes for the user."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
         self.folders: dict[Path, list[Path]] = {}  # the files of each folder
         self.problems: list[str] = []
         self.notes: list[str] = []
 
-    def list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
+    def read(self, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
+        """The data set of sd-scripts' `answer`, else as it lies in its folders. RefusedInput lists all problems."""
+        inherited = {"caption_extension": ".caption", **options, **self.config["general"]}
+        data_sets = [{**inherited, **data_set} for data_set in self.config["datasets"]]
+        subsets = [{**data_set, **subset} for data_set in data_sets for subset in data_set["subsets"]]
+        images = [image for settings in subsets for image in self._list_folder(settings)]
+        if "images" in answer:
+            images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
+        if "notes" not in answer:  # no earlier start has looked at these files
+            self._check_pictures(images, options.get("cache_latents_to_disk") is True)
+            self._note_unused_files(images)
+            if answer and "images" not in answer:
+                why = f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')})"
+                self.notes.append(f"{why}; all pictures in the folders count, and the first step tells the batches")
+        self._hear_kohya(answer)
+        if answer and not self.problems and all(image.is_reg for image in images):
+            self.problems.append(f"{self.path} has only regularisation images; add the character's own")
+        smallest = min((side for image in images for side in image.bucket or ()), default=8)
+        if smallest < 8:  # pixels of one latent
+            self.problems.append(f"{self.path}: a resolution of {smallest} pixels is too small; raise it")
+        if self.problems:
+            raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(self.problems)))
+        tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
+        class_tokens = tokens.pop() if len(tokens) == 1 else None
+        notes = tuple(answer.get("notes", self.notes))
+        return DataSet(self.config, tuple(images), answer.get("batches"), class_tokens, notes)
+
+    def _list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
         """A subset's pictures as they lie in its folder, for an sd-scripts that does not say what it trains."""
         place, has_metadata = settings.get("image_dir", ""), isinstance(settings.get("metadata_file"), str)
         images = self._list_metadata(settings) if has_metadata else []
@@ -727,11 +754,11 @@ class DataSetReader:
         try:
             self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
         except OSError as error:
-            self.problems.append(f"can't read image_dir {folder} ({error.strerror}); mend its rights")
+            self.problems.append(f"can't read image_dir {folder} ({error.strerror}); give yourself the right")
             return []
         if has_metadata:
             return images
-        if not _pictures_in(folder):
+        if not self._pictures_in(folder):
             self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
         extension = f".{settings['caption_extension']}".replace("..", ".")
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
@@ -759,8 +786,8 @@ class DataSetReader:
 
     def _find_images(self, files: Sequence[Path]) -> str:
         """The remedy for a folder without pictures. Only kohya's command line takes the parent of `10_luca`."""
-        best = max(files, key=lambda file: len(_pictures_in(file)), default=self.path)
-        if not (count := len(_pictures_in(best))):
+        best = max(files, key=lambda file: len(self._pictures_in(file)), default=self.path)
+        if not (count := len(self._pictures_in(best))):
             return "give the folder that holds them (kohya would train nothing and say it succeeded)"
         repeats = re.match(r"(\d+)_", best.name)
         more = f" and num_repeats = {repeats[1]}" if repeats else ""
@@ -780,7 +807,7 @@ class DataSetReader:
             self.problems.append(f"caption {file} is empty, and kohya would stop at it; write it, or delete it")
         return text and text.split("\n")[0].strip()
 
-    def look_at(self, images: Iterable[TrainingImage], on_disk: bool) -> None:
+    def _check_pictures(self, images: Iterable[TrainingImage], on_disk: bool) -> None:
         """Open each picture as scoring will."""
         from PIL import Image
 
@@ -795,7 +822,7 @@ class DataSetReader:
                     opened.load()  # kohya stops at a truncated picture, perhaps hours later
                     turned += [path.name] if opened.getexif().get(0x0112, 1) != 1 else []
             except Exception as error:  # Pillow raises all sorts on damaged files
-                self.problems.append(f"can't use {path} ({one_line(error)}); mend or remove it, or convert it to PNG")
+                self.problems.append(f"can't use {path} ({one_line(error)}); replace, remove or convert it to PNG")
                 continue
             other, size = by_stem.setdefault(path.with_suffix(""), path), image.size or opened.size
             if on_disk and other != path:
@@ -807,7 +834,7 @@ class DataSetReader:
             counted = f"{', '.join(turned[:3])}, {len(turned)} of {len(pictures)}"
             self.notes.append(f"rotated by EXIF in viewers, but trained as stored: {counted}")
 
-    def find_unused(self, images: Iterable[TrainingImage]) -> None:
+    def _note_unused_files(self, images: Iterable[TrainingImage]) -> None:
         """Note how many files of the folders kohya does not use."""
         has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
         trained = {image.path for image in images}
@@ -822,14 +849,14 @@ class DataSetReader:
             ):
                 counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
                 self.notes += [f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}"] if found else []
-            for inner in filter(_pictures_in, files):
-                count = len(_pictures_in(inner))
+            for inner in filter(self._pictures_in, files):
+                count = len(self._pictures_in(inner))
                 self.notes.append(f"not trained: {count} in {inner}; kohya does not look into subfolders")
 
-    def hear_kohya(self, config: Any, answer: Mapping[str, Any]) -> None:
+    def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
         for place, message in answer.get("stopped", []):
-            value = config
+            value: Any = self.config
             with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing
                 for part in place:
                     value = value[part]
@@ -844,38 +871,10 @@ class DataSetReader:
         if answer.get("stopped") and not self.problems:
             self.problems.append(f"{self.path}: kohya stops before its first step: {why_stopped(answer)}; correct it")
 
-
-def _pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder; [] for a file, and for a folder that can't be read."""
-    return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
-
-
-def read_data_set(path: Path, config: Params, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
-    """The data set that sd-scripts' `answer` describes, or else its folders hold. RefusedInput lists all problems."""
-    inherited = {"caption_extension": ".caption", **options, **config["general"]}
-    subsets = [{**inherited, **dataset, **subset} for dataset in config["datasets"] for subset in dataset["subsets"]]
-    reader = DataSetReader(path)
-    images = [image for settings in subsets for image in reader.list_folder(settings)]
-    if "images" in answer:
-        images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
-    if "notes" not in answer:  # no earlier start has looked at these files
-        reader.look_at(images, options.get("cache_latents_to_disk") is True)
-        reader.find_unused(images)
-        if answer and "images" not in answer:
-            why = f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')})"
-            reader.notes.append(f"{why}; all pictures in the folders count, and the first step's log tells the batches")
-    reader.hear_kohya(config, answer)
-    if answer and not reader.problems and all(image.is_reg for image in images):
-        reader.problems.append(f"{path} has only regularisation images; add the character's own")
-    smallest = min((side for image in images for side in image.bucket or ()), default=8)
-    if smallest < 8:  # pixels of one latent
-        reader.problems.append(f"{path}: a resolution of {smallest} pixels is too small; raise it")
-    if reader.problems:
-        raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(reader.problems)))
-    tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
-    class_tokens = tokens.pop() if len(tokens) == 1 else None
-    notes = tuple(answer.get("notes", reader.notes))
-    return DataSet(dict(config), tuple(images), answer.get("batches"), class_tokens, notes)
+    @staticmethod
+    def _pictures_in(folder: Path) -> list[Path]:
+        """The pictures of a folder; [] for a file, and for a folder that can't be read."""
+        return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
 
 
 # The tensors and files that identify a base model and that make it complete.
@@ -892,14 +891,6 @@ _LORA_LAYERS = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    path: Path
-    family: str
-    fingerprint: str
-    lora_bytes_per_dim: int  # of an fp16 LoRA
-
-
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """Names, dtypes, shapes and offsets of a safetensors file; ValueError for any other file, or half of one."""
     from safetensors import SafetensorError, safe_open
@@ -911,81 +902,89 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"it is torn, or no safetensors file: {error}") from error
 
 
-def name_in_file(key: str) -> str:
-    """A tensor's name in a Stable Diffusion 1.x file, with old names of the text encoder made new, as kohya does."""
-    return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
+@dataclass(frozen=True)
+class BaseModel:
+    path: Path
+    family: str
+    fingerprint: str
+    lora_bytes_per_dim: int  # of an fp16 LoRA
 
+    @classmethod
+    def inspect(cls, path: Path) -> BaseModel:
+        """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
+        remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
+        if not path.exists():
+            raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
+        is_file, real = path.is_file(), path.resolve()
+        if is_file and real.suffix.lower() != ".safetensors":
+            copy = f"cp -L {shlex.quote(str(path))} MODEL.safetensors"
+            why = f"kohya would take {real} for a pickle by its name, and it may be a pickle, which can run code"
+            raise RefusedInput(f"--base-model: {why}; if it is a safetensors file, copy it with the right name: {copy}")
+        files, headers = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
+        for file in files:
+            try:
+                header = read_safetensors_header(file)
+            except (ValueError, OSError) as error:
+                raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
+            if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
+                headers.update({cls.name_in_file(key): entry for key, entry in header.items()})
+        if wrong := cls._wrong_in_file(headers) if is_file else cls._wrong_in_folder(path):
+            raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
+        shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
+        per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
+        return cls(real, "SD1.x", digest("".join(map(digest_of_weights, files))), per_dim)
 
-def inspect_base_model(path: Path) -> BaseModel:
-    """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
-    remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
-    if not path.exists():
-        raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
-    is_file, real = path.is_file(), path.resolve()
-    if is_file and real.suffix.lower() != ".safetensors":
-        copy = f"cp -L {shlex.quote(str(path))} MODEL.safetensors"
-        why = f"kohya would take {real} for a pickle by its name, and it may be a pickle, which can run code"
-        raise RefusedInput(f"--base-model: {why}; if it is a safetensors file, copy it with the right name: {copy}")
-    files, headers = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
-    for file in files:
-        try:
-            header = read_safetensors_header(file)
-        except (ValueError, OSError) as error:
-            raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
-        if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-            headers.update({name_in_file(key): entry for key, entry in header.items()})
-    if wrong := _wrong_in_file(headers) if is_file else _wrong_in_folder(path):
-        raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
-    shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
-    per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
-    return BaseModel(real, "SD1.x", digest("".join(map(digest_of_weights, files))), per_dim)
+    @staticmethod
+    def name_in_file(key: str) -> str:
+        """A tensor's name in a Stable Diffusion 1.x file. Old names of the text encoder become new, as in kohya."""
+        return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
 
+    @staticmethod
+    def _wrong_in_file(header: Mapping[str, Any]) -> str:
+        """Why a file is no whole Stable Diffusion 1.x, or ''."""
+        names = "\n".join(header)
+        families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
+        first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
+        families += ["an inpainting model"] if first[1:2] == [9] else []
+        counts = {part: len(re.findall(known["names"], names)) for part, known in _MODELS["file"].items()}
+        if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
+            families.append("SD2.x" if cross[-1] == 1024 else "of an unknown family")
+        if families:
+            return f"is {families[0]}, which this search does not train"
+        missing = []
+        for part, known in _MODELS["file"].items():
+            if counts[part] != known["tensors"]:
+                found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
+                missing.append(found if counts[part] else f"no {part}")
+        return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
-def _wrong_in_file(header: Mapping[str, Any]) -> str:
-    """Why a file is no whole Stable Diffusion 1.x, or ''."""
-    names = "\n".join(header)
-    families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
-    first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
-    families += ["an inpainting model"] if first[1:2] == [9] else []
-    counts = {part: len(re.findall(known["names"], names)) for part, known in _MODELS["file"].items()}
-    if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
-        families.append("SD2.x" if cross[-1] == 1024 else "of an unknown family")
-    if families:
-        return f"is {families[0]}, which this search does not train"
-    missing = []
-    for part, known in _MODELS["file"].items():
-        if counts[part] != known["tensors"]:
-            found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
-            missing.append(found if counts[part] else f"no {part}")
-    return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
+    @classmethod
+    def _wrong_in_folder(cls, folder: Path) -> str:
+        """Why a folder is no whole Stable Diffusion 1.x of diffusers, or ''."""
+        index, unet = (read_json(folder / file) for file in ("model_index.json", "unet/config.json"))
+        if index is None:
+            return "is a folder without model_index.json"
+        pipeline = "SD2.x" if unet and unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
+        if pipeline != "StableDiffusionPipeline":
+            return f"is {pipeline}, which this search does not train"
+        missing = []
+        for part, names in _MODELS["folder"].items():
+            if index.get(part) in (None, [None, None]):
+                missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
+            elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
+                for file in itertools.chain(*(cls._files_of(folder / part / name) for name in names)):
+                    if read_json(file) is None if file.suffix == ".json" else not file.is_file():
+                        variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
+                        hint = f" (rename {' or '.join(variants)})" if variants else ""
+                        missing.append(f"no whole {part}/{file.name}{hint}")
+        return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
-
-def _wrong_in_folder(folder: Path) -> str:
-    """Why a folder is no whole Stable Diffusion 1.x of diffusers, or ''."""
-    index, unet = (read_json(folder / file) for file in ("model_index.json", "unet/config.json"))
-    if index is None:
-        return "is a folder without model_index.json"
-    pipeline = "SD2.x" if unet and unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
-    if pipeline != "StableDiffusionPipeline":
-        return f"is {pipeline}, which this search does not train"
-    missing = []
-    for part, names in _MODELS["folder"].items():
-        if index.get(part) in (None, [None, None]):
-            missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
-        elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
-            for file in itertools.chain(*(_files_of(folder / part / name) for name in names)):
-                if read_json(file) is None if file.suffix == ".json" else not file.is_file():
-                    variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
-                    hint = f" (rename {' or '.join(variants)})" if variants else ""
-                    missing.append(f"no whole {part}/{file.name}{hint}")
-    return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
-
-
-def _files_of(file: Path) -> list[Path]:
-    """The shards that an index names in place of a file, or the file itself."""
-    shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
-    is_split = isinstance(shards, dict) and not file.is_file()
-    return sorted({file.with_name(str(shard)) for shard in shards.values()}) if is_split else [file]
+    @staticmethod
+    def _files_of(file: Path) -> list[Path]:
+        """The shards that an index names in place of a file, or the file itself."""
+        shards = (read_json(file.with_name(f"{file.name}.index.json")) or {}).get("weight_map")
+        is_split = isinstance(shards, dict) and not file.is_file()
+        return sorted({file.with_name(str(shard)) for shard in shards.values()}) if is_split else [file]
 
 
 # ======================================================================================================
@@ -1007,7 +1006,7 @@ RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cy
 
 
 def complete_params(values: Mapping[str, Any]) -> Params:
-    """Suggested values and the network_alpha that follows from them."""
+    """The suggested values with the network_alpha that follows from them."""
     ratio = round(values["network_alpha_ratio"], 2)  # Optuna may give 0.6000000000000001
     return {**values, "network_alpha_ratio": ratio, "network_alpha": int(values["network_dim"] * ratio)}
 
@@ -1034,7 +1033,7 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 
 def brief_params(params: Mapping[str, Any]) -> list[str]:
-    """The parameters for one line, the most telling first; the epochs are in the training's own line."""
+    """The parameters for one line, the most important first. The line of the training shows the epochs."""
     return [
         f"dim {params['network_dim']}",
         f"alpha {params['network_alpha']} (ratio {params['network_alpha_ratio']:.3f})",
@@ -1098,37 +1097,31 @@ LOW_ALPHA = tuple(round(0.05 * n, 2) for n in range(5, 9))  # 0.25 .. 0.40
 MID_ALPHA = tuple(round(0.05 * n, 2) for n in range(9, 15))  # 0.45 .. 0.70
 HIGH_ALPHA = tuple(round(0.05 * n, 2) for n in range(15, 19))  # 0.75 .. 0.90
 BAND_BLOCK = (LOW_ALPHA,) * 3 + (MID_ALPHA,) * 4 + (HIGH_ALPHA,) * 3  # the guide's 30 / 40 / 30 %
-DEALT_TRIALS = 20  # after these TPE has seen all bands and chooses by itself
+DEALT_TRIALS = 20  # then TPE has seen all bands, and chooses them
 TPE_STARTUP_TRIALS = 10  # Optuna's default: random until then
 TPE_TRIES = 64  # about 5 ms each
 RANDOM_TRIES = 2000  # about 20 microseconds each; the rarest completion seen is 1 in 40
 Check = Callable[[Params], bool]
 
 
-def _anything(params: Params) -> bool:
-    return True
-
-
 def fixed_params(trial: FrozenTrial) -> Params:
-    """What was enqueued for a trial: Optuna gives these values to suggest_* whatever the sampler says."""
+    """The enqueued values of a trial. suggest_* returns them, whatever the sampler proposes."""
     return trial.system_attrs.get("fixed_params", {})
 
 
 class FeasibleTPESampler(optuna.samplers.BaseSampler):
-    """TPE over the whole unconditional space, drawn again until the proposal may be trained.
+    """TPE over all unconditional parameters, drawn again until the proposal may be trained.
 
-    Every draw comes from (seed, trial.number): neither a resumed study nor parallel workers repeat a proposal.
-    `can_train` says what this machine can train at all (AdamW8bit needs CUDA and bitsandbytes), `prefers` what it
-    should train where there is a choice (a warm-up shorter than the run). For the first 20 trials that were not
-    enqueued, the alpha band is dealt from shuffled blocks of 3 low, 4 mid and 3 high, and TPE proposes the rest.
-    Enqueued values are kept and completed. If nothing passes all checks, `prefers` is given up first and safety last:
-    what no completion makes safe is left for `train_lora` to reject.
+    Every draw depends on (seed, trial.number) alone, so neither a resumed study nor parallel workers repeat one.
+    `can_train`: what this machine can train (AdamW8bit needs CUDA and bitsandbytes). `prefers`: what it should train
+    if it has the choice (a warm-up shorter than the run). The first 20 trials that were not enqueued get their alpha
+    bands from shuffled blocks of 3 low, 4 middle and 3 high ones; TPE proposes the rest. Enqueued values are kept and
+    completed. If no proposal passes all checks, the first safe one is taken, else the first one that this machine can
+    train, which `train_lora` rejects.
     """
 
-    def __init__(self, seed: int, *, can_train: Check = _anything, prefers: Check = _anything) -> None:
-        self._seed = seed
-        self._can_train = can_train
-        self._prefers = prefers
+    def __init__(self, seed: int, *, can_train: Check = lambda _: True, prefers: Check = lambda _: True) -> None:
+        self._seed, self._can_train, self._prefers = seed, can_train, prefers
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return dict(SEARCH_SPACE)
@@ -1137,43 +1130,36 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
         rng = np.random.default_rng((self._seed, trial.number))
-        given = {**fixed_params(trial), **trial.params}  # an interrupted trial has some values, or all
+        given = {**fixed_params(trial), **trial.params}  # an interrupted trial has some or all values
         fixed = given if fixed_params(trial) else {**self._dealt_ratio(study, trial, rng), **given}
-        if "lr_scheduler_num_cycles" in fixed:  # without restarts this value would be dropped
+        if "lr_scheduler_num_cycles" in fixed:  # it exists only with restarts
             fixed = {"lr_scheduler": "cosine_with_restarts", **fixed}
         free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
         tpe = self._tpe(trial.number, multivariate=True)
-        tried: list[Params] = []
-        for _ in range(TPE_TRIES):
-            learnt = tpe.sample_relative(study, trial, free)
-            if not learnt:  # TPE has too few trials to learn from
-                break
-            tried.append({**fixed, **learnt})
-            if self._is_wanted(complete_params(tried[-1])):
-                return tried[-1]
-        for _ in range(RANDOM_TRIES):
-            tried.append({**fixed, **{name: _draw(distribution, rng) for name, distribution in free.items()}})
-            if self._is_wanted(complete_params(tried[-1])):
-                return tried[-1]
-        safe = [values for values in tried if self._is_possible(complete_params(values))]
-        trainable = [values for values in tried if self._can_train(complete_params(values))]
-        return (safe or trainable or tried[-1:])[0]
+        proposals: list[Params] = []
+        for attempt in range(TPE_TRIES + RANDOM_TRIES):
+            learnt = tpe.sample_relative(study, trial, free) if attempt < TPE_TRIES else {}  # {}: too few trials
+            drawn = learnt or {name: _draw(distribution, rng) for name, distribution in free.items()}
+            proposals.append({**fixed, **drawn})
+            if self._is_possible(proposals[-1]) and self._prefers(complete_params(proposals[-1])):
+                return proposals[-1]
+        safe = filter(self._is_possible, proposals)
+        trainable = (values for values in proposals if self._can_train(complete_params(values)))
+        return next(itertools.chain(safe, trainable, proposals[-1:]))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """lr_scheduler_num_cycles, the one conditional parameter: in the joint space TPE would drop most trials."""
+        """For lr_scheduler_num_cycles alone: a joint space with it would hide from TPE all trials without it."""
         sampler = self._tpe(trial.number, multivariate=False)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
-    def _is_possible(self, params: Params) -> bool:
+    def _is_possible(self, values: Params) -> bool:
+        params = complete_params(values)
         return check_safety_constraints(params)[0] and self._can_train(params)
 
-    def _is_wanted(self, params: Params) -> bool:
-        return self._is_possible(params) and self._prefers(params)
-
     def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
-        """A ratio of the band whose turn it is, counting only the trials that the sampler itself proposed."""
+        """A ratio from the band whose turn it is. Enqueued trials take no turn."""
         turn = sum(t.number < trial.number and not fixed_params(t) for t in study.get_trials(deepcopy=False))
         if turn >= DEALT_TRIALS:
             return {}
@@ -1182,7 +1168,7 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         return {"network_alpha_ratio": float(rng.choice(BAND_BLOCK[order[position]]))}
 
     def _tpe(self, number: int, *, multivariate: bool) -> optuna.samplers.TPESampler:
-        """A fresh TPE whose generator depends on (study seed, trial number) alone."""
+        """A TPE whose random numbers depend on the study's seed and the trial's number alone."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         with warnings.catch_warnings():  # 4.6 calls both arguments experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -1192,7 +1178,7 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
 
 
 def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
-    """A uniform draw (uniform in the logarithm for a log distribution)."""
+    """A uniform draw; for a log distribution, its logarithm is uniform."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[rng.integers(len(distribution.choices))]
     low, high, step = distribution.low, distribution.high, distribution.step
@@ -1205,12 +1191,12 @@ def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
 
 
 # ======================================================================================================
-# 7. Training: a trial's kohya config, the one place that starts a process, its progress, its checkpoints,
-#    and the judgement of its end. Touches the trial's folder.
+# 7. Training: the one place that starts a process, a trial's kohya config, its checkpoints, its progress and end;
+#    cached latents; the probe of sd-scripts. Touches the trial's folder.
 # ======================================================================================================
 
 TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
-PROCESS_FILE = "process.json"  # in the folder of a trial that is trained or scored
+PROCESS_FILE = "process.json"  # in the folder of a trial that is being trained or scored
 STARTING_ALLOWANCE = 4  # times --stall-minutes while the model loads and latents are cached
 SLOW_STEP = 3.0  # times the usual seconds of a step; slower is warned of
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -1475,9 +1461,9 @@ class ProcessOutput:
 
     def error(self) -> str:
         """The last line that names an error, else the last line."""
-        found = (_ERROR_LINE.search(line.strip().removeprefix("stopped: ")) for line in reversed(self.lines))
-        last = next((error[0] for error in found if error), self.lines[-1] if self.lines else "it printed nothing")
-        return one_line(last)
+        lines = [line.strip().removeprefix("stopped: ") for line in self.lines] or ["it printed nothing"]
+        errors = [error[0] for line in lines if (error := _ERROR_LINE.search(line))]
+        return one_line((errors or lines)[-1])
 
     def refuse_full_disk(self) -> None:
         """OSError if the output says that the disk is full: then no trial can go on."""
@@ -1595,7 +1581,7 @@ class TrainingProgress(ProcessOutput):
 
 @dataclass(frozen=True)
 class KohyaTrainer:
-    """Starts sd-scripts' train_network.py as a process."""
+    """Runs sd-scripts' train_network.py."""
 
     python: str
     script: Path
@@ -1603,10 +1589,10 @@ class KohyaTrainer:
     stall_minutes: float = 30.0
 
     def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float | None]:
-        """Train what `config` (a trial's config.toml) says. Raises TrialFailed.
+        """Run the training of a config.toml. Raises TrialFailed.
 
-        Returns the seconds of the training, and of a step (None for very few steps). `usual_step` is what a step takes
-        in this study; far more is warned of.
+        Returns the seconds of the training and of a step (None for very few steps). `usual_step`: the usual seconds of
+        a step in this study; a much slower one is warned of.
         """
         started = time.monotonic()
         status, progress = self._run(config, usual_step)
@@ -1614,7 +1600,7 @@ class KohyaTrainer:
         return time.monotonic() - started, progress.seconds_per_step()
 
     def try_out(self, config: Path) -> None:
-        """The same for a config of a step or two, whose weights need not have moved (fp16 may skip first steps)."""
+        """Run a config of a step or two. Its weights may be zero, because fp16 may skip first steps."""
         status, progress = self._run(config, None)
         progress.judge_end(config.parent, status, self.device)
 
@@ -1632,15 +1618,15 @@ class KohyaTrainer:
 
 @dataclass(frozen=True)
 class Latents:
-    """What kohya caches beside the pictures."""
+    """The latents that kohya caches beside the pictures."""
 
     images: Sequence[TrainingImage]
-    trusted: Mapping[str, bool]  # as good: "sized" arrays, which name their size (v0.10.2); "plain" ones of any size
+    trusted: Mapping[str, bool]  # the probe's: does kohya take "plain" arrays of any size, and "sized" ones (v0.10.2)?
     scale: int  # pixels of a latent
 
     @staticmethod
     def sizes(file: Path) -> dict[str, tuple[int, ...]] | None:
-        """Width and height of a cache's arrays (`latents`, or `latents_HEIGHTxWIDTH`); None for a torn file."""
+        """Width and height of a file's arrays (`latents`, or `latents_HEIGHTxWIDTH`); None if NumPy can't read it."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
@@ -1648,13 +1634,13 @@ class Latents:
             return None
 
     def state(self, image: TrainingImage) -> str:
-        """One of good, missing (kohya makes or completes it), torn, foreign, wrong (a size that kohya misreads)."""
+        """good, missing (kohya makes it), torn, foreign (another program's), or wrong (kohya would train that size)."""
         assert image.latents and image.bucket
         if not image.latents.exists():
             return "missing"
         found = self.sizes(image.latents)
         if not found:
-            return "torn" if image.latents.name.endswith("_sd.npz") else "foreign"  # no other program names it so
+            return "torn" if image.latents.name.endswith("_sd.npz") else "foreign"  # only kohya names files so
         wanted = (image.bucket[0] // self.scale, image.bucket[1] // self.scale)
         sized = f"_{wanted[1]}x{wanted[0]}" if self.trusted["sized"] else ""
         if not all(name in found or name + sized in found for name in image.arrays):
@@ -1664,20 +1650,20 @@ class Latents:
         return "wrong" if self.trusted["plain"] else "missing"
 
     def check(self) -> None:
-        """RefusedInput where kohya would train wrong pictures without a word, or stop."""
+        """RefusedInput if kohya would stop, or train the wrong latents without a warning."""
         sizes: dict[Path, set[Any]] = {}
         why, remedy = "", "set cache_latents_to_disk = false in the training config"
         for image in self.images:
             state, folder = self.state(image), image.path.parent
             sizes.setdefault(image.path, set()).add(image.bucket)
             if state == "foreign":
-                why = f"{image.latents} is no cache of latents, as kohya takes it for; move it away, or "
+                why = f"{image.latents} is no cache of latents, but kohya would take it for one; move it away, or "
             elif state == "wrong":
                 cached = [side * self.scale for side in (self.sizes(image.latents) or {})["latents"]]
                 size = "{} x {} instead of {} x {}".format(*cached, *image.bucket)
                 why = f"{image.latents} holds {size}, which kohya would train; delete all such files, or "
             elif state != "good" and not os.access(folder, os.W_OK):
-                why = f"{folder} can't be written, where kohya would cache latents; make it writable, or "
+                why = f"{folder} can't be written, but kohya would cache latents there; make it writable, or "
             elif len(sizes[image.path]) > 1 and not self.trusted["sized"]:
                 count = len({other.bucket for other in self.images if other.path == image.path})
                 why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2, or "
@@ -1685,53 +1671,52 @@ class Latents:
                 raise RefusedInput(f"--dataset-config: {why}{remedy}")
 
     def prepare(self) -> bool:
-        """Delete torn caches, as a killed trainer leaves them, under the pictures' lock. Whether all are there."""
+        """Delete torn caches, which a killed trainer leaves, and return whether all are there. Needs the lock."""
         states = [(image.latents, self.state(image)) for image in self.images]
         torn = {file for file, state in states if file and state == "torn"}
         for file in torn:
             file.unlink(missing_ok=True)
         if torn:
-            say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); they are made again.")
+            say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); kohya makes them again.")
         return all(state == "good" for _, state in states)
 
+    @staticmethod
+    @contextlib.contextmanager
+    def locked(folders: Iterable[Path]) -> Iterator[None]:
+        """Lock a data set's folders, and wait until they are free: two trainers may tear a cache that both write."""
+        import fcntl  # not on native Windows, which is refused before
 
-@contextlib.contextmanager
-def locked_pictures(folders: Iterable[Path]) -> Iterator[None]:
-    """Hold a data set's folders, waiting for whoever does: two trainers may tear a latents cache that both write."""
-    import fcntl  # not on native Windows, which is refused before
-
-    with contextlib.ExitStack() as stack:
-        for folder in sorted(set(folders)):  # in one order, so that no two programs wait for each other
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            with contextlib.suppress(OSError):  # a network share may know no locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        with contextlib.ExitStack() as stack:
+            for folder in sorted(set(folders)):  # always in this order, against deadlocks
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                with contextlib.suppress(OSError):  # a network share may have no locks
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
 
 def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple[int, str]:
-    """Status and output of a short program; RefusedInput if it can't be started, or takes longer than `seconds`."""
+    """Status and output of a short program; RefusedInput if it does not start, or takes longer than `seconds`."""
     output: list[str] = []
     deadline = time.monotonic() + seconds
 
     def watch() -> None:
         if time.monotonic() > deadline:
             why = f"`{shlex.join(command)}` took more than {seconds:g} s and was ended"
-            raise RefusedInput(f"{why}; run it by hand to see what it waits for, or try again if the disk is slow")
+            raise RefusedInput(f"{why}; run it by hand to see why, or try again if the disk is slow")
 
     try:
         status = run_process(command, child_environment(device), output.append, watch=watch)
     except OSError as error:
-        raise RefusedInput(
-            f"--trainer-python: can't run {command[0]} ({error.strerror}); give kohya's python"
-        ) from error
+        why = f"can't run {command[0]} ({error.strerror})"
+        raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
     return status, "".join(output)
 
 
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
-PROBE_SECONDS = 900.0  # it imports PyTorch and reads every picture's size, perhaps from a slow disk
-# One step of a small LoRA.
+PROBE_SECONDS = 900.0  # imports PyTorch, reads every picture's size
+# For a training of one step, with a small LoRA.
 FIRST_STEP_PARAMS: Params = {
     "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
     "max_train_steps": 1,
@@ -1740,25 +1725,19 @@ FIRST_STEP_PARAMS: Params = {
 
 @dataclass(frozen=True)
 class TrainerFacts:
-    """sd-scripts, the Python that runs it, and what both answered to the probe."""
+    """What is known of sd-scripts and its Python."""
 
     version: str
     device_name: str  # "cpu", or the card's
-    answer: dict[str, Any]  # see configs/kohya_probe.py
+    answer: dict[str, Any]  # of the probe, as configs/kohya_probe.py describes it
 
-    @property
-    def has_bitsandbytes(self) -> bool:
-        return self.answer["bitsandbytes"]
+    def check_card(self, settings: Settings) -> None:
+        if not self.device_name:
+            why = f"PyTorch {self.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
+            raise RefusedInput(f"--device: {why}; kohya would train on the CPU; correct it, or give --device cpu")
 
-
-def check_card(trainer: TrainerFacts, settings: Settings) -> None:
-    if not trainer.device_name:
-        why = f"PyTorch {trainer.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
-        raise RefusedInput(f"--device: {why}; kohya would train on the CPU; mend it, or give --device cpu")
-
-
-def remember_answer(trainer: TrainerFacts, cache: Path, notes: Sequence[str] = ()) -> None:
-    write_json(cache, {"key": trainer.answer["key"], "answer": {**trainer.answer, "notes": list(notes)}})
+    def remember(self, cache: Path, notes: Sequence[str] = ()) -> None:
+        write_json(cache, {"key": self.answer["key"], "answer": {**self.answer, "notes": list(notes)}})
 
 
 @dataclass(frozen=True)
@@ -1773,12 +1752,10 @@ class Probe:
     data_set: Mapping[str, Any]  # its file's content
 
     def ask(self, cache: Path | None = None) -> TrainerFacts:
-        """Its answer, from `cache` while nothing has changed; RefusedInput for a trainer that does not work here."""
+        """The answer, from `cache` if nothing has changed since; RefusedInput for a trainer that does not work."""
         script = self.sd_scripts / "train_network.py"
         if not script.is_file():
-            raise RefusedInput(
-                f"--sd-scripts: {self.sd_scripts} has no train_network.py; give the folder of sd-scripts"
-            )
+            raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
         about += [dict(self.options), str(self.base_model), self.data_set, self._files()]
@@ -1794,24 +1771,24 @@ class Probe:
         return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", {**answer, "key": key})
 
     def _version(self) -> str:
-        """What git says, and a digest of the trainer itself (which may have been changed by hand)."""
+        """Git's description, and a digest of the trainer's files, which a user may have changed."""
         files = [self.sd_scripts / "train_network.py", *sorted((self.sd_scripts / "library").glob("*.py"))]
         content = "files " + digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
         if (self.sd_scripts / ".git").exists() and shutil.which("git"):
-            with contextlib.suppress(RefusedInput):  # a git that does not answer keeps nobody from training
+            with contextlib.suppress(RefusedInput):  # training needs no git
                 status, output = capture(["git", "-C", str(self.sd_scripts), "describe", "--tags", "--always"], "cpu")
                 return f"{output.strip()} ({content})" if status == 0 else content
         return content
 
     def _files(self) -> list[Any]:
-        """The data set's by name, size and time, without the caches of latents."""
+        """Name, size and time of each file of the data set, but of no cached latents."""
         subsets = [subset for dataset in self.data_set["datasets"] for subset in dataset["subsets"]]
         places = sorted({str(subset.get(key, "")) for subset in subsets for key in _FOLDERS})
         about = []
         for place in map(Path, filter(os.path.exists, places)):  # Path.exists raises on odd names
             with contextlib.suppress(PermissionError):
                 for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-                    if file.exists() and not (file.is_file() or file.is_dir()):  # kohya would wait for a pipe
+                    if file.exists() and not (file.is_file() or file.is_dir()):  # reading a pipe would block
                         raise RefusedInput(f"--dataset-config: can't use {file}, which is no file; remove it")
                     if file.suffix != ".npz" and file.exists():
                         about.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
@@ -1819,15 +1796,15 @@ class Probe:
 
     @staticmethod
     def _has_packages(folder: str, changed: int) -> bool:
-        """Whether nothing was installed or removed in the trainer's Python."""
+        """Whether the folder of the trainer's packages is unchanged: nothing was installed or removed."""
         return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
 
     def _run(self, script: Path) -> dict[str, Any]:
-        """The answer of configs/kohya_probe.py. Nothing is left of it."""
+        """Run configs/kohya_probe.py, whose files are deleted afterwards."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             data_set, config, answer_file = (folder / name for name in ("dataset.json", "config.toml", "answer.json"))
-            # JSON, since the toml package garbles odd keys, and kohya is to be the one who refuses them.
+            # As JSON, because the toml package garbles odd keys before kohya can refuse them.
             data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
             write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
             command = [self.python, *map(str, (PROBE, script, config, answer_file))]
@@ -2228,7 +2205,7 @@ class ImageScorer:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         with safe_open(name, "pt") as file:
-            keys = {name_in_file(key).removeprefix(_TEXT_ENCODER): key for key in file.keys()}  # noqa: SIM118
+            keys = {BaseModel.name_in_file(key).removeprefix(_TEXT_ENCODER): key for key in file.keys()}  # noqa: SIM118
             weights = {new: file.get_tensor(old) for new, old in keys.items() if new.startswith("text_model.")}
         settings = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
         return CLIPTextModel.from_pretrained(None, config=settings, state_dict=weights, torch_dtype=self.dtype)
@@ -3870,7 +3847,7 @@ def can_train_with(trainer: TrainerFacts | None, params: Mapping[str, Any]) -> b
     """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
     if trainer is None or params.get("optimizer_type") != "AdamW8bit":
         return True
-    return trainer.has_bitsandbytes and trainer.device_name != "cpu"
+    return trainer.answer["bitsandbytes"] and trainer.device_name != "cpu"
 
 
 def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
@@ -3880,15 +3857,15 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     """
     problems, checks = Problems(known_problems), InputChecks(settings)
     raw = problems.of(load_training_options, settings.training_config)
-    scoring = problems.of(read_scoring_settings, settings.scoring_config)
-    base_model = settings.base_model and problems.of(inspect_base_model, settings.base_model)
+    scoring = problems.of(ScoringSettings.read, settings.scoring_config)
+    base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
     trainer = settings.sd_scripts and problems.of(checks.ask_trainer, raw or {}, config, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
-        problems.of(check_card, trainer, settings)
+        problems.of(trainer.check_card, settings)
     options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
-    data_set = config and problems.of(read_data_set, settings.dataset_config, config, raw or {}, answer)
+    data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
     problems.of(checks.precision, options or {})
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
@@ -4280,7 +4257,7 @@ class Reference:
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
         with only_warning("the report will show no pictures of the data set"):
             self._keep_pictures()
-        remember_answer(self.inputs.trainer, self.folder / ANSWER_NAME, self.inputs.data_set.notes)
+        self.inputs.trainer.remember(self.folder / ANSWER_NAME, self.inputs.data_set.notes)
 
     def _keep_pictures(self) -> None:
         """A few of the data set's pictures, for a report that may be made where the data set is not."""
@@ -4303,7 +4280,7 @@ class Reference:
         """
         data_set, folder = self.inputs.data_set, self.folder / FIRST_STEP
         try:
-            with locked_pictures(image.path.parent for image in data_set.images):
+            with Latents.locked(image.path.parent for image in data_set.images):
                 if not self._is_tried_out():
                     screen.begin("none yet: the trainer is tried out")
                     say("Trying the trainer out for one step, which also caches the latents, once a study ...")

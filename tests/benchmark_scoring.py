@@ -40,7 +40,7 @@ def make_trial(output_dir: Path, args: argparse.Namespace) -> Path:
     world, trial = output_dir / "world", output_dir / "trial_0000"
     demo_world.make_tiny_world(world)
     data = demo_world.read_data_set(world / "dataset.toml", {"cache_latents": True})
-    settings = search.read_scoring_settings(world / "scoring.toml")
+    settings = search.ScoringSettings.read(world / "scoring.toml")
     images = [(image.path, *image.captions) for image in data.images]
     base_model = str(args.base_model.resolve() if args.base_model else world / "base_model")
     plan = search.build_scoring_plan(images, demo_world.SUBJECT, settings, base_model, 2, 42, None)

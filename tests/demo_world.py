@@ -94,7 +94,7 @@ def read_data_set(path: Path, options: Mapping[str, Any], sd_scripts: Path = SMA
     config = search.read_data_set_file(path)
     with light_packages():
         trainer = search.Probe(sd_scripts, sys.executable, "cpu", options, Path("/no/model"), config).ask()
-    return search.read_data_set(path, config, options, trainer.answer)
+    return search.DataSetReader(path, config).read(options, trainer.answer)
 
 
 def _once(folder: Path, make: Callable[[Path], None]) -> None:

@@ -186,9 +186,9 @@ def draw_data_set(folder: Path, size: int, subject: str) -> None:
 def read_inputs(settings: search.Settings) -> search.Inputs:
     """What the search's own checks read, with a trainer and a card that are not there."""
     options = search.read_training_options(settings.training_config)
-    scoring = search.read_scoring_settings(settings.scoring_config)
+    scoring = search.ScoringSettings.read(settings.scoring_config)
     data_set = demo_world.read_data_set(settings.dataset_config, options)
-    base_model = search.inspect_base_model(settings.base_model)
+    base_model = search.BaseModel.inspect(settings.base_model)
     plan = search.make_plan(settings, data_set, scoring, options)
     fingerprint = search.make_fingerprint(settings, options, data_set, base_model, plan)
     answer = {"torch": "2.6.0+cu124", "bitsandbytes": True, "packages": ["", 0], "key": ""}

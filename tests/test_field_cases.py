@@ -100,7 +100,7 @@ class Case:
         python = str(self.flags.get("trainer_python", sys.executable))
         where = (Path(str(self.flags["sd_scripts"])), python, "cpu")
         answer = search.Probe(*where, self.training, self.world / "base_model", config).ask().answer
-        return search.read_data_set(path, config, self.training, answer), answer
+        return search.DataSetReader(path, config).read(self.training, answer), answer
 
     def read(self) -> search.DataSet:
         return self.ask()[0]

@@ -52,7 +52,7 @@ def the_refusal(read: Callable[..., Any], *args: Any) -> str:
 READERS: dict[str, Callable[[Path], Any]] = {
     "--dataset-config": search.read_data_set_file,
     "--training-config": search.read_training_options,
-    "--scoring-config": search.read_scoring_settings,
+    "--scoring-config": search.ScoringSettings.read,
 }
 
 
@@ -280,7 +280,7 @@ def scoring(repository: Path, tmp_path: Path) -> ScoringFile:
 
 
 def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path) -> None:
-    settings = search.read_scoring_settings(repository / "configs" / "scoring.toml")
+    settings = search.ScoringSettings.read(repository / "configs" / "scoring.toml")
     assert settings.screen == search.SampleCounts(prompts=8, seeds=2, plain_prompts=4)
     assert settings.confirm == search.SampleCounts(prompts=16, seeds=3, plain_prompts=10)
     assert settings.weights == {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
@@ -297,7 +297,7 @@ TABLES = "images screen confirm weights encoders usable prompts".split()
 @pytest.mark.parametrize("table", TABLES)
 def test_refuses_an_unknown_key_in_every_scoring_table(table: str, scoring: ScoringFile) -> None:
     path = scoring(lambda content: content[table].update(no_such_key=1))
-    problem = the_refusal(search.read_scoring_settings, path)
+    problem = the_refusal(search.ScoringSettings.read, path)
     assert "'no_such_key'" in problem
     assert f"[{table}]" in problem
     assert str(path) in problem
@@ -305,7 +305,7 @@ def test_refuses_an_unknown_key_in_every_scoring_table(table: str, scoring: Scor
 
 @pytest.mark.parametrize("table", TABLES)
 def test_refuses_a_missing_scoring_table(table: str, scoring: ScoringFile) -> None:
-    assert f"[{table}]" in the_refusal(search.read_scoring_settings, scoring(lambda content: content.pop(table)))
+    assert f"[{table}]" in the_refusal(search.ScoringSettings.read, scoring(lambda content: content.pop(table)))
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -316,7 +316,7 @@ def test_refuses_a_missing_scoring_key(table: str, scoring: ScoringFile) -> None
         first.append(next(iter(content[table])))
         del content[table][first[0]]
 
-    problem = the_refusal(search.read_scoring_settings, scoring(change))
+    problem = the_refusal(search.ScoringSettings.read, scoring(change))
     assert f"{first[0]} in [{table}]" in problem
     assert "missing" in problem
 
@@ -326,12 +326,12 @@ def test_refuses_a_missing_scoring_key(table: str, scoring: ScoringFile) -> None
     [("images", "resolutoin", "resolution"), ("weights", "fidelty", "fidelity"), ("prompts", "elswhere", "elsewhere")],
 )
 def test_hints_at_the_nearest_scoring_key(table: str, wrong: str, right: str, scoring: ScoringFile) -> None:
-    problem = the_refusal(search.read_scoring_settings, scoring(lambda content: content[table].update({wrong: 1})))
+    problem = the_refusal(search.ScoringSettings.read, scoring(lambda content: content[table].update({wrong: 1})))
     assert f"did you mean '{right}'?" in problem
 
 
 def test_hints_at_the_nearest_scoring_table(scoring: ScoringFile) -> None:
-    problem = the_refusal(search.read_scoring_settings, scoring(lambda content: content.update(wieghts={"a": 1})))
+    problem = the_refusal(search.ScoringSettings.read, scoring(lambda content: content.update(wieghts={"a": 1})))
     assert "did you mean 'weights'?" in problem
 
 
@@ -362,19 +362,19 @@ def test_hints_at_the_nearest_scoring_table(scoring: ScoringFile) -> None:
 )
 def test_refuses_wrong_scoring_values(table: str, key: str, value: Any, scoring: ScoringFile) -> None:
     path = scoring(lambda content: content[table].update({key: value}))
-    assert f"{key} in [{table}] of {path}" in the_refusal(search.read_scoring_settings, path)
+    assert f"{key} in [{table}] of {path}" in the_refusal(search.ScoringSettings.read, path)
 
 
 def test_takes_whole_numbers_where_fractions_may_stand(scoring: ScoringFile) -> None:
     path = scoring(lambda content: content["images"].update(guidance_scale=7))
-    assert search.read_scoring_settings(path).guidance_scale == 7
+    assert search.ScoringSettings.read(path).guidance_scale == 7
 
 
 def test_takes_a_weight_of_nothing_but_not_all_of_them(scoring: ScoringFile) -> None:
     path = scoring(lambda content: content["weights"].update(text=0.0))
-    assert search.read_scoring_settings(path).weights["text"] == 0
+    assert search.ScoringSettings.read(path).weights["text"] == 0
     path = scoring(lambda content: content["weights"].update(dict.fromkeys(content["weights"], 0.0)))
-    assert "weights" in the_refusal(search.read_scoring_settings, path)
+    assert "weights" in the_refusal(search.ScoringSettings.read, path)
 
 
 @pytest.mark.parametrize("key", ["elsewhere", "style"])
@@ -382,7 +382,7 @@ def test_takes_a_weight_of_nothing_but_not_all_of_them(scoring: ScoringFile) -> 
 def test_refuses_a_prompt_that_cannot_name_the_subject(key: str, template: str, scoring: ScoringFile) -> None:
     """Found here, it costs nothing; found by scoring, it costs a training."""
     problem = the_refusal(
-        search.read_scoring_settings, scoring(lambda content: content["prompts"][key].append(template))
+        search.ScoringSettings.read, scoring(lambda content: content["prompts"][key].append(template))
     )
     assert repr(template) in problem
     assert key in problem
@@ -395,7 +395,7 @@ def test_reports_all_that_is_wrong_with_the_scoring_settings(scoring: ScoringFil
         content["wrong"] = {}
         content.pop("usable")
 
-    assert len(refusal(search.read_scoring_settings, scoring(change))) == 5
+    assert len(refusal(search.ScoringSettings.read, scoring(change))) == 5
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -958,7 +958,7 @@ def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | 
 
 
 def test_knows_stable_diffusion_1(tmp_path: Path) -> None:
-    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", SD1, {"format": "pt"}))
+    model = search.BaseModel.inspect(write_safetensors(tmp_path / "sd.safetensors", SD1, {"format": "pt"}))
     assert model.family == "SD1.x"
     assert model.path == tmp_path / "sd.safetensors"
 
@@ -981,7 +981,7 @@ OTHER_MODELS: dict[str, tuple[str, Shapes]] = {
 @pytest.mark.parametrize("kind", OTHER_MODELS)
 def test_refuses_other_families_by_name(kind: str, tmp_path: Path) -> None:
     name, shapes = OTHER_MODELS[kind]
-    problem = the_refusal(search.inspect_base_model, write_safetensors(tmp_path / "model.safetensors", shapes))
+    problem = the_refusal(search.BaseModel.inspect, write_safetensors(tmp_path / "model.safetensors", shapes))
     assert name in problem
     assert "model.safetensors" in problem
 
@@ -1008,7 +1008,7 @@ VAE = "first_stage_model."
     ],
 )
 def test_refuses_a_file_that_lacks_a_part_and_names_it(shapes: Shapes, says: list[str], tmp_path: Path) -> None:
-    problem = the_refusal(search.inspect_base_model, write_safetensors(tmp_path / "sd.safetensors", shapes))
+    problem = the_refusal(search.BaseModel.inspect, write_safetensors(tmp_path / "sd.safetensors", shapes))
     assert all(part in problem for part in says)
     assert problem.count("no ") + problem.count("tensors of") == len(says)
 
@@ -1018,7 +1018,7 @@ def test_knows_the_old_names_of_the_text_encoder_and_passes_over_what_kohya_pass
     old = {**without(TEXT_ENCODER), **dict.fromkeys((*text_tensors(""), *others), (1,))}
     new, layer = dict(SD1), "encoder.layers.3.mlp.fc1.weight"
     old[f"{TEXT_ENCODER}{layer}"] = new[f"{TEXT_ENCODER}text_model.{layer}"] = (30, 40)
-    models = [search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", file)) for file in (old, new)]
+    models = [search.BaseModel.inspect(write_safetensors(tmp_path / "sd.safetensors", file)) for file in (old, new)]
     assert models[0].lora_bytes_per_dim == models[1].lora_bytes_per_dim >= 2 * (30 + 40)
 
 
@@ -1028,25 +1028,25 @@ def test_a_link_into_the_hubs_cache_is_refused_since_kohya_goes_by_the_name_behi
     link.parent.mkdir()
     link.symlink_to(blob)
     for given in (link, blob):
-        problem = the_refusal(search.inspect_base_model, given)
+        problem = the_refusal(search.BaseModel.inspect, given)
         assert f"take {blob} for a pickle" in problem and "name" in problem
         assert f"cp -L {shlex.quote(str(given))} " in problem
 
 
 def test_a_link_to_a_file_with_the_right_name_is_good(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(write_safetensors(tmp_path / "sd.safetensors", SD1))
-    assert search.inspect_base_model(tmp_path / "link").path == tmp_path / "sd.safetensors"
+    assert search.BaseModel.inspect(tmp_path / "link").path == tmp_path / "sd.safetensors"
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin", "pth", "CKPT"])
 def test_refuses_pickles_unopened(suffix: str, tmp_path: Path) -> None:
     good = write_safetensors(tmp_path / "good.safetensors", SD1)
     path = good.rename(tmp_path / f"model.{suffix}")
-    assert "pickle" in the_refusal(search.inspect_base_model, path)
+    assert "pickle" in the_refusal(search.BaseModel.inspect, path)
 
 
 def test_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
-    assert "does not exist" in the_refusal(search.inspect_base_model, tmp_path / "none.safetensors")
+    assert "does not exist" in the_refusal(search.BaseModel.inspect, tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -2, -1])
@@ -1054,13 +1054,13 @@ def test_refuses_a_torn_file(keep: int, tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "sd.safetensors", SD1)
     whole = path.read_bytes()
     path.write_bytes(whole[:keep] if keep >= 0 else whole[: len(whole) + keep])
-    assert str(path) in the_refusal(search.inspect_base_model, path)
+    assert str(path) in the_refusal(search.BaseModel.inspect, path)
 
 
 def test_refuses_a_file_that_is_longer_than_its_header_says(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "sd.safetensors", SD1)
     path.write_bytes(path.read_bytes() + b"x")
-    assert "torn" in the_refusal(search.inspect_base_model, path)
+    assert "torn" in the_refusal(search.BaseModel.inspect, path)
 
 
 @pytest.mark.parametrize(
@@ -1083,7 +1083,7 @@ def test_refuses_a_file_that_is_longer_than_its_header_says(tmp_path: Path) -> N
 def test_refuses_headers_that_make_no_sense(header: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
-    assert "odd.safetensors" in the_refusal(search.inspect_base_model, path)
+    assert "odd.safetensors" in the_refusal(search.BaseModel.inspect, path)
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
@@ -1095,18 +1095,18 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             damaged[rng.randrange(min(len(damaged), 260))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            assert search.inspect_base_model(path).family == "SD1.x"
+            assert search.BaseModel.inspect(path).family == "SD1.x"
         except search.RefusedInput as error:
             assert len(error.problems) == 1
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_name(tmp_path: Path) -> None:
-    first = search.inspect_base_model(write_safetensors(tmp_path / "a.safetensors", SD1))
-    same = search.inspect_base_model(write_safetensors(tmp_path / "b.safetensors", SD1))
+    first = search.BaseModel.inspect(write_safetensors(tmp_path / "a.safetensors", SD1))
+    same = search.BaseModel.inspect(write_safetensors(tmp_path / "b.safetensors", SD1))
     path = write_safetensors(tmp_path / "c.safetensors", SD1)
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     assert first.fingerprint == same.fingerprint
-    assert search.inspect_base_model(path).fingerprint != first.fingerprint
+    assert search.BaseModel.inspect(path).fingerprint != first.fingerprint
 
 
 def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
@@ -1132,7 +1132,7 @@ def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
         f"{TEXT_ENCODER}text_model.final_layer_norm.weight": (50,),
         "first_stage_model.encoder.mid.attn_1.proj_out.weight": (80, 80, 1, 1),
     }
-    model = search.inspect_base_model(write_safetensors(tmp_path / "sd.safetensors", {**SD1, **adapted, **left_alone}))
+    model = search.BaseModel.inspect(write_safetensors(tmp_path / "sd.safetensors", {**SD1, **adapted, **left_alone}))
     assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
 
 
@@ -1159,17 +1159,17 @@ def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width:
 
 
 def test_knows_a_diffusers_folder(tmp_path: Path) -> None:
-    model = search.inspect_base_model(write_folder(tmp_path / "sd"))
+    model = search.BaseModel.inspect(write_folder(tmp_path / "sd"))
     assert model.family == "SD1.x"
     assert model.lora_bytes_per_dim == 2 * (4 + 8) + 2 * (4 + 4)
 
 
 def test_a_safety_checker_gets_no_lora(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
-    expected = search.inspect_base_model(folder).lora_bytes_per_dim
+    expected = search.BaseModel.inspect(folder).lora_bytes_per_dim
     vision = {"vision_model.vision_model.encoder.layers.0.self_attn.q_proj.weight": (16, 16)}
     write_safetensors(folder / "safety_checker" / "model.safetensors", vision)
-    assert search.inspect_base_model(folder).lora_bytes_per_dim == expected
+    assert search.BaseModel.inspect(folder).lora_bytes_per_dim == expected
 
 
 @pytest.mark.parametrize(
@@ -1182,20 +1182,20 @@ def test_a_safety_checker_gets_no_lora(tmp_path: Path) -> None:
     ],
 )
 def test_refuses_folders_of_other_families(pipeline: str, width: int, name: str, tmp_path: Path) -> None:
-    assert name in the_refusal(search.inspect_base_model, write_folder(tmp_path / "other", pipeline, width))
+    assert name in the_refusal(search.BaseModel.inspect, write_folder(tmp_path / "other", pipeline, width))
 
 
 def test_refuses_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     (folder / "model_index.json").unlink()
-    assert "model_index.json" in the_refusal(search.inspect_base_model, folder)
+    assert "model_index.json" in the_refusal(search.BaseModel.inspect, folder)
 
 
 def test_refuses_a_folder_with_pickled_weights_only(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     for weights in folder.glob("*/*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
-    assert "safetensors" in the_refusal(search.inspect_base_model, folder)
+    assert "safetensors" in the_refusal(search.BaseModel.inspect, folder)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
@@ -1203,14 +1203,14 @@ def test_refuses_a_folder_with_a_part_in_another_format(part: str, tmp_path: Pat
     folder = write_folder(tmp_path / "sd")
     (weights,) = (folder / part).glob("*.safetensors")
     weights.rename(weights.with_suffix(".bin"))
-    assert f"no whole {part}/{weights.name}" in the_refusal(search.inspect_base_model, folder)
+    assert f"no whole {part}/{weights.name}" in the_refusal(search.BaseModel.inspect, folder)
 
 
 def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert str(weights) in the_refusal(search.inspect_base_model, folder)
+    assert str(weights) in the_refusal(search.BaseModel.inspect, folder)
 
 
 @pytest.mark.parametrize(
@@ -1224,18 +1224,18 @@ def test_refuses_a_folder_with_torn_weights(tmp_path: Path) -> None:
 def test_refuses_a_folder_that_lacks_a_file_and_names_it(file: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     (folder / file).unlink()
-    assert f" has no whole {file}, so" in the_refusal(search.inspect_base_model, folder)
+    assert f" has no whole {file}, so" in the_refusal(search.BaseModel.inspect, folder)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler", "tokenizer"])
 def test_refuses_a_folder_that_lacks_a_part_or_does_not_name_it(part: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     shutil.move(folder / part, tmp_path)
-    assert f"no whole {part}/" in the_refusal(search.inspect_base_model, folder)
+    assert f"no whole {part}/" in the_refusal(search.BaseModel.inspect, folder)
     shutil.move(tmp_path / part, folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, part: [None, None]}))
-    assert f" has no {part} in model_index.json, so" in the_refusal(search.inspect_base_model, folder)
+    assert f" has no {part} in model_index.json, so" in the_refusal(search.BaseModel.inspect, folder)
 
 
 def test_a_feature_extractor_is_needed_where_it_is_named(tmp_path: Path) -> None:
@@ -1243,13 +1243,13 @@ def test_a_feature_extractor_is_needed_where_it_is_named(tmp_path: Path) -> None
     index = json.loads((folder / "model_index.json").read_text())
     named = {**index, "feature_extractor": ["transformers", "CLIPImageProcessor"]}
     (folder / "model_index.json").write_text(json.dumps(named))
-    assert "no whole feature_extractor/preprocessor_config.json" in the_refusal(search.inspect_base_model, folder)
+    assert "no whole feature_extractor/preprocessor_config.json" in the_refusal(search.BaseModel.inspect, folder)
 
 
 def test_refuses_a_torn_config(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     (folder / "scheduler" / "scheduler_config.json").write_text('{"beta_start"')
-    assert "no whole scheduler/scheduler_config.json" in the_refusal(search.inspect_base_model, folder)
+    assert "no whole scheduler/scheduler_config.json" in the_refusal(search.BaseModel.inspect, folder)
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])
@@ -1257,7 +1257,7 @@ def test_refuses_a_folder_that_has_weights_in_variants_only(variant: str, tmp_pa
     folder = write_folder(tmp_path / "sd")
     for weights in folder.glob("*/*.safetensors"):
         weights.rename(weights.with_suffix(f".{variant}.safetensors"))
-    problem = the_refusal(search.inspect_base_model, folder)
+    problem = the_refusal(search.BaseModel.inspect, folder)
     assert problem.count(f"(rename diffusion_pytorch_model.{variant}.safetensors)") == 2
     assert f"no whole text_encoder/model.safetensors (rename model.{variant}.safetensors)" in problem
 
@@ -1274,12 +1274,12 @@ def shard(folder: Path, stem: str) -> None:
 def test_weights_may_be_in_shards_which_must_all_be_there(part: str, stem: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     shard(folder / part, stem)
-    assert search.inspect_base_model(folder).family == "SD1.x"
+    assert search.BaseModel.inspect(folder).family == "SD1.x"
     (folder / part / f"{stem}-00002-of-00002.safetensors").unlink()
-    problem = the_refusal(search.inspect_base_model, folder)
+    problem = the_refusal(search.BaseModel.inspect, folder)
     assert f"no whole {part}/{stem}-00002-of-00002.safetensors, so" in problem
     (folder / part / f"{stem}.safetensors.index.json").unlink()
-    assert f"no whole {part}/{stem}.safetensors, so" in the_refusal(search.inspect_base_model, folder)
+    assert f"no whole {part}/{stem}.safetensors, so" in the_refusal(search.BaseModel.inspect, folder)
 
 
 def test_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
@@ -1287,4 +1287,4 @@ def test_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert search.inspect_base_model(folder).family == "SD1.x"
+    assert search.BaseModel.inspect(folder).family == "SD1.x"

@@ -41,7 +41,7 @@ class SdScripts:
         config = search.read_data_set_file(self.data_set)
         where = (self.folder, sys.executable, "cpu")
         facts = search.Probe(*where, options, Path("/no/model"), config).ask(self.cache)
-        search.remember_answer(facts, self.cache)
+        facts.remember(self.cache)
         return facts
 
     def replace(self, file: str, old: str, new: str) -> None:
@@ -125,12 +125,12 @@ def test_a_renamed_inside_keeps_nobody_from_training(file: str, old: str, new: s
     facts = sd_scripts.ask()
     assert facts.answer["unknown"] and "stopped" not in facts.answer and facts.answer["options"]
     config = search.read_data_set_file(sd_scripts.data_set)
-    data_set = search.read_data_set(sd_scripts.data_set, config, OPTIONS, facts.answer)
+    data_set = search.DataSetReader(sd_scripts.data_set, config).read(OPTIONS, facts.answer)
     assert [image.captions for image in data_set.images] == [("luca, a boy, smiling",)] * 4
     assert data_set.batches_per_epoch is None and "does not say what it trains" in data_set.notes[-1]
-    search.remember_answer(facts, sd_scripts.cache, data_set.notes)
+    facts.remember(sd_scripts.cache, data_set.notes)
     known = search.read_json(sd_scripts.cache)["answer"]
-    assert search.read_data_set(sd_scripts.data_set, config, OPTIONS, known).notes == data_set.notes  # said once
+    assert search.DataSetReader(sd_scripts.data_set, config).read(OPTIONS, known).notes == data_set.notes  # said once
 
 
 @pytest.mark.parametrize("lines", [False, True])

@@ -131,7 +131,7 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     assert metadata["ss_network_dim"] == "64" and metadata["ss_num_epochs"] == "12"
     weights = [entry["data_offsets"] for name, entry in header.items() if name.endswith(".weight")]
     saved = sum(end - start for start, end in weights)
-    assert 64 * search.inspect_base_model(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
+    assert 64 * search.BaseModel.inspect(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
 
     curve = search.loss_curve(out / "trial_0000" / "training.log", epochs=12)
     assert [epoch for epoch, _ in curve] == list(range(1, 13)) and all(loss > 0 for _, loss in curve)

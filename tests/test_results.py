@@ -84,7 +84,7 @@ def test_the_configs_optional_keys_repeat_the_training(demo: Demo) -> None:
 
 def test_the_disk_is_reckoned_from_the_size_of_the_loras(demo: Demo) -> None:
     """The layers that are counted in the base model are those that the trainer adapted."""
-    base_model = search.inspect_base_model(demo.output_dir / "inputs" / "base_model")
+    base_model = search.BaseModel.inspect(demo.output_dir / "inputs" / "base_model")
     header = search.read_safetensors_header(demo.output_dir / "trial_0000" / "lora.safetensors")
     weights = [entry for name, entry in header.items() if name.endswith(".weight")]
     assert {entry["dtype"] for entry in weights} == {"F16"}

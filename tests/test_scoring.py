@@ -258,7 +258,7 @@ def test_takes_the_subject_out_of_a_prompt(prompt: str, text: str) -> None:
 
 
 def settings_of_configs() -> search.ScoringSettings:
-    return search.read_scoring_settings(REPOSITORY / "configs" / "scoring.toml")
+    return search.ScoringSettings.read(REPOSITORY / "configs" / "scoring.toml")
 
 
 def plan_of(
@@ -438,7 +438,7 @@ def output_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("out")
     data = demo_world.read_data_set(world / "dataset.toml", {"cache_latents": True})
     images = [(image.path, *image.captions) for image in data.images]
-    settings = search.read_scoring_settings(world / "scoring.toml")
+    settings = search.ScoringSettings.read(world / "scoring.toml")
     plan = search.build_scoring_plan(images, "luca", settings, str(world / "base_model"), 2, 42, None)
     (folder / "reference").mkdir()
     search.write_json(folder / "reference" / "plan.json", plan)

@@ -385,17 +385,11 @@ def test_a_child_sees_only_the_card_that_was_asked_for(
 # --- sd-scripts itself -------------------------------------------------------------------------------
 
 
-def fake_sd_scripts(folder: Path, body: str) -> Path:
-    folder.mkdir()
-    (folder / "train_network.py").write_text(body)
-    return folder
-
-
 def test_pictures_are_held_by_one_program_at_a_time(tmp_path: Path) -> None:
     import fcntl
 
     handle = os.open(tmp_path, os.O_RDONLY)
-    with search.locked_pictures([tmp_path, tmp_path]), pytest.raises(BlockingIOError):
+    with search.Latents.locked([tmp_path, tmp_path]), pytest.raises(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(handle)
