@@ -2,20 +2,21 @@
 
     python kohya_probe.py SCRIPT CONFIG ANSWER
 
-Runs a training script of kohya-ss/sd-scripts, `SCRIPT --config_file CONFIG`, up to where it asks for the card, and
-writes to the file ANSWER, as JSON, what it would train. kohya's own code reads options, data set and captions, and its
-own complaints end it; this file only listens. Nothing else is written.
+Runs a training script of kohya-ss/sd-scripts, `SCRIPT --config_file CONFIG`, until it asks for the card, and writes to
+the file ANSWER, as JSON, what the script would train. kohya's own code reads options, data set and captions, and stops
+at what it refuses; this file only records it. Nothing else is written.
 
-    missing     packages that are not installed; then there is nothing else
-    torch, card, bitsandbytes, packages    the trainer's Python: versions, the first card's name, the folder of packages
+    missing     packages that are not installed; if there are any, the answer has no other key
+    torch, card, bitsandbytes, packages    the trainer's Python: PyTorch's version, the first card's name, whether
+                bitsandbytes works, the folder of packages with its time of change
     options     {name: {kind, choices, is_list}} of the script's parser
     keys        names that a data set's file may hold
-    images      path, captions (as trained), has_caption, is_reg, size, bucket, latents (a file), arrays (to be in it)
-    batches     of an epoch
-    trusted     which caches count as good: "plain" arrays of whatever size, "sized" ones (latents_64x64)
-    said        warnings and errors of kohya's log
+    images      path, captions (as trained), has_caption, is_reg, size, bucket, latents (a file), arrays (in it)
+    batches     in an epoch
+    trusted     which cached latents kohya takes: "plain" arrays of any size, "sized" ones (latents_64x64)
+    said        [level, message] of warnings and errors in kohya's log
     stopped     [[place in the data set's file, message]] of what ended the script before the card
-    unknown     what this file looked for and a later sd-scripts has renamed
+    unknown     the error that a part of sd-scripts raised here, which has probably been renamed
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def describe_option(action: argparse.Action) -> dict[str, Any]:
 
 
 def listen_to_data_set() -> None:
-    """Have `found` hold the data set as soon as kohya has made it."""
+    """Record the data set as soon as kohya has made it."""
     from library import config_util  # of sd-scripts
 
     sanitizer = config_util.ConfigSanitizer(True, True, True, True)
@@ -119,7 +120,7 @@ def listen_to_data_set() -> None:
 
 
 def write_no_cache_of_metadata(blueprint: Any) -> None:
-    """cache_info reads a file beside the pictures, and writes it where there is none."""
+    """Turn cache_info off where it would write a file beside the pictures."""
     for subset in [subset.params for dataset in blueprint.datasets for subset in dataset.subsets]:
         if getattr(subset, "cache_info", False) and not (Path(subset.image_dir) / "metadata_cache.json").is_file():
             subset.cache_info = False
@@ -129,7 +130,7 @@ def describe_images(group: Any) -> list[dict[str, Any]]:
     path_of_cache, _ = caching()
     images = []
     for dataset in group.datasets:
-        inner = getattr(dataset, "dreambooth_dataset_delegate", dataset)  # of a data set with masks
+        inner = getattr(dataset, "dreambooth_dataset_delegate", dataset)  # in a data set with masks
         for key, info in inner.image_data.items():
             subset = inner.image_to_subset[key]
             path = Path(info.absolute_path)
@@ -152,7 +153,7 @@ def describe_images(group: Any) -> list[dict[str, Any]]:
 
 
 def captions_of(dataset: Any, subset: Any, caption: str) -> list[str]:
-    """A caption as trained, or its several lines: kohya parts and joins the tags, but none is shuffled or dropped."""
+    """A caption as trained, or each of its lines. kohya splits and joins the tags; none is shuffled or dropped."""
     plain = copy.copy(subset)
     plain.shuffle_caption, plain.caption_prefix, plain.caption_suffix = True, None, None
     plain.caption_dropout_rate = plain.caption_tag_dropout_rate = plain.caption_dropout_every_n_epochs = 0
@@ -160,13 +161,13 @@ def captions_of(dataset: Any, subset: Any, caption: str) -> list[str]:
     whole = " ".join(filter(None, (subset.caption_prefix, caption, subset.caption_suffix)))
     made = []
     for line in whole.split("\n") if subset.enable_wildcard else [whole]:
-        random.seed(line)  # of several alternatives always the same one
+        random.seed(line)  # always draws the same of several alternatives
         made.append(dataset.process_caption(plain, line))
     return made
 
 
 def caching() -> tuple[Callable[..., str], Callable[..., bool]]:
-    """kohya's functions that name the file in which latents are cached, and that judge it."""
+    """kohya's functions for the name of a cache of latents, and for whether it is as expected."""
     try:
         from library.strategy_base import LatentsCachingStrategy
     except ImportError:  # before v0.10
@@ -178,7 +179,7 @@ def caching() -> tuple[Callable[..., str], Callable[..., bool]]:
 
 
 def find_trusted_caches() -> dict[str, bool]:
-    """Show kohya a cache of one pixel, where it looks for 8 x 8, under either kind of names."""
+    """Whether kohya takes a cache of 1 x 1 latents where it expects 8 x 8, with plain and with sized names."""
     import numpy as np
 
     trusted = {}
@@ -193,7 +194,7 @@ def find_trusted_caches() -> dict[str, bool]:
 
 
 def draw_an_epoch() -> None:
-    """What is not cached is read, cut and put together at each step; kohya may stop at any of them."""
+    """Draw all batches once. Without cached latents kohya reads the pictures at each step, and may stop at any."""
     if "group" not in kohya or kohya["args"].cache_latents:
         return
     try:
@@ -204,12 +205,12 @@ def draw_an_epoch() -> None:
                 dataset[number]
     except (AssertionError, ValueError, OSError) as error:
         found["stopped"] = describe_error(error)
-    except Exception:  # a part of kohya that works in a training alone
+    except Exception:  # this part of kohya may need a running training
         pass
 
 
 def describe_error(error: BaseException) -> list[Any]:
-    parts = getattr(error, "errors", None)  # voluptuous lists all that is wrong with a file
+    parts = getattr(error, "errors", None)  # voluptuous lists all errors of a file
     if isinstance(parts, list):
         return [[list(part.path), str(part.msg)] for part in parts]
     if isinstance(error, (AssertionError, ValueError, OSError)) and str(error):
