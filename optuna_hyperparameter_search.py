@@ -1203,6 +1203,19 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
+def when_started(pid: int) -> str | None:
+    """The boot and the clock tick at which a process started; None if it does not live, or there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
+
+
+Watch = Callable[[], None]  # called about every second; an error ends what is watched
+
+
 class ChildProcess(subprocess.Popen[bytes]):
     """A program in a session of its own. It dies with this one, even by kill -9, so that it never keeps the card."""
 
@@ -1217,7 +1230,27 @@ class ChildProcess(subprocess.Popen[bytes]):
         if _libc is not None:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    def read(self, watch: Callable[[], None]) -> bytes:
+    def run(self, on_text: Callable[[str], None], log: Path | None = None, watch: Watch = lambda: None) -> int:
+        """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
+
+        `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends the whole
+        session. While it lives, process.json beside the log names it.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        with contextlib.ExitStack() as stack:
+            if log:
+                stack.callback(log.with_name(PROCESS_FILE).unlink, missing_ok=True)
+            stack.callback(self._end)
+            if log:
+                write_json(log.with_name(PROCESS_FILE), {"pid": self.pid, "started": when_started(self.pid)})
+            file = stack.enter_context((log or Path(os.devnull)).open("ab"))
+            while data := self._read(watch):
+                file.write(data)
+                file.flush()
+                on_text(decoder.decode(data))
+            return self.wait()
+
+    def _read(self, watch: Watch) -> bytes:
         """The next piece of output; b"" once the process has ended, even if a child of its own holds the pipe open."""
         while True:
             ended = self.poll() is not None
@@ -1231,7 +1264,7 @@ class ChildProcess(subprocess.Popen[bytes]):
             if ended:
                 return b""
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """SIGTERM, then SIGKILL to whatever is left of its session."""
         try:
             if self.poll() is None:
@@ -1244,46 +1277,6 @@ class ChildProcess(subprocess.Popen[bytes]):
                 os.killpg(self.pid, signal.SIGKILL)
             self.wait()
             self.stdout.close()
-
-
-def run_process(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    on_text: Callable[[str], None],
-    folder: Path | None = None,
-    log_name: str = "",
-    watch: Callable[[], None] = lambda: None,
-) -> int:
-    """Run a program to its end and return its status. `on_text` and, unchanged, folder/log_name get its output.
-
-    `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends every process of
-    the program's session. folder/process.json names the process while it lives.
-    """
-    with contextlib.ExitStack() as stack:
-        log_to = stack.enter_context((folder / log_name).open("ab")) if folder else None
-        process = ChildProcess(command, environment)
-        if folder:
-            stack.callback((folder / PROCESS_FILE).unlink, missing_ok=True)
-        stack.callback(process.end)
-        if folder:
-            write_json(folder / PROCESS_FILE, {"pid": process.pid, "started": when_started(process.pid)})
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        while data := process.read(watch):
-            if log_to:
-                log_to.write(data)
-                log_to.flush()
-            on_text(decoder.decode(data))
-        return process.wait()
-
-
-def when_started(pid: int) -> str | None:
-    """The boot and the clock tick at which a process started; None if it does not live, or there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
 
 
 def end_left_over_process(folder: Path) -> None:
@@ -1607,10 +1600,10 @@ class KohyaTrainer:
     def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
         progress = TrainingProgress()
         command = [self.python, str(self.script), "--config_file", str(config)]
-        environment = child_environment(self.device)
         watch = functools.partial(progress.check, self.device, self.stall_minutes, usual_step)
         try:
-            status = run_process(command, environment, progress.read, config.parent, "training.log", watch)
+            log = config.with_name("training.log")
+            status = ChildProcess(command, child_environment(self.device)).run(progress.read, log, watch)
         finally:
             progress.finish()
         return status, progress
@@ -1706,7 +1699,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
             raise RefusedInput(f"{why}; run it by hand to see why, or try again if the disk is slow")
 
     try:
-        status = run_process(command, child_environment(device), output.append, watch=watch)
+        status = ChildProcess(command, child_environment(device)).run(output.append, watch=watch)
     except OSError as error:
         why = f"can't run {command[0]} ({error.strerror})"
         raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
@@ -2676,7 +2669,7 @@ class ScoringProcess:
                 raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
         environment = {**child_environment(self.device), PARENT_HOLDS_FOLDER: "1"}
-        status = run_process(command, environment, progress.read, folder, "scoring.log", watch)
+        status = ChildProcess(command, environment).run(progress.read, folder / "scoring.log", watch)
         if status != 0:
             progress.refuse_full_disk()
             raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")

@@ -262,9 +262,8 @@ def wait_until_dead(pids: list[int], seconds: float) -> bool:
 def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     seen: list[str] = []
     code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
-    status = search.run_process(
-        [sys.executable, "-c", code], search.child_environment("cpu"), seen.append, tmp_path, "log"
-    )
+    child = search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu"))
+    status = child.run(seen.append, tmp_path / "log")
     assert status == 3 and "".join(seen) == "a\r指b"
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
 
@@ -286,7 +285,7 @@ def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
 
     code = SLEEPER + "import os; print(f'{os.getpid()} {p.pid}', flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), interrupt)
+        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(interrupt)
     assert len(pids) == 2 and wait_until_dead(pids, 5)
 
 
@@ -300,7 +299,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), interrupt)
+        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(interrupt)
     assert wait_until_dead(pids, 5)
 
 
@@ -314,7 +313,7 @@ def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
 
     code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
     with pytest.raises(search.Hung):
-        search.run_process([sys.executable, "-c", code], search.child_environment("cpu"), print, watch=watch)
+        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(print, watch=watch)
     assert 1.5 < calls[-1] - calls[0] < 10  # about every second
 
 
@@ -323,7 +322,7 @@ def test_a_child_that_closes_its_output_ends_with_its_own_status() -> None:
     code = "import os, sys, time; print('x', flush=True); os.close(1); os.close(2); time.sleep(1.5); os._exit(7)"
     seen: list[str] = []
     command = [sys.executable, "-c", code]
-    assert search.run_process(command, search.child_environment("cpu"), seen.append) == 7
+    assert search.ChildProcess(command, search.child_environment("cpu")).run(seen.append) == 7
     assert "".join(seen) == "x\n" and 1.5 < time.monotonic() - started < 10
 
 
@@ -358,7 +357,7 @@ def test_a_killed_program_takes_its_trainer_along() -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "s.run_process([sys.executable, '-c', child], s.child_environment('cpu'), lambda t: print(t, flush=True))\n"
+        "s.ChildProcess([sys.executable, '-c', child], s.child_environment('cpu')).run(lambda s: print(s, flush=1))\n"
     )
     program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
