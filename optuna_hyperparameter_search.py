@@ -897,7 +897,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "np"), path.open("rb") as file:  # safe_open checks the header, and the file's size
-            return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except SafetensorError as error:
         raise ValueError(f"it is torn, or no safetensors file: {error}") from error
 
@@ -1199,8 +1199,7 @@ TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
 PROCESS_FILE = "process.json"  # in the folder of a trial that is being trained or scored
 STARTING_ALLOWANCE = 4  # times --stall-minutes while the model loads and latents are cached
 SLOW_STEP = 3.0  # times the usual seconds of a step; slower is warned of
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def when_started(pid: int) -> str | None:
@@ -1221,14 +1220,15 @@ class ChildProcess(subprocess.Popen[bytes]):
 
     stdout: IO[bytes]
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], device: str, **variables: str) -> None:
+        environment = {**self.environment(device), **variables}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        super().__init__(command, env=dict(environment), start_new_session=True, preexec_fn=self._on_start, **streams)
+        super().__init__(command, env=environment, start_new_session=True, preexec_fn=self._on_start, **streams)
 
     @staticmethod
     def _on_start() -> None:
         if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
 
     def run(self, on_text: Callable[[str], None], log: Path | None = None, watch: Watch = lambda: None) -> int:
         """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
@@ -1278,36 +1278,33 @@ class ChildProcess(subprocess.Popen[bytes]):
             self.wait()
             self.stdout.close()
 
+    @staticmethod
+    def end_left_over(folder: Path) -> None:
+        """Kill the process that a dead program left in a folder. Its number may belong to another process by now."""
+        known = read_json(folder / PROCESS_FILE) or {}
+        started = known.get("started")
+        if started and when_started(known["pid"]) == started:
+            say(f"Process {known['pid']} in {folder} has outlived the program that started it and is killed.")
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(known["pid"], signal.SIGKILL)
+            deadline = time.monotonic() + TERMINATION_SECONDS
+            while when_started(known["pid"]) == started and time.monotonic() < deadline:
+                time.sleep(0.05)
+        (folder / PROCESS_FILE).unlink(missing_ok=True)
 
-def end_left_over_process(folder: Path) -> None:
-    """Kill the trainer or scorer that a dead program left in a folder; usually the kernel has done so.
-
-    Its start time tells it from a later process with the same number.
-    """
-    known = read_json(folder / PROCESS_FILE) or {}
-    started = known.get("started")
-    if started and when_started(known["pid"]) == started:
-        say(f"Process {known['pid']} in {folder} has outlived the program that started it and is killed.")
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(known["pid"], signal.SIGKILL)
-        deadline = time.monotonic() + TERMINATION_SECONDS
-        while when_started(known["pid"]) == started and time.monotonic() < deadline:
-            time.sleep(0.05)
-    (folder / PROCESS_FILE).unlink(missing_ok=True)
-
-
-def child_environment(device: str) -> dict[str, str]:
-    """The environment of trainer and scorer: unbuffered UTF-8, no wrapped lines, only the card that was asked for."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "250"}
-    environment["PYTHONIOENCODING"] = "utf-8:replace"  # else the shell's would override PYTHONUTF8
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    elif ":" in device:
-        index = int(device.partition(":")[2])
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = [*map(str, range(index + 1))] if visible is None else visible.split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = cards[index] if index < len(cards) else ""
-    return environment
+    @staticmethod
+    def environment(device: str) -> dict[str, str]:
+        """The environment of a child: unbuffered UTF-8, no wrapped lines, and only the card that was asked for."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "250"}
+        environment["PYTHONIOENCODING"] = "utf-8:replace"  # else the shell's would override PYTHONUTF8
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        elif ":" in device:
+            index = int(device.partition(":")[2])
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            cards = [*map(str, range(index + 1))] if visible is None else visible.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = cards[index] if index < len(cards) else ""
+        return environment
 
 
 def trial_config(
@@ -1603,7 +1600,7 @@ class KohyaTrainer:
         watch = functools.partial(progress.check, self.device, self.stall_minutes, usual_step)
         try:
             log = config.with_name("training.log")
-            status = ChildProcess(command, child_environment(self.device)).run(progress.read, log, watch)
+            status = ChildProcess(command, self.device).run(progress.read, log, watch)
         finally:
             progress.finish()
         return status, progress
@@ -1699,7 +1696,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
             raise RefusedInput(f"{why}; run it by hand to see why, or try again if the disk is slow")
 
     try:
-        status = ChildProcess(command, child_environment(device)).run(output.append, watch=watch)
+        status = ChildProcess(command, device).run(output.append, watch=watch)
     except OSError as error:
         why = f"can't run {command[0]} ({error.strerror})"
         raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
@@ -2668,8 +2665,8 @@ class ScoringProcess:
             if progress.is_silent(minutes):
                 raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
-        environment = {**child_environment(self.device), PARENT_HOLDS_FOLDER: "1"}
-        status = ChildProcess(command, environment).run(progress.read, folder / "scoring.log", watch)
+        child = ChildProcess(command, self.device, **{PARENT_HOLDS_FOLDER: "1"})
+        status = child.run(progress.read, folder / "scoring.log", watch)
         if status != 0:
             progress.refuse_full_disk()
             raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
@@ -3102,7 +3099,7 @@ def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
 def end_left_over_processes(output_dir: Path) -> None:
     """End what an earlier program left running here; call it under the folder's lock only."""
     for file in (*output_dir.glob(f"trial_*/{PROCESS_FILE}"), *output_dir.glob(f"reference/**/{PROCESS_FILE}")):
-        end_left_over_process(file.parent)
+        ChildProcess.end_left_over(file.parent)
 
 
 @dataclass

@@ -416,7 +416,7 @@ def test_an_unreadable_picture_is_named(case: Case) -> None:
     picture = case.picture("b.png")
     picture.write_bytes(picture.read_bytes()[:200])
     (problem,) = case.refusals()
-    assert "b.png" in problem and "mend or remove it" in problem
+    assert "b.png" in problem and "replace, remove or convert it" in problem
 
 
 # --- steps, options, trainer -------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_the_best_config_trains_the_same_lora_again(demo: Demo) -> None:
     assert config["dataset_config"] == str(results / "dataset.toml")
     trainer = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
     command = [sys.executable, str(trainer), "--config_file", str(results / "best_config.toml")]
-    environment = search.child_environment("cpu")
+    environment = search.ChildProcess.environment("cpu")
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"take epoch {best.user_attrs['best_epoch']} of" in text

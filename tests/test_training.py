@@ -262,7 +262,7 @@ def wait_until_dead(pids: list[int], seconds: float) -> bool:
 def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     seen: list[str] = []
     code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
-    child = search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu"))
+    child = search.ChildProcess([sys.executable, "-c", code], "cpu")
     status = child.run(seen.append, tmp_path / "log")
     assert status == 3 and "".join(seen) == "a\r指b"
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
@@ -285,7 +285,7 @@ def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
 
     code = SLEEPER + "import os; print(f'{os.getpid()} {p.pid}', flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
     assert len(pids) == 2 and wait_until_dead(pids, 5)
 
 
@@ -299,7 +299,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
     assert wait_until_dead(pids, 5)
 
 
@@ -313,7 +313,7 @@ def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
 
     code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
     with pytest.raises(search.Hung):
-        search.ChildProcess([sys.executable, "-c", code], search.child_environment("cpu")).run(print, watch=watch)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(print, watch=watch)
     assert 1.5 < calls[-1] - calls[0] < 10  # about every second
 
 
@@ -322,7 +322,7 @@ def test_a_child_that_closes_its_output_ends_with_its_own_status() -> None:
     code = "import os, sys, time; print('x', flush=True); os.close(1); os.close(2); time.sleep(1.5); os._exit(7)"
     seen: list[str] = []
     command = [sys.executable, "-c", code]
-    assert search.ChildProcess(command, search.child_environment("cpu")).run(seen.append) == 7
+    assert search.ChildProcess(command, "cpu").run(seen.append) == 7
     assert "".join(seen) == "x\n" and 1.5 < time.monotonic() - started < 10
 
 
@@ -357,7 +357,7 @@ def test_a_killed_program_takes_its_trainer_along() -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "s.ChildProcess([sys.executable, '-c', child], s.child_environment('cpu')).run(lambda s: print(s, flush=1))\n"
+        "s.ChildProcess([sys.executable, '-c', child], 'cpu').run(lambda t: print(t, flush=True))\n"
     )
     program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
@@ -378,7 +378,7 @@ def test_a_child_sees_only_the_card_that_was_asked_for(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if outside is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", outside)
-    assert search.child_environment(device)["CUDA_VISIBLE_DEVICES"] == inside
+    assert search.ChildProcess.environment(device)["CUDA_VISIBLE_DEVICES"] == inside
 
 
 # --- sd-scripts itself -------------------------------------------------------------------------------
