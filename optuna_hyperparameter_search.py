@@ -3457,7 +3457,7 @@ def facts_of(trial: FrozenTrial) -> dict[str, Any]:
         "score": trial.value,
         "outcome": attrs.get("ended", trial.state.name.lower()),
         "why": attrs.get("rejection_reason") or attrs.get("reason") or "",
-        "minutes": (attrs.get("training_seconds", 0) + attrs.get("scoring_seconds", 0)) / 60,
+        "minutes": sum(attrs.get(name) or 0 for name in ("training_seconds", "scoring_seconds")) / 60,
         **attrs,
         **attrs.get("terms", {}),
         **attrs.get("training_params", trial.params),
