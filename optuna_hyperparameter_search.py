@@ -2891,7 +2891,8 @@ class Storage:
                 said += "if another program holds it, wait; else restore the file or give another one"
             elif isinstance(error, ArgumentError):
                 said = f"{where} is no address of a database; give sqlite:///FILE or, for several machines, "
-                said += "postgresql+psycopg://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40)"
+                said += "postgresql+psycopg://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40); "
+                said += "no journal file, no gRPC"
             elif isinstance(error, ImportError):
                 said += (
                     'pip install its driver, e.g. "psycopg[binary]" for postgresql+psycopg, pymysql for mysql+pymysql'
@@ -4112,7 +4113,8 @@ class CheckReport:
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name,
-            "optimizers": ", ".join(optimizers) + ("" if optimizers[1:] else " (AdamW8bit wants bitsandbytes, CUDA)"),
+            "optimizers": ", ".join(optimizers)
+            + ("" if optimizers[1:] else " (no bitsandbytes on CUDA: no AdamW8bit)"),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {show_storage(settings.storage)}",

@@ -611,7 +611,7 @@ def test_latents_of_another_resolution_are_refused(night: Night) -> None:
     np.savez(cache, latents=np.zeros((4, 64, 64), np.float32))
     done = night.run(2)
     assert done.returncode == 2
-    assert f"{cache} (512 x 512 instead of 64 x 64)" in done.stderr and cache.is_file()
+    assert f"{cache} holds 512 x 512 instead of 64 x 64" in done.stderr and cache.is_file()
 
 
 # --- the storm ---------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toml
 from PIL import Image
 
 import optuna_hyperparameter_search as search
@@ -495,7 +494,7 @@ def make_trial(output_dir: Path, name: str, strengths: list[float], epochs: int)
     """A trial's folder as a training leaves it: checkpoints every 2 epochs, the last under the plain name."""
     folder = output_dir / name
     folder.mkdir()
-    (folder / "config.toml").write_text(toml.dumps({"max_train_epochs": epochs}))
+    search.write_json(folder / "params.json", {"max_train_epochs": epochs})
     for number, strength in enumerate(strengths, start=1):
         last = number == len(strengths)
         file = "lora.safetensors" if last else f"lora-{2 * number:06d}.safetensors"
@@ -798,7 +797,7 @@ def test_copies_of_the_data_set_are_flagged(
     shown = folder_scorer.scorer.through_vae([Image.open(path) for path in plan["images"]])
     copies = [shown[number % len(shown)] for number in range(len(plan["confirm"]))]
     monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: copies[: len(jobs)])
-    metrics = folder_scorer.score_trial(folder, [(2, folder / "lora.safetensors")])
+    metrics = folder_scorer.score_trial(folder, [search.Checkpoint(2, folder / "lora.safetensors")])
     assert metrics["copies"]["images"] == [job["name"] for job in plan["confirm"] if job["subject"]]
 
 
@@ -959,7 +958,8 @@ def test_nothing_but_the_programs_own_lines_are_said_of_a_palette_with_transpare
     command = [sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), "--device", "cpu"]
     done = subprocess.run([*command, "--score", str(tmp_path / "reference")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(line.startswith("  ") for line in done.stdout.splitlines()), done.stdout
+    lines = [line for line in done.stdout.splitlines() if line and not line.startswith("images: ")]
+    assert all(line.startswith("  ") for line in lines), done.stdout
 
 
 def missing(output_dir: Path, folder: Path, **changed: Any) -> str:

@@ -80,7 +80,7 @@ def region(lines: list[str]) -> list[str]:
 def left_over(lines: list[str]) -> list[str]:
     """What is left of live regions; the table of results begins with "trial", too."""
     labels = tuple(f"{label} " for label in LABELS)
-    return [line for line in lines if line.startswith(labels) and not line.startswith("trial  score  fidel.")]
+    return [line for line in lines if line.startswith(labels) and not line.startswith("trial  score   fidel.")]
 
 
 @dataclass
