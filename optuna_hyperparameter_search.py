@@ -879,16 +879,8 @@ class DataSetReader:
 
 # The tensors and files that identify a base model and that make it complete.
 _MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
-_FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
-_CROSS_ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 _TEXT_ENCODER = "cond_stage_model.transformer."
 _OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
-# The layers that networks.lora adapts: linear layers and 1x1 convolutions in attention blocks and text encoder.
-_LORA_LAYERS = re.compile(
-    r"^(?!first_stage_model\.).*?"
-    r"(transformer_blocks\..*|\.proj_in|\.proj_out|(input|output)_blocks\.\d+\.1\.proj_(in|out)|middle_block\.1\.proj_.*"
-    r"|self_attn\.\w+_proj|mlp\.fc\d)\.weight$"
-)
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -930,7 +922,7 @@ class BaseModel:
                 headers.update({cls.name_in_file(key): entry for key, entry in header.items()})
         if wrong := cls._wrong_in_file(headers) if is_file else cls._wrong_in_folder(path):
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
-        shapes = [entry["shape"] for key, entry in headers.items() if _LORA_LAYERS.search(key)]
+        shapes = [entry["shape"] for key, entry in headers.items() if re.search(_MODELS["layers"]["lora"], key)]
         per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
         return cls(real, "SD1.x", digest("".join(map(digest_of_weights, files))), per_dim)
 
@@ -944,7 +936,8 @@ class BaseModel:
         """Why a file is no whole Stable Diffusion 1.x, or ''."""
         names = "\n".join(header)
         families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
-        first, cross = (header.get(name, {}).get("shape") or [0] for name in (_FIRST_LAYER, _CROSS_ATTENTION))
+        layers = (_MODELS["layers"][name] for name in ("first", "cross_attention"))
+        first, cross = (header.get(layer, {}).get("shape") or [0] for layer in layers)
         families += ["an inpainting model"] if first[1:2] == [9] else []
         counts = {part: len(re.findall(known["names"], names)) for part, known in _MODELS["file"].items()}
         if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
@@ -1098,7 +1091,6 @@ MID_ALPHA = tuple(round(0.05 * n, 2) for n in range(9, 15))  # 0.45 .. 0.70
 HIGH_ALPHA = tuple(round(0.05 * n, 2) for n in range(15, 19))  # 0.75 .. 0.90
 BAND_BLOCK = (LOW_ALPHA,) * 3 + (MID_ALPHA,) * 4 + (HIGH_ALPHA,) * 3  # the guide's 30 / 40 / 30 %
 DEALT_TRIALS = 20  # then TPE has seen all bands, and chooses them
-TPE_STARTUP_TRIALS = 10  # Optuna's default: random until then
 TPE_TRIES = 64  # about 5 ms each
 RANDOM_TRIES = 2000  # about 20 microseconds each; the rarest completion seen is 1 in 40
 Check = Callable[[Params], bool]
@@ -1172,9 +1164,7 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         with warnings.catch_warnings():  # 4.6 calls both arguments experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                n_startup_trials=TPE_STARTUP_TRIALS, multivariate=multivariate, constant_liar=True, seed=seed
-            )
+            return optuna.samplers.TPESampler(multivariate=multivariate, constant_liar=True, seed=seed)
 
 
 def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
@@ -1311,7 +1301,6 @@ def trial_config(
     params: Mapping[str, Any], options: Mapping[str, Any], base_model: Path, dataset_config: Path, folder: Path
 ) -> dict[str, Any]:
     """The complete config of one training, for train_network.py --config_file."""
-    searched = {name: value for name, value in params.items() if name != "network_alpha_ratio"}
     return {
         "pretrained_model_name_or_path": str(base_model.resolve()),
         "dataset_config": str(dataset_config),
@@ -1319,7 +1308,7 @@ def trial_config(
         "output_name": LORA_NAME,
         "logging_dir": str(folder / "logs"),
         **options,
-        **searched,
+        **{name: value for name, value in params.items() if name != "network_alpha_ratio"},
     }
 
 
@@ -1707,10 +1696,14 @@ TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
 PROBE_SECONDS = 900.0  # imports PyTorch, reads every picture's size
 # For a training of one step, with a small LoRA.
-FIRST_STEP_PARAMS: Params = {
-    "network_dim": 4, "network_alpha": 1, "learning_rate": 1e-5, "optimizer_type": "AdamW", "lr_scheduler": "constant",
-    "max_train_steps": 1,
-}  # fmt: skip
+FIRST_STEP_PARAMS = Params(
+    network_dim=4,
+    network_alpha=1,
+    learning_rate=1e-5,
+    optimizer_type="AdamW",
+    lr_scheduler="constant",
+    max_train_steps=1,
+)
 
 
 @dataclass(frozen=True)
