@@ -1802,7 +1802,7 @@ class Probe:
 
 # ======================================================================================================
 # 8. Scoring: which images to make (pure), and the child process that makes and judges them. Touches torch,
-#    diffusers and transformers, a trial's scores/ and metrics.json, and reference/.
+#    diffusers and transformers, a trial's scores/ and metrics.json, reference/ and artifacts/.
 # ======================================================================================================
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
@@ -1810,13 +1810,13 @@ class Probe:
 FIRST_SEEDS = {"screen": 1001, "confirm": 2001}  # the two stages, under their names in all files
 # Keys of the plan that may differ between machines or runs of one study; the encoders have a fingerprint of their own.
 NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
-# Tags of quality, rating, number, view and looks, which are nobody's name.
+# Tags of quality, rating, number, view and looks: none of them is a name.
 _COMMON_LINES = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
 COMMON_TAGS = re.compile("|".join(fnmatch.translate(line) for line in _COMMON_LINES if line and line[0] != "#"))
-NEARLY_ALL = 0.75  # share of the captions that hold a tag which may be the name where a caption was forgotten
-# Letters of scripts that part words with spaces; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
+NEARLY_ALL = 0.75  # a tag in this share of the captions may be the name that somebody forgot in the others
+# Letters of scripts that put spaces between words; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
 _LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
-# Letters in either case, as kohya reads them. 0 pixels, 0 steps, and seeds that torch can't take are not understood.
+# Options in either case, as kohya reads them. 0 pixels, 0 steps and seeds too large for torch do not match.
 _PROMPT_OPTION = re.compile(
     r"n +(?P<negative>.+)|w +(?P<width>0*[1-9]\d{0,3})|h +(?P<height>0*[1-9]\d{0,3})|s +(?P<steps>0*[1-9]\d{0,3})"
     r"|d +(?P<seed>\d{1,18})|l +(?P<cfg>\d+\.?\d*)",
@@ -1837,45 +1837,46 @@ class Subject:
     def is_in(self, text: str) -> bool:
         return self._pattern.search(text) is not None
 
-    def left_out_of(self, prompt: str) -> str:
-        """The prompt for CLIP, which has never learnt the name."""
+    def removed_from(self, prompt: str) -> str:
+        """The prompt without the name, for CLIP, which has never learnt it."""
         tags = (" ".join(tag.split()) for tag in self._pattern.sub(" ", prompt).split(","))
         return ", ".join(tag for tag in tags if tag)
 
 
-def tags_of(captions: Sequence[str]) -> list[list[str]]:
-    """The tags of each caption; odd line ends (U+2028) part tags as commas do."""
-    return [[tag.strip() for tag in re.split("[,，、\u2028\u2029\x85\v\f]", caption)] for caption in captions]
+class Captions:
+    """A data set's captions: which of their tags may be the subject's name."""
 
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+        # Odd line ends (U+2028) separate tags as commas do.
+        self.tags = [[tag.strip() for tag in re.split("[,，、\u2028\u2029\x85\v\f]", text)] for text in texts]
+        folded = [{tag.casefold() for tag in tags} for tags in self.tags]
+        first = dict.fromkeys(self.tags[0]) if texts else ()
+        shared = [tag for tag in first if tag and all(tag.casefold() in tags for tags in folded)]
+        self.common = [tag for tag in shared if self.is_common(tag)]
+        self.candidates = [tag for tag in shared if tag not in self.common]  # that all captions share
 
-def shared_tags(captions: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The tags that all captions share, in the first one's order: those that may be a name, and the common ones."""
-    tags = tags_of(captions) or [[]]
-    folded = [{tag.casefold() for tag in others} for others in tags]
-    shared = [tag for tag in dict.fromkeys(tags[0]) if tag and all(tag.casefold() in others for others in folded)]
-    plain = {tag: re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower() for tag in shared}
-    common = [tag for tag in shared if COMMON_TAGS.match(plain[tag])]
-    return [tag for tag in shared if tag not in common], common
+    @staticmethod
+    def is_common(tag: str) -> bool:
+        return COMMON_TAGS.match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()) is not None
 
-
-def find_subject(captions: Sequence[str], class_tokens: str | None, given: str | None) -> str:
-    """As given, else class_tokens, else the first name that all captions share; a name in no caption is refused."""
-    candidates, common = shared_tags(captions)
-    # One word such as `1girl` is what taggers write; a phrase such as `a boy` is meant.
-    is_tag = class_tokens in common and " " not in class_tokens
-    name = (given or ("" if is_tag else class_tokens) or "").strip()
-    if name and any(map(Subject(name).is_in, captions)):
-        return name
-    if given:
-        raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name that they use")
-    if candidates or is_tag:
-        return candidates[0] if candidates else class_tokens
-    words = [set(re.findall(r"[^\W\d_]{2,}", caption)) for caption in captions] or [set()]
-    in_all = sorted(word for word in set.intersection(*words) if not COMMON_TAGS.match(word.lower()))
-    said = f"class_tokens {class_tokens!r} stand in no caption, and " if class_tokens else ""
-    said += f"the captions share {'only ' + ', '.join(common) if common else 'no tag'}"
-    said += f"; these words stand in all of them: {', '.join(in_all[:10])}" if in_all else ""
-    raise RefusedInput(f"--subject: {said}; give the subject's name as the captions have it, --subject NAME")
+    def find_subject(self, class_tokens: str | None, given: str | None) -> str:
+        """As given, else class_tokens, else the first name that all captions share; a name in no caption is refused."""
+        # Taggers write one word, such as `1girl`. A phrase, such as `a boy`, was written on purpose.
+        is_tag = class_tokens in self.common and " " not in class_tokens
+        name = (given or ("" if is_tag else class_tokens) or "").strip()
+        if name and any(map(Subject(name).is_in, self.texts)):
+            return name
+        if given:
+            raise RefusedInput(f"--subject: {given!r} stands in no caption of the data set; give the name they use")
+        if self.candidates or is_tag:
+            return self.candidates[0] if self.candidates else class_tokens
+        words = [set(re.findall(r"[^\W\d_]{2,}", text)) for text in self.texts] or [set()]
+        in_all = sorted(word for word in set.intersection(*words) if not COMMON_TAGS.match(word.lower()))
+        said = f"class_tokens {class_tokens!r} stand in no caption, and " if class_tokens else ""
+        said += f"the captions share {'only ' + ', '.join(self.common) if self.common else 'no tag'}"
+        said += f"; these words stand in all of them: {', '.join(in_all[:10])}" if in_all else ""
+        raise RefusedInput(f"--subject: {said}; give the subject's name as the captions have it, --subject NAME")
 
 
 def _evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -1893,8 +1894,8 @@ class PromptChooser:
         self.counts: dict[str, SampleCounts] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
 
     def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
-        """A quarter captions of the data set, half the subject elsewhere, a quarter another style; then plain ones."""
-        named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.left_out_of(c)]
+        """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
+        named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.removed_from(c)]
         elsewhere, style = (
             iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
             for templates in (self.settings.elsewhere, self.settings.style)
@@ -1903,7 +1904,7 @@ class PromptChooser:
         for number, (stage, counts) in enumerate(self.counts.items()):
             texts = _evenly(named[number::2], counts.prompts // 4)
             texts += itertools.islice(style, counts.prompts // 4)
-            texts += itertools.islice(elsewhere, counts.prompts - len(texts))  # also for captions that are missing
+            texts += itertools.islice(elsewhere, counts.prompts - len(texts))  # and in place of missing captions
             texts += itertools.islice(style, counts.prompts - len(texts))
             missing += counts.prompts - len(texts)
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
@@ -1915,7 +1916,7 @@ class PromptChooser:
         return chosen
 
     def _plain(self) -> dict[str, list[Prompt]]:
-        """For each stage what has nothing to do with the subject: two at least, since an anchor compares them."""
+        """For each stage prompts without the subject, at least two, because an anchor compares them with each other."""
         # A template may happen to name the subject: "a dog running", where it is a dog.
         texts = (text for text in dict.fromkeys(self.settings.plain) if "{subject}" not in text)
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
@@ -1928,15 +1929,15 @@ class PromptChooser:
         return chosen
 
     def from_file(self, path: Path) -> dict[str, list[Prompt]]:
-        """The user's prompts, by turns for screening and confirmation; those without the subject are the plain ones."""
+        """The user's prompts, half for screening, half for confirmation; those without the subject are plain ones."""
         lines = [{**line, "subject": self.subject.is_in(line["prompt"])} for line in read_eval_prompts(path)]
         about, plain = ([line for line in lines if line["subject"] is kind] for kind in (True, False))
-        bare = [line["prompt"] for line in about if not self.subject.left_out_of(line["prompt"])]
+        bare = [line["prompt"] for line in about if not self.subject.removed_from(line["prompt"])]
         said = [f"'{prompt}' in {path} is nothing but the subject's name; say what it shows" for prompt in bare]
-        if len(about) < 4:  # two a stage, whose pictures are compared with each other's prompts
+        if len(about) < 4:  # two a stage: pictures are compared with the other prompts, too
             said.append(f"{path} has {len(about)} prompts with {self.subject.name!r}; write at least four")
         Problems(f"--eval-prompts: {problem}" for problem in said).refuse()
-        # Two plain ones a stage make an anchor; fewer are replaced by scoring.toml's.
+        # An anchor needs two plain ones a stage; with fewer, those of scoring.toml are used.
         others = {"screen": plain[0::2], "confirm": plain[1::2]} if len(plain) >= 4 else self._plain()
         return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
 
@@ -1945,15 +1946,15 @@ class PromptChooser:
         settings, seeds = self.settings, self.counts[stage].seeds
         jobs = []
         for number, prompt in enumerate(prompts):
-            # A prompt's own seed is where screening begins; confirmation begins as far behind it as its first seed is.
+            # Screening begins at the prompt's own seed; confirmation is as far from it as the stages' first seeds are.
             start = prompt.get("seed", FIRST_SEEDS["screen"]) + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
             unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
             for count, seed in enumerate(unused[: seeds if prompt["subject"] else 1]):
                 jobs.append(
-                    {  # in this order, which a study's fingerprint holds
+                    {  # the order is part of a study's fingerprint
                         "name": f"p{number:02d}-s{count}",
                         "prompt": prompt["prompt"],
-                        "text": self.subject.left_out_of(prompt["prompt"]),
+                        "text": self.subject.removed_from(prompt["prompt"]),
                         "negative": prompt.get("negative", settings.negative_prompt),
                         "seed": seed,
                         "width": prompt.get("width", settings.resolution),
@@ -2032,7 +2033,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 SCORE_DEFINITION = 2  # one more whenever a term changes its meaning; part of a study's fingerprint
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
-MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # below it the base model already does all that can be measured
+MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # at least; below it the base model already scores nearly 1
 
 
 def self_similarity(x: np.ndarray) -> float:
@@ -2044,8 +2045,9 @@ def self_similarity(x: np.ndarray) -> float:
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
     """q(X) = mean cos(X, data) / sqrt(max(s(X), s(data)) s(data)); about 1 for the data set itself.
 
-    As in CyberHarem, this takes away what monotony gains. Less alike than the data set is no merit, hence the maximum:
-    without it a LoRA that got the subject right in one image of two had 0.95 (`tests/small_world/benchmark.py`).
+    The division (from CyberHarem) takes away what images gain by being all alike. They gain nothing by being less alike
+    than the data set, hence the maximum: without it a LoRA that got the subject right in one image of two had 0.95
+    (`tests/small_world/benchmark.py`).
     """
     s_data = max(self_similarity(data), SIMILARITY_FLOOR)
     return float((x @ data.T).mean() / math.sqrt(max(self_similarity(x), s_data) * s_data))
@@ -2091,14 +2093,14 @@ def combine(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 
 def grey_statistics(image: Any) -> dict[str, float]:
-    """Of the grey values 0..255 of a PIL image; those that tell a flat, black or white one have their limit's name."""
+    """Statistics of a PIL image's grey values, 0..255; three have the names of the limits that they must keep."""
     grey = np.asarray(image.convert("L"), dtype=np.float64).ravel()
     p1, p99 = np.percentile(grey, (1, 99))
     return {"mean": float(grey.mean()), "flat_std": float(grey.std()), "black_p99": float(p99), "white_p1": float(p1)}
 
 
 def is_usable(image: Any | None, limits: Mapping[str, float]) -> bool:
-    """Whether an image is neither flat, black nor white, nor None, which stands for latents that are not finite."""
+    """Whether an image is not flat, black or white. None stands for latents that are not finite."""
     return image is not None and widen_limits(limits, [image]) == limits
 
 
@@ -2146,7 +2148,7 @@ class ImageScorer:
         self.clip_tokenizer = self._load(encoders["clip"], transformers.AutoTokenizer.from_pretrained)
 
     def _load(self, name: str, load: Callable[[str], Any], *needed: str) -> Any:
-        """`needed` is what has to be there too: of a base model in one file, its configs and tokenizer."""
+        """`needed` must be there as well: for a base model in one file its configs and tokenizer."""
         try:
             return load(name)
         except self.torch.cuda.OutOfMemoryError as error:
@@ -2183,7 +2185,7 @@ class ImageScorer:
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
-        """That of a single file, under old names too, which from_single_file does not know."""
+        """A single file's. Its tensors may have old names, which from_single_file does not know."""
         from safetensors import safe_open
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -2197,7 +2199,7 @@ class ImageScorer:
         import transformers
 
         # The PIL processors give the same pixels with and without torchvision. transformers 4 and 5.0 know them as
-        # use_fast=False, later ones as backend="pil", and neither minds the other's name.
+        # use_fast=False, later ones as backend="pil"; each ignores the other's argument.
         processor = transformers.AutoImageProcessor.from_pretrained(name, use_fast=False, backend="pil")
         model = transformers.AutoModel.from_pretrained(name, torch_dtype=self.dtype, use_safetensors=True)
         return model.to(self.device).eval(), processor
@@ -2206,8 +2208,12 @@ class ImageScorer:
     def lora(self, path: Path) -> Iterator[None]:
         """With a kohya LoRA at weight 1; afterwards the pipeline is bit for bit as before."""
         try:
-            self.pipeline.load_lora_weights(read_lora(path), adapter_name="trial")
-        except (ValueError, ImportError, AttributeError) as error:  # as a library says that another is too old for it
+            self.pipeline.load_lora_weights(self._read_lora(path), adapter_name="trial")
+        except (
+            ValueError,
+            ImportError,
+            AttributeError,
+        ) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         try:
@@ -2215,8 +2221,20 @@ class ImageScorer:
         finally:
             self.pipeline.unload_lora_weights()
 
+    @staticmethod
+    def _read_lora(path: Path) -> dict[str, Any]:
+        """A kohya LoRA for diffusers, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+        for key in [key for key in weights if key.endswith(".alpha")]:
+            alpha, module = float(weights.pop(key)), key.removesuffix(".alpha")
+            rank = weights[f"{module}.lora_down.weight"].shape[0]
+            weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (alpha / rank)
+        return weights
+
     def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda made: None) -> list[Any]:
-        """A PIL image for every job, in order; None where the latents were not finite. Reports the size of batches."""
+        """A PIL image for every job, in order; None where the latents were not finite. Reports each batch's size."""
         images: dict[int, Any] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for number, job in enumerate(jobs):
@@ -2244,7 +2262,7 @@ class ImageScorer:
     def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
         torch, first = self.torch, jobs[0]
         with torch.inference_mode():
-            # Noise comes from the CPU, a generator an image: neither batch nor device chooses the picture.
+            # Every image has a generator of its own, on the CPU: neither batch nor device changes the picture.
             latents = self.pipeline(
                 prompt_embeds=self._embed_prompts([job["prompt"] for job in jobs]),
                 negative_prompt_embeds=self._embed_prompts([job["negative"] for job in jobs]),
@@ -2274,7 +2292,7 @@ class ImageScorer:
         return norm(output.hidden_states[-max(1, self.plan["clip_skip"])])
 
     def through_vae(self, images: Sequence[Any]) -> list[Any]:
-        """Data set images as this model's VAE shows them: the scoring resolution's area, their own proportions."""
+        """Data set images as this VAE shows them, with the scoring resolution's area and their own proportions."""
         vae, processor, result = self.pipeline.vae, self.pipeline.image_processor, []
         with self.torch.inference_mode():
             for image in images:
@@ -2306,7 +2324,7 @@ class ImageScorer:
         return np.concatenate([vectors for _, vectors in self._in_batches(images, work)])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """CLIP unit vectors (n, d) of texts, each cut at CLIP's 77 tokens."""
+        """CLIP unit vectors (n, d) of texts, which are cut at CLIP's 77 tokens."""
         tokens = self.clip_tokenizer(list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt")
         with self.torch.inference_mode():
             tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
@@ -2318,18 +2336,6 @@ class ImageScorer:
         if not np.isfinite(vectors).all():  # would become a score of NaN
             raise ScoringFailed("an encoder gave values that are not finite; check [encoders] in the scoring config")
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def read_lora(path: Path) -> dict[str, Any]:
-    """A kohya LoRA for diffusers, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
-    from safetensors.torch import load_file
-
-    weights = load_file(path)
-    for key in [key for key in weights if key.endswith(".alpha")]:
-        alpha, module = float(weights.pop(key)), key.removesuffix(".alpha")
-        rank = weights[f"{module}.lora_down.weight"].shape[0]
-        weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (alpha / rank)
-    return weights
 
 
 # --- the child process: reference, screening, confirmation ---
@@ -2360,7 +2366,7 @@ def score_folder(folder: Path, device: str) -> None:
         write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
         if metrics["outcome"] == "scored":
             with only_warning("no contact sheet could be made"):
-                make_contact_sheet(folder)
+                ContactSheet(folder).make()
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
@@ -2383,7 +2389,7 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpo
     return reference, plan, checkpoints
 
 
-# Counts the images that are made: for who looks, and for the search's ScoringProgress.
+# A bar that counts the images. A user may look at it, and the search's ScoringProgress reads it.
 IMAGE_BAR = {"desc": "images", "unit": " images", "mininterval": 0.5, "leave": False}
 
 
@@ -2411,7 +2417,7 @@ class StageImages:
             self.averages["spread"] = spread_within(self.vectors[self.about], self.prompts[self.about])
 
     def anchors(self) -> dict[str, float]:
-        """What the base model reaches on a stage's own prompts and seeds: where a term is 0, and where it is 1."""
+        """What the base model reaches on this stage's prompts and seeds; terms_of() says where a term is 0 and 1."""
         about, plain = self.prompts[self.about], self.prompts[self.plain]
         m_crossed = crossed_similarity(self.pictures, self.texts, about)
         plain_crossed = crossed_similarity(self.vectors[self.plain], self.vectors[self.plain], plain)
@@ -2444,7 +2450,7 @@ class FolderScorer:
             self.embeddings = dict(stored)
 
     def _make_reference(self) -> None:
-        """The study's anchors and the embeddings behind them; anchors.json comes last and vouches for all the rest."""
+        """Measure the study's anchors. anchors.json is written last: where it is, the embeddings are too."""
         first_step = self.reference / FIRST_STEP / f"{LORA_NAME}.safetensors"
         if first_step.is_file():
             with self.scorer.lora(first_step):
@@ -2508,8 +2514,8 @@ class FolderScorer:
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
     def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
-        """Screen every checkpoint, confirm the best on prompts and seeds that it was not chosen by."""
-        # Results of checkpoints that were deleted since stay, marked; none is the best, since none can be confirmed.
+        """Screen every checkpoint, then confirm the best one on other prompts and seeds."""
+        # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
         screened = []
@@ -2543,70 +2549,116 @@ class FolderScorer:
         return f"score {result['score']:.4f}  ({terms})"
 
 
-# --- the contact sheet of a trial, for those who look ---
+# --- the contact sheet of a trial ---
 
 CONTACT_SHEET = "contact_sheet.jpg"  # in scores/
-SHEET_WIDTH, SHEET_HEIGHT, SHEET_COLUMNS = 1600, 2400, 12  # pixels and columns, at most
+SHEET_WIDTH, SHEET_HEIGHT, SHEET_COLUMNS = 1600, 2400, 12  # pixels and columns at most
 SHEET_TILE, SHEET_GAP, SHEET_LINE = 200, 6, 18  # pixels: largest picture, between pictures, a line of text
 _BLACK, _GREY, _GREEN = (30, 30, 30), (200, 200, 200), (0, 140, 60)
 
 
 def first_seeds(jobs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """The first seed of each prompt, of at most `count` ones over a stage's whole plan; the subject's first."""
+    """One job a prompt, with its first seed: at most `count`, spread over a stage's plan, the subject's first."""
     first = [job for job in jobs if job["name"].endswith("-s0")]
     return sorted(_evenly(first, count), key=lambda job: not job["subject"])
 
 
-def make_contact_sheet(folder: Path) -> Path:
-    """A row of pictures a checkpoint, of one seed a prompt; and the best one's on the prompts that confirmed it."""
-    plan, metrics = read_json(folder.parent / "reference" / "plan.json"), read_json(folder / "metrics.json")
-    if plan is None or metrics is None:
-        raise FileNotFoundError(f"no whole plan.json and metrics.json for {folder}")
-    scores, best, screened = folder / "scores", metrics["best_epoch"], []
-    for result in metrics["screen"]:
-        is_best = result["epoch"] == best
-        label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
-        screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
-    label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-    file = io.BytesIO()
-    sheet = _draw_sheet(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
-    sheet.save(file, format="JPEG", quality=80)
-    write_atomically(scores / CONTACT_SHEET, file.getvalue())
-    return scores / CONTACT_SHEET
+class ContactSheet:
+    """A trial's pictures on one sheet: a file in its scores/, and attached to it for optuna-dashboard."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "scores" / CONTACT_SHEET
 
-def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, bool]]]) -> Any:
-    """Each stage's prompts, and below them its rows: folder of the pictures, label, whether it is the best epoch."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
+    def make(self) -> None:
+        """A row a checkpoint, with one picture a prompt; then the best checkpoint's on the confirming prompts."""
+        plan, metrics = (
+            read_json(self.folder.parent / "reference" / "plan.json"),
+            read_json(self.folder / "metrics.json"),
+        )
+        if plan is None or metrics is None:
+            raise FileNotFoundError(f"no whole plan.json and metrics.json for {self.folder}")
+        scores, best, screened = self.folder / "scores", metrics["best_epoch"], []
+        for result in metrics["screen"]:
+            is_best = result["epoch"] == best
+            label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
+            screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
+        label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
+        content = io.BytesIO()
+        sheet = self._draw(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
+        sheet.save(content, format="JPEG", quality=80)
+        write_atomically(self.file, content.getvalue())
 
-    sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.font = ImageFont.load_default(13)  # has most of the prompts' characters
-    right = top = 0
-    highest = min(SHEET_TILE, SHEET_HEIGHT // (len(rows["screen"]) + 2) - 2 * SHEET_LINE)
-    for stage in rows:
-        jobs = first_seeds(plan[stage], SHEET_COLUMNS)
-        side = min(highest, (SHEET_WIDTH - SHEET_GAP) // len(jobs) - SHEET_GAP)
-        columns = [(SHEET_GAP + number * (side + SHEET_GAP), job) for number, job in enumerate(jobs)]
-        for left, job in columns:
-            lines = textwrap.wrap(printable(job["prompt"]), max(4, side // 7), max_lines=3, placeholder=" ...")
-            draw.text((left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines))), "\n".join(lines), fill=_BLACK)
-        top += 3 * SHEET_LINE + SHEET_GAP
-        for folder, label, is_best in rows[stage]:
-            draw.text((SHEET_GAP, top), label, fill=_GREEN if is_best else _BLACK)
-            top += SHEET_LINE
+    def _draw(self, plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, bool]]]) -> Any:
+        """Each stage's prompts, and below them its rows: folder of the pictures, label, whether it is the best one."""
+        from PIL import Image, ImageDraw, ImageFont
+
+        sheet = Image.new("RGB", (SHEET_WIDTH, SHEET_HEIGHT), "white")
+        draw = ImageDraw.Draw(sheet)
+        draw.font = ImageFont.load_default(13)  # has most of the prompts' characters
+        right = top = 0
+        highest = min(SHEET_TILE, SHEET_HEIGHT // (len(rows["screen"]) + 2) - 2 * SHEET_LINE)
+        for stage in rows:
+            jobs = first_seeds(plan[stage], SHEET_COLUMNS)
+            side = min(highest, (SHEET_WIDTH - SHEET_GAP) // len(jobs) - SHEET_GAP)
+            columns = [(SHEET_GAP + number * (side + SHEET_GAP), job) for number, job in enumerate(jobs)]
             for left, job in columns:
-                try:
-                    with Image.open(folder / f"{job['name']}.png") as picture:
-                        enlarged = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.BICUBIC
-                        tile = ImageOps.pad(picture.convert("RGB"), (side, side), enlarged, "white")
-                except (OSError, ValueError):  # not there, or torn: grey with a cross
-                    tile = Image.new("RGB", (side, side), _GREY)
-                    ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
-                sheet.paste(ImageOps.expand(tile, 2, _GREEN if is_best else "white"), (left - 2, top - 2))
-            top += side + SHEET_GAP
-        right = max(right, columns[-1][0] + side + SHEET_GAP)
-    return sheet.crop((0, 0, right, top))
+                lines = textwrap.wrap(printable(job["prompt"]), max(4, side // 7), max_lines=3, placeholder=" ...")
+                draw.text((left, top + SHEET_GAP + SHEET_LINE * (3 - len(lines))), "\n".join(lines), fill=_BLACK)
+            top += 3 * SHEET_LINE + SHEET_GAP
+            for folder, label, is_best in rows[stage]:
+                draw.text((SHEET_GAP, top), label, fill=_GREEN if is_best else _BLACK)
+                top += SHEET_LINE
+                for left, job in columns:
+                    tile = self._tile(folder / f"{job['name']}.png", side, _GREEN if is_best else "white")
+                    sheet.paste(tile, (left - 2, top - 2))
+                top += side + SHEET_GAP
+            right = max(right, columns[-1][0] + side + SHEET_GAP)
+        return sheet.crop((0, 0, right, top))
+
+    @staticmethod
+    def _tile(file: Path, side: int, frame: Any) -> Any:
+        """A picture, `side` pixels wide and high, in a frame of 2 pixels; a cross where there is none."""
+        from PIL import Image, ImageDraw, ImageOps
+
+        try:
+            with Image.open(file) as picture:
+                enlarged = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.BICUBIC
+                tile = ImageOps.pad(picture.convert("RGB"), (side, side), enlarged, "white")
+        except (OSError, ValueError):  # not there, or torn
+            tile = Image.new("RGB", (side, side), _GREY)
+            ImageDraw.Draw(tile).line(((0, 0), (side, side), (side, 0), (0, side)), fill=_BLACK)
+        return ImageOps.expand(tile, 2, frame)
+
+    def content(self) -> bytes:
+        if not self.file.is_file():
+            self.make()
+        return self.file.read_bytes()
+
+    @staticmethod
+    def attached_to(trial: optuna.Trial | FrozenTrial, storage: optuna.storages.BaseStorage) -> list[str]:
+        """Names in artifacts/ of a trial's contact sheets: one, or none yet. A user may attach other files."""
+        attached = optuna.artifacts.get_all_artifact_meta(trial, storage=storage)
+        return [artifact.artifact_id for artifact in attached if artifact.filename == CONTACT_SHEET]
+
+    def attach_to(self, trial: optuna.Trial) -> None:
+        """Before the trial is told its score: Optuna lets nothing be added to a finished trial.
+
+        If an earlier attempt has attached the sheet, only its file is written again.
+        """
+        artifacts, content = self.folder.parent / ARTIFACTS, self.content()
+        known = self.attached_to(trial, trial.storage)
+        for artifact in known:
+            write_atomically(artifacts / artifact, content)
+        if not known:
+            artifacts.mkdir(exist_ok=True)
+            store = optuna.artifacts.FileSystemArtifactStore(base_path=artifacts)
+            optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(self.file), study_or_trial=trial)
+
+    def restore(self, trial: FrozenTrial, storage: optuna.storages.BaseStorage, artifacts: Path) -> None:
+        """Write the attached file again if it is missing, from the trial's pictures if need be."""
+        for artifact in self.attached_to(trial, storage):
+            if not (artifacts / artifact).exists() and self.file.parent.is_dir():
+                write_atomically(artifacts / artifact, self.content())
 
 
 # ======================================================================================================
@@ -2614,7 +2666,7 @@ def _draw_sheet(plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path,
 # ======================================================================================================
 
 PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the scoring process's environment
-SECONDS_PER_LINE = 10.0  # of how many images are made, where there is no bar
+SECONDS_PER_LINE = 10.0  # between two lines that count images, where there is no live region
 
 
 class ScoringProgress(ProcessOutput):
@@ -2635,7 +2687,7 @@ class ScoringProgress(ProcessOutput):
             say(f"  images {self.step} of {self.steps}", detail=True)
 
     def read_line(self, line: str) -> None:
-        if line.startswith(("  ", "warning: ")):  # not what a library says, nor why it stopped: who waits says that
+        if line.startswith(("  ", "warning: ")):  # not a library's lines; ScoringProcess says why it stopped
             say(line, detail=not line.startswith("  note: "))
 
 
@@ -2681,10 +2733,9 @@ class LoraObjective:
         return self.score_checkpoints(trial, checkpoint.parent)
 
     def train_lora(self, trial: optuna.Trial, params: Params) -> Path:
-        """Train with `params`, unless an earlier attempt has; the last checkpoint, with the earlier ones beside it.
+        """Train with `params`, unless an earlier attempt has done it; the path of the last checkpoint.
 
-        Raises optuna.TrialPruned for parameters that are not safe to train, before anything is made;
-        Diverged, OutOfMemory or TrialFailed for what became of the training.
+        Raises optuna.TrialPruned for unsafe parameters, before anything is made, and TrialFailed as the trainer does.
         """
         is_valid, rejection_reason = check_safety_constraints(params)
         if not is_valid:
@@ -2703,7 +2754,7 @@ class LoraObjective:
             return checkpoint
         trial.set_user_attr("training_seconds", None)
         self._clear(folder)
-        batches = params["gradient_accumulation_steps"]  # of a step
+        batches = params["gradient_accumulation_steps"]  # a step
         usual_batch = self._usual_batch_seconds(trial.study)
         seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch)
         trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
@@ -2711,7 +2762,7 @@ class LoraObjective:
         return checkpoint
 
     def _write_config(self, folder: Path, params: Params) -> Path:
-        """config.toml and params.json in the trial's own folder, which is new or an earlier attempt's."""
+        """Write config.toml and params.json into the trial's folder, which is new or of an earlier attempt."""
         folder.mkdir(exist_ok=True)
         if any(folder.glob("[!.]*")) and read_json(folder / "params.json") != params:
             raise FileExistsError(errno.EEXIST, "there are files of something else; move them away", str(folder))
@@ -2731,7 +2782,7 @@ class LoraObjective:
             (folder / "training.log").replace(folder / "training.earlier.log")
 
     def _usual_batch_seconds(self, study: optuna.Study) -> float | None:
-        """The median over the study's trainings of what a batch took; None before there are three."""
+        """Median seconds of a batch over the study's trainings; None before there are three."""
         found = [trial.user_attrs.get("batch_seconds") for trial in study.get_trials(deepcopy=False)]
         known = [seconds for seconds in found if seconds]
         return float(np.median(known)) if len(known) >= 3 else None
@@ -2752,7 +2803,7 @@ class LoraObjective:
             trial.set_user_attr(name, metrics[name])
         trial.set_user_attr("ended", "scored")
         with only_warning(f"trial {trial.number} has no contact sheet in optuna-dashboard"):
-            upload_contact_sheet(trial, folder)
+            ContactSheet(folder).attach_to(trial)
         return metrics["score"]
 
 
@@ -2760,31 +2811,9 @@ def trial_folder(output_dir: Path, number: int) -> Path:
     return output_dir / f"trial_{number:04d}"
 
 
-def upload_contact_sheet(trial: optuna.Trial, folder: Path) -> None:
-    """Attach a trial's contact sheet to it, before it is told: Optuna lets nothing be added to a finished trial.
-
-    Done again after a kill, it mends the file of the one that is attached.
-    """
-    artifacts = folder.parent / ARTIFACTS
-    sheet = folder / "scores" / CONTACT_SHEET
-    sheet = sheet if sheet.is_file() else make_contact_sheet(folder)
-    known = contact_sheets(trial, trial.storage)
-    for artifact in known:
-        write_atomically(artifacts / artifact, sheet.read_bytes())
-    if not known:
-        artifacts.mkdir(exist_ok=True)
-        store = optuna.artifacts.FileSystemArtifactStore(base_path=artifacts)
-        optuna.artifacts.upload_artifact(artifact_store=store, file_path=str(sheet), study_or_trial=trial)
-
-
-def contact_sheets(trial: optuna.Trial | FrozenTrial, storage: optuna.storages.BaseStorage) -> list[str]:
-    """The names in artifacts/ of a trial's contact sheets, of which there is at most one; a user may attach others."""
-    attached = optuna.artifacts.get_all_artifact_meta(trial, storage=storage)
-    return [artifact.artifact_id for artifact in attached if artifact.filename == CONTACT_SHEET]
-
-
 # ======================================================================================================
-# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping. Touches the database.
+# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping. Touches the database and,
+#     of a trial's folder, what is spare or stale.
 # ======================================================================================================
 
 SQLITE_LOCK_SECONDS = 60
@@ -2800,6 +2829,14 @@ def default_storage(output_dir: Path) -> str:
     return f"sqlite:///{output_dir / DATABASE_NAME}"
 
 
+# An address that can be read in one way only. In any other, each part may belong to the password.
+_CLEAR_ADDRESS = re.compile(
+    r"(?P<kind>\w+(\+\w+)?://)(?P<who>[\w.~%-]+(:[\w.~%-]*)?@)?(?P<host>[\w.-]+)(:\d{1,5})?(?P<name>/[\w.-]+)"
+    r"(\?(sslmode|charset)=[\w-]+)?"
+)
+_KNOWN_KIND = re.compile(r"(sqlite|postgres|postgresql|mysql|mariadb|mssql|oracle|journal|grpc|redis)(?=[:+])")
+
+
 @dataclass(frozen=True)
 class Storage:
     """The database of a study, by the URL that --storage gives."""
@@ -2809,7 +2846,9 @@ class Storage:
     @property
     def file(self) -> Path | None:
         """The file of a URL such as sqlite:///study.db; None for a server, and for what is kept in memory."""
-        if self.url.startswith("sqlite:///") and self.url.endswith(f"/{DATABASE_NAME}"):  # whatever the folder's name
+        if self.url.startswith("sqlite:///") and self.url.endswith(
+            f"/{DATABASE_NAME}"
+        ):  # the default; the folder may have any name
             return Path(self.url.removeprefix("sqlite:///"))
         found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", self.url)
         return Path(found[1]) if found else None
@@ -2837,11 +2876,11 @@ class Storage:
     def open(self) -> optuna.storages.BaseStorage:
         """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
 
-        Without the latter two programs that read before they write take the same enqueued trial (35 of 200 measured).
+        Without it two programs take the same enqueued trial: both read before one of them writes (35 of 200 measured).
         """
         from sqlalchemy import event
 
-        is_made = "alembic_version" in self.tables()  # then nothing is added to an older Optuna's
+        is_made = "alembic_version" in self.tables()  # else Optuna would add tables to an older version's
         url, arguments = self._engine()
         storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments, skip_table_creation=is_made)
         if self.file is None:
@@ -2861,14 +2900,25 @@ class Storage:
     def describe_error(self, error: BaseException) -> str:
         """What an exception says; its type alone where the text may hold a part of a password."""
         error = error.__cause__ or error
-        return type(error).__name__ if show_storage(self.url).endswith("***") else one_line(error, 160)
+        return type(error).__name__ if self.shown.endswith("***") else one_line(error, 160)
+
+    @property
+    def shown(self) -> str:
+        """What may be shown of it: a file; a database's kind, host and name; of an unclear address its kind alone."""
+        file = self.file or re.fullmatch(r"[\w./~-]+", self.url)
+        if file and ("@" not in self.url or self.url.endswith(f"/{DATABASE_NAME}")):
+            return self.url
+        if clear := _CLEAR_ADDRESS.fullmatch(self.url):
+            return f"{clear['kind']}{'***@' if clear['who'] else ''}{clear['host']}{clear['name']}"
+        kind = _KNOWN_KIND.match(self.url)
+        return f"{kind[0]}://***" if kind else "***"
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """RefusedInput for whatever is raised while it is opened."""
+        """Turn whatever is raised while the storage is opened into RefusedInput."""
         from sqlalchemy.exc import ArgumentError
 
-        where = show_storage(self.url)
+        where = self.shown
         try:
             yield
         except RefusedInput:
@@ -2895,33 +2945,13 @@ class Storage:
             raise RefusedInput(f"--storage: {said}") from error
 
 
-# An address whose parts can't be taken for each other. In any other, each part may be one of the password.
-_CLEAR_ADDRESS = re.compile(
-    r"(?P<kind>\w+(\+\w+)?://)(?P<who>[\w.~%-]+(:[\w.~%-]*)?@)?(?P<host>[\w.-]+)(:\d{1,5})?(?P<name>/[\w.-]+)"
-    r"(\?(sslmode|charset)=[\w-]+)?"
-)
-_KNOWN_KIND = re.compile(r"(sqlite|postgres|postgresql|mysql|mariadb|mssql|oracle|journal|grpc|redis)(?=[:+])")
-
-
-def show_storage(url: str) -> str:
-    """What may be shown of --storage: a file; kind, host and name of a database; the kind alone of an unclear one."""
-    file = Storage(url).file or re.fullmatch(r"[\w./~-]+", url)
-    if file and ("@" not in url or url.endswith(f"/{DATABASE_NAME}")):
-        return url
-    if clear := _CLEAR_ADDRESS.fullmatch(url):
-        return f"{clear['kind']}{'***@' if clear['who'] else ''}{clear['host']}{clear['name']}"
-    kind = _KNOWN_KIND.match(url)
-    return f"{kind[0]}://***" if kind else "***"
-
-
 def load_study(storage: str, study_name: str) -> optuna.Study | None:
     """A study that exists, or None; makes nothing. RefusedInput if it can't be read, or is not this program's."""
     database = Storage(storage)
     with database.refusing():
         for place in (database.file, database.file.parent) if database.file else ():
             if place.exists() and not os.access(place, os.W_OK):
-                where = show_storage(storage)
-                raise RefusedInput(f"--storage: {where} is not for this user to write; give another file")
+                raise RefusedInput(f"--storage: this user can't write {database.shown}; give another file")
         tables = database.tables()
         if database.file and tables and not tables >= {"studies", "trials", "version_info"}:
             raise ValueError("it is the database of another program")
@@ -2936,90 +2966,54 @@ def load_study(storage: str, study_name: str) -> optuna.Study | None:
 
 
 def refuse_foreign_study(study: optuna.Study) -> None:
-    """RefusedInput for another program's study. An empty one may be ours: a kill came before the fingerprint."""
+    """RefusedInput for another program's study. An empty one may be ours, killed before it had a fingerprint."""
     is_new = not study.user_attrs and not study.get_trials(deepcopy=False)
     is_ours = is_new or isinstance(study.user_attrs.get("fingerprint"), dict)
     if not is_ours or study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
         raise RefusedInput(f"--storage: study {study.study_name!r} is not this program's; give another --study-name")
 
 
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold an output folder for as long as this program lives; RefusedInput names who else holds it."""
-    import fcntl  # not on native Windows, which is refused before
+@dataclass(frozen=True)
+class FolderLock:
+    """An output folder belongs to one running program."""
 
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    folder: Path
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """RefusedInput names the program that holds it already."""
+        import fcntl  # not on native Windows, which is refused before
+
+        with (self.folder / ".lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                in_use = f"{self.folder} is in use by {file.read().strip() or 'another program'}"
+                raise RefusedInput(f"{in_use}; wait for it, or give another folder") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def is_held(self) -> bool:
+        """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
+        import fcntl
+
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another program"
-            raise RefusedInput(f"{folder} is in use by {holder}; wait for it, or give another folder") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+            with (self.folder / ".lock").open(encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+        except OSError as error:
+            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a program holds an output folder; only looks."""
-    import fcntl
-
-    try:
-        with (folder / ".lock").open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # held, or not for this user to see
-        return True
-
-
-STUDY_FORM = ("form of the study", 2)  # 1: an interrupted trial was closed, and its copy tried
+STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
 TOGETHER = "which goes with which"
 
 
-def make_fingerprint(
-    settings: Settings, options: Mapping[str, Any], data_set: DataSet, base_model: BaseModel, plan: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All that a study's scores depend on, by name. A resumed study must have the same."""
-    captions = [(image.path.name, *image.captions) for image in data_set.images]
-    pictures = [(image.path.name, digest_of_weights(image.path)) for image in data_set.images]
-    folders = {str(image.path.parent) for image in data_set.images}
-    without_folders = json.dumps(data_set.config)
-    for folder in sorted(folders, key=len, reverse=True):
-        without_folders = without_folders.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
-    scoring = {key: plan[key] for key in sorted(plan.keys() - NOT_IN_FINGERPRINT)}
-    for stage in FIRST_SEEDS:  # by name, so that a difference can be named
-        names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
-        scoring[stage] = {name: list(dict.fromkeys(job[name] for job in plan[stage])) for name in names}
-        scoring[stage][TOGETHER] = digest(json.dumps(plan[stage]))[:16]
-    encoders = {}
-    for name in ("dinov2", "clip"):  # a folder is known by its weights, wherever they lie
-        files = sorted(Path(plan["encoders"][name]).glob("*.safetensors"))
-        weights = digest("".join(map(digest_of_weights, files)))[:16]
-        encoders[name] = f"files {weights}" if files else plan["encoders"][name]
-    return {
-        STUDY_FORM[0]: STUDY_FORM[1],
-        "search space": search_space_digest()[:16],
-        "Optuna's major version": optuna.__version__.split(".")[0],
-        "seed (--seed)": settings.seed,
-        "base model (--base-model)": base_model.fingerprint[:16],
-        "data set (--dataset-config)": {
-            "general": json.loads(without_folders)["general"],
-            "datasets": dict(enumerate(json.loads(without_folders)["datasets"], start=1)),
-            "captions": digest(json.dumps(captions))[:16],
-            "pictures": f"{len(pictures)} ({digest(json.dumps(pictures))[:16]})",
-        },
-        "training options (--training-config)": dict(options),
-        "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
-        "definition of the score": SCORE_DEFINITION,
-        "encoders": encoders,
-    }
-
-
 def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
-    """`name: was X, is now Y` for everything that differs (numbers: by more than `tolerance`), down to settings."""
+    """`name: was X, is now Y` for each setting that differs (numbers by more than `tolerance`)."""
     if isinstance(old, list) and isinstance(new, list):
         old, new = [x for x in old if x not in new] or old, [x for x in new if x not in old] or new
     if isinstance(old, dict) and isinstance(new, dict):
@@ -3048,34 +3042,10 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
         raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 
 
-def check_output_folder(settings: Settings, study: optuna.Study | None) -> None:
-    """An output folder holds one study, and its trial folders are known to that study."""
-    kinds = {"reference": Path.is_dir, "results": Path.is_dir, ARTIFACTS: Path.is_dir}
-    for name, is_right in {**kinds, LOG_NAME: Path.is_file, ".lock": Path.is_file}.items():
-        place, remedy = settings.output_dir / name, "move it away, or give another --output-dir"
-        if place.exists() and not is_right(place):
-            raise RefusedInput(f"--output-dir: {place} is not this program's; {remedy}")
-    owner = (read_json(settings.reference / "plan.json") or {}).get("study", settings.study_name)
-    if owner != settings.study_name:
-        remedy = f"give another --output-dir, or --study-name {owner}"
-        raise RefusedInput(f"--output-dir: {settings.output_dir} holds study {owner!r}; {remedy}")
-    known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
-    for folder in sorted(settings.output_dir.glob("trial_*")):
-        number = folder.name.removeprefix("trial_")
-        if number.isdecimal() and int(number) not in known:
-            remedy = "move it away, or give another --output-dir"
-            raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
-
-
 def is_trained(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards --n-trials: its training ended, well or diverged."""
     has_diverged = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") == "diverged"
     return trial.state == TrialState.COMPLETE or has_diverged
-
-
-def is_paused(trial: FrozenTrial) -> bool:
-    """Whether the program that began a trial which is still RUNNING has ended, and said so."""
-    return trial.user_attrs.get("ended") == "interrupted"
 
 
 def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -3090,18 +3060,12 @@ def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
     return there if there.is_dir() and not here.is_dir() else here
 
 
-def end_left_over_processes(output_dir: Path) -> None:
-    """End what an earlier program left running here; call it under the folder's lock only."""
-    for file in (*output_dir.glob(f"trial_*/{PROCESS_FILE}"), *output_dir.glob(f"reference/**/{PROCESS_FILE}")):
-        ChildProcess.end_left_over(file.parent)
-
-
 @dataclass
 class Study:
-    """A study in an output folder that this program holds: whose trial is whose, what is left to do, how it ended.
+    """A study in an output folder that this program holds: which trial is next, whose it is, and how it ended.
 
-    All of it is in the database and in the trials' folders, so that a kill at any point loses nothing. A trial that
-    was interrupted stays RUNNING; "interrupted" as its `ended` tells other programs that nobody is at work on it.
+    All of it is in the database and in the trials' folders, so that a kill at any point loses nothing. An interrupted
+    trial stays RUNNING; its attribute `ended`, "interrupted", tells other programs that nobody works on it.
     """
 
     study: optuna.Study
@@ -3114,14 +3078,14 @@ class Study:
         self.idle_since, self.began = self.started, time.time()
 
     def run(self) -> None:
-        """Run trials until exactly n_trials are trained. SearchStopped says why it ended before."""
+        """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier."""
         try:
             self.adopt()
             self._run()
         except optuna.exceptions.StorageInternalError:
             raise
         except (Exception, KeyboardInterrupt):
-            with contextlib.suppress(Exception):  # what ended the search is what the user must hear
+            with contextlib.suppress(Exception):  # the user must hear what ended the search
                 self.pause()
             raise
 
@@ -3136,25 +3100,22 @@ class Study:
             running = [trial.number for trial in trials if self._is_at_work(trial)]
             if trained >= self.settings.n_trials and not left_over:
                 return
-            self._check_timeout(trained)
+            hours = self.settings.timeout_hours
+            if hours is not None and time.monotonic() - self.started >= 3600 * hours:
+                said = f"--timeout {hours:g} is over with {trained} of {self.settings.n_trials} trials trained"
+                raise SearchStopped(f"{said}; the same command goes on")
             if trained + len(running) >= self.settings.n_trials and not left_over:  # other programs train the rest
                 if running != waits_for:
                     say(f"Waiting for trials {running}, which other programs run in this study.")
                 waits_for = running
                 screen.begin("of other programs:", *map(str, running))
-                show_study(self.study, self.settings.n_trials)
+                self.show()
                 screen.wait(POLL_SECONDS)
                 continue
             self.before_trial()
             if trial := self.resume(left_over) if left_over else self._ask():
                 self.run_trial(trial)
                 self._stop_after_equal_failures()
-
-    def _check_timeout(self, trained: int) -> None:
-        hours, planned = self.settings.timeout_hours, self.settings.n_trials
-        if hours is not None and time.monotonic() - self.started >= 3600 * hours:
-            said = f"--timeout {hours:g} is over with {trained} of {planned} trials trained"
-            raise SearchStopped(f"{said}; the same command goes on")
 
     # --- whose trial it is ---
 
@@ -3167,40 +3128,42 @@ class Study:
         return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
 
     def _is_at_work(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and not is_paused(trial)
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != "interrupted"
 
     def adopt(self) -> None:
-        """Take over what a program left RUNNING that held this folder's lock; call it under that lock only.
+        """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
 
-        The folder's own database may have been moved with it; another program at work in it is known by its lock.
+        In a folder that was moved with its database, trials name the old folder, which nobody may hold any more.
         """
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             made_in = frozen.user_attrs.get("output_dir")
-            was_moved = self.has_own_database and not (made_in and is_locked(Path(made_in)))
+            was_moved = self.has_own_database and not (made_in and FolderLock(Path(made_in)).is_held())
             if made_in == str(self.settings.output_dir) or was_moved:
                 self.claim(optuna.Trial(self.study, frozen._trial_id))
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
 
     def claim(self, trial: optuna.Trial) -> None:
-        """Write down whose trial it is; the output folder first, by which the next start knows it."""
+        """Write down whose trial it is; first the output folder, since the next start looks for that."""
         folder = trial_folder(self.settings.output_dir, trial.number)
         about = {"output_dir": str(self.settings.output_dir), "folder": folder.name}
         for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
             trial.set_user_attr(name, value)
 
     def close_unclaimed(self) -> None:
-        """Close trials whose program died in the moment between asking for them and writing down whose they are.
+        """Close trials whose program died after it asked for them and before it claimed them: nobody continues them.
 
-        No folder's holder knows them, and nothing was trained. Who only slept meanwhile finds the trial closed.
+        If that program only slept, it finds its trial closed and asks for another one.
         """
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             began = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
             if "output_dir" not in frozen.user_attrs and time.time() - began > UNCLAIMED_SECONDS:
-                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another was quicker
+                with contextlib.suppress(
+                    optuna.exceptions.UpdateFinishedTrialError, ValueError
+                ):  # another program was quicker
                     self._close(optuna.Trial(self.study, frozen._trial_id), "its program died as it began")
 
     def _close(self, trial: optuna.Trial, reason: str) -> None:
-        """Close a trial that is not continued; what a user enqueued waits again."""
+        """Close a trial that is not continued; a user's own parameters are enqueued again."""
         say(f"Trial {trial.number} is closed: {reason}.")
         self.finish(trial, "interrupted", reason, TrialState.FAIL)
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
@@ -3222,7 +3185,7 @@ class Study:
     # --- the next trial ---
 
     def _ask(self) -> optuna.Trial | None:
-        """A new trial; None if other programs train the last ones, or took this one for dead while it slept."""
+        """A new trial; None if other programs train the last ones, or closed it while this program slept."""
         trial = self.study.ask()
         try:
             self.claim(trial)
@@ -3231,11 +3194,11 @@ class Study:
         return None if self._close_surplus(trial) else trial
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
-        """A trial that an earlier attempt has left; None if other programs train the last ones by now."""
+        """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
         trial = optuna.Trial(self.study, left_over._trial_id)
         was_paused = left_over.user_attrs.get("ended") in ("interrupted", "returning")
         if was_paused:
-            trial.set_user_attr("ended", "returning")  # first seen by the others, then looking for them
+            trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
         if self._close_surplus(trial, was_paused=was_paused):
             return None
         if was_paused:
@@ -3255,11 +3218,11 @@ class Study:
         return is_surplus
 
     def is_surplus(self, number: int, *, was_paused: bool = False) -> bool:
-        """Whether enough other trials are trained, or were at work before this one began or, if paused, came back."""
+        """Whether the other trials are enough: those trained, and those at work before this one began, or returned."""
         trials = self.study.get_trials(deepcopy=False)
 
         def turn(trial: FrozenTrial) -> tuple[Any, int]:
-            return trial.datetime_start, trial.number  # an enqueued one may begin after one of a higher number
+            return trial.datetime_start, trial.number  # an enqueued trial may begin after one with a higher number
 
         others = [t for t in trials if t.number != number]
         ahead = [t for t in others if self._is_at_work(t) and (was_paused or turn(t) < turn(trials[number]))]
@@ -3274,7 +3237,7 @@ class Study:
 
     def run_trial(self, trial: optuna.Trial) -> None:
         """Run one trial and tell the study how it ended, if it did."""
-        show_study(self.study, self.settings.n_trials)
+        self.show()
         waited = (trial.user_attrs.get("waited_seconds") or 0.0) + time.monotonic() - self.idle_since
         trial.set_user_attr("waited_seconds", round(waited, 1))
         try:
@@ -3287,13 +3250,13 @@ class Study:
             raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
         else:
             self.study.tell(trial, value)
-            report_trial(self.study, trial.number, self.settings.n_trials)
+            self._report(trial.number)
         self.idle_since = time.monotonic()
 
     def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
-        """A failure is tried again in the same trial; the second of a kind ends it. Divergence is learnt from at once.
+        """Leave the trial RUNNING for a second attempt; its second failure of a kind ends it, divergence at once.
 
-        Out of memory for the second time is the parameters' fault, and learnt from too.
+        The sampler learns from divergence and from lack of memory (PRUNED), not from other failures (FAIL).
         """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
         was_trained = trial.user_attrs.get("training_seconds") is not None
@@ -3302,7 +3265,7 @@ class Study:
         if not isinstance(error, Diverged):
             folder = trial_folder(self.settings.output_dir, trial.number)
             (folder / "metrics.json").unlink(missing_ok=True)
-            if not was_trained:  # nor may the next start take it for a training whose end nobody saw
+            if not was_trained:  # else the next start would take it for a finished training
                 (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
             failure = {**kind, "reason": one_line(error), "when": time.time()}
             trial.set_user_attr("failures", [*earlier, failure])
@@ -3317,7 +3280,7 @@ class Study:
         self.study.tell(trial, state=state)
 
     def _add_lost_seconds(self, trial: optuna.Trial, more: float = 0.0) -> None:
-        """Add what the latest attempt spent in vain: from its start or its training's end to its last sign of life."""
+        """Add what the last attempt wasted: from its start, or its training's end, to its newest file."""
         folder = trial_folder(self.settings.output_dir, trial.number)
         config, lora = folder / "config.toml", folder / f"{LORA_NAME}.safetensors"
         lost = (trial.user_attrs.get("lost_seconds") or 0.0) + more
@@ -3329,7 +3292,7 @@ class Study:
         trial.set_user_attr("lost_seconds", round(lost, 1))
 
     def pause(self) -> None:
-        """Mark what this program leaves unfinished, so that others do not wait for it; what was scored is told."""
+        """Tell the scores that are ready, and mark unfinished trials so that other programs do not wait for them."""
         for frozen in self._own_running():
             trial = optuna.Trial(self.study, frozen._trial_id)
             if self._is_scored(trial):
@@ -3339,9 +3302,9 @@ class Study:
                 say(f"Trial {trial.number} was interrupted; the same command continues it.")
 
     def _stop_after_equal_failures(self) -> None:
-        """Three equal failures in a row, in this run and from different parameters, are the set-up's fault.
+        """SearchStopped after three equal failures in a row in this run, if their parameters differ.
 
-        Equal but for numbers, which name folders, steps and bytes.
+        Equal: but for numbers, which are folders, steps and bytes.
         """
         ends: list[tuple[float, str, str]] = []
         for trial in self.study.get_trials(deepcopy=False):
@@ -3357,10 +3320,32 @@ class Study:
             said = "three trials in a row ended alike, so it is the set-up and not the parameters"
             raise SearchStopped(f"{said}: {last[-1][1]}; mend that and give the same command again")
 
-    def delete_spare_checkpoints(self) -> None:
-        """Of every trial that is done, delete all checkpoints in this folder but the chosen one of the ten best.
+    def show(self) -> None:
+        """Show in the live region how far the study is."""
+        if not screen.is_live:
+            return
+        trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
+        scores = (f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(self.study))
+        left = seconds_left(trials, planned)
+        end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
+        done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
+        trained = f"{sum(map(is_trained, trials))}/{planned} trained"
+        screen.show("study", f"{trained}  {next(scores, 'no score yet')}  {done}")
 
-        Derived from the study alone, so that a kill at any point loses nothing. What is not scored yet is kept.
+    def _report(self, number: int) -> None:
+        """Print a scored trial's line, with the time to go where no live region shows when the study ends."""
+        trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
+        left = seconds_left(trials, planned)
+        ahead = f"; about {format_seconds(left)} to go" if left and not screen.is_live else ""
+        trial, best = trials[number], self.study.best_trial
+        scored = f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']}"
+        trained = f"{sum(map(is_trained, trials))} of {planned} trained"
+        say(f"{scored} (best: {best.value:.4f}, trial {best.number}); {trained}{ahead}")
+
+    def delete_spare_checkpoints(self) -> None:
+        """Delete the checkpoints of trained trials in this folder, but keep the chosen ones of the ten best trials.
+
+        The study alone says which, so that a kill at any point loses nothing. What is not scored yet is kept.
         """
         if self.settings.keep_checkpoints == "all":
             return
@@ -3373,35 +3358,8 @@ class Study:
                         file.unlink(missing_ok=True)
 
 
-def report_trial(study: optuna.Study, number: int, n_trials: int) -> None:
-    """The line that stays of a trial; when all will be done, a live region says."""
-    trials = study.get_trials(deepcopy=False)
-    left = seconds_left(trials, n_trials)
-    ahead = f"; about {format_seconds(left)} to go" if left and not screen.is_live else ""
-    trial, best = trials[number], study.best_trial
-    say(
-        f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']} (best: {best.value:.4f}, "
-        f"trial {best.number}); {sum(map(is_trained, trials))} of {n_trials} trained{ahead}"
-    )
-
-
-def show_study(study: optuna.Study, n_trials: int) -> None:
-    """The live region's line of the study, as it stands now."""
-    if not screen.is_live:
-        return
-    trials = study.get_trials(deepcopy=False)
-    best = next((f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(study)), "no score yet")
-    left = seconds_left(trials, n_trials)
-    end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
-    done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
-    screen.show("study", f"{sum(map(is_trained, trials))}/{n_trials} trained  {best}  {done}")
-
-
 def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
-    """Until n_trials are trained, if as many programs go on as run a trial now; None before a trial is scored.
-
-    A trial takes the median of what training and scoring took.
-    """
+    """Until n_trials are trained, at the median trial's speed, by the programs at work now; None without a score."""
     scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
     if not scored:
         return None
@@ -3498,25 +3456,35 @@ def describe_study(study: optuna.Study) -> str:
     return "\n".join(lines)
 
 
-def describe_best(study: optuna.Study, output_dir: Path) -> str:
-    """Where the best trial's files are, once they are written."""
-    best, results = scored_trials(study)[0], output_dir / "results"
-    return (
-        f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}\n"
-        f"  the LoRA        {results / 'best_lora.safetensors'}\n"
-        f"  its settings    {results / 'best_config.toml'}\n"
-        f"  its pictures    {folder_of(best, output_dir) / 'scores' / 'confirm'}\n"
-        f"  base model's    {output_dir / 'reference' / 'confirm'}\n"
-        f"  all trials      {results / 'trials.csv'}\n"
-        f"  why, to look at {results / REPORT_NAME}"
-    )
-
-
 class Results:
-    """The files in results/ but the report, made anew from the study and the trials' folders."""
+    """The files in results/, made anew from the study and the trials' folders."""
 
     def __init__(self, study: optuna.Study, output_dir: Path) -> None:
         self.study, self.output_dir, self.folder = study, output_dir, output_dir / "results"
+        self.ranked = scored_trials(study)
+
+    def write(self) -> None:
+        """SearchStopped if the best trial's files are gone; all else is written before."""
+        self.write_trials_csv()
+        try:
+            if self.ranked:
+                self.write_best(self.ranked[0])
+        finally:
+            with only_warning(f"{self.folder / REPORT_NAME} is not written"):
+                Report(self.study, self.output_dir).write()
+
+    def describe_best(self) -> str:
+        """Where the best trial's files are."""
+        best = self.ranked[0]
+        return (
+            f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}\n"
+            f"  the LoRA        {self.folder / 'best_lora.safetensors'}\n"
+            f"  its settings    {self.folder / 'best_config.toml'}\n"
+            f"  its pictures    {folder_of(best, self.output_dir) / 'scores' / 'confirm'}\n"
+            f"  base model's    {self.output_dir / 'reference' / 'confirm'}\n"
+            f"  all trials      {self.folder / 'trials.csv'}\n"
+            f"  why, to look at {self.folder / REPORT_NAME}"
+        )
 
     def write_trials_csv(self) -> None:
         about = "trial state score ended best_epoch training_seconds scoring_seconds rejection_reason reason folder"
@@ -3534,7 +3502,7 @@ class Results:
         if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
             raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
         about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
-        lora = label_lora(checkpoint, {**about, "epoch": attrs["best_epoch"]})
+        lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
         copy = self.folder / "best_lora.safetensors"
         if not (copy.is_file() and copy.read_bytes() == lora):
             write_atomically(copy, lora)
@@ -3563,29 +3531,20 @@ class Results:
         )
         write_toml(path, config, comment)
 
-
-def label_lora(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
-    """A checkpoint with these as optuna_... in its metadata: its header alone is written anew, padded to 8 bytes."""
-    try:
-        header = read_safetensors_header(checkpoint)
-    except ValueError as error:
-        raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
-    metadata = header.pop("__metadata__", {}) | {f"optuna_{name}": printable(value) for name, value in labels.items()}
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    data = checkpoint.read_bytes()
-    return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
-
-
-def restore_artifacts(study: optuna.Study, output_dir: Path) -> None:
-    """Write again what artifacts/ lacks of the scored trials' contact sheets, and these from their pictures."""
-    for trial in scored_trials(study):
-        sheet = folder_of(trial, output_dir) / "scores" / CONTACT_SHEET
-        for artifact in contact_sheets(trial, study._storage):
-            file = output_dir / ARTIFACTS / artifact
-            if not file.exists() and sheet.parent.is_dir():
-                made = sheet if sheet.is_file() else make_contact_sheet(sheet.parent.parent)
-                write_atomically(file, made.read_bytes())
+    @staticmethod
+    def _labelled(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
+        """A checkpoint with `labels` as optuna_... in its metadata. Only its header changes, padded to 8 bytes."""
+        try:
+            header = read_safetensors_header(checkpoint)
+        except ValueError as error:
+            raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
+        metadata = header.pop("__metadata__", {}) | {
+            f"optuna_{name}": printable(value) for name, value in labels.items()
+        }
+        text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = checkpoint.read_bytes()
+        return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
@@ -3685,66 +3644,59 @@ class Report:
         return {"Score against learning rate": by_rate, "Alpha bands": by_band}
 
 
-def write_results(study: optuna.Study, output_dir: Path) -> None:
-    """Everything in results/, made anew. SearchStopped if the best trial's files are gone."""
-    results, ranked = Results(study, output_dir), scored_trials(study)
-    results.write_trials_csv()
-    try:
-        if ranked:
-            results.write_best(ranked[0])
-    finally:
-        with only_warning(f"{results.folder / REPORT_NAME} is not written"):
-            Report(study, output_dir).write()
+class Notes:
+    """What optuna-dashboard shows as notes of the study and of each finished trial; a user's own notes stay."""
 
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self._written: set[int] = set()  # trials that need no second look
 
-def write_notes(study: optuna.Study, written: set[int]) -> None:
-    """Notes for optuna-dashboard, of the study and of trials not yet in `written`; a user's own are left alone."""
-    from optuna_dashboard import get_note, save_note
+    def write(self) -> None:
+        from optuna_dashboard import get_note, save_note
 
-    for frozen in study.get_trials(deepcopy=False):
-        if frozen.state.is_finished() and frozen.number not in written:
-            trial = optuna.Trial(study, frozen._trial_id)
-            if not get_note(trial):
-                save_note(trial, note_of_trial(frozen))
-            written.add(frozen.number)
-    note, present = note_of_study(study), get_note(study)
-    if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
-        study.set_user_attr("own_notes", [digest(present), digest(note)])  # both, as a kill may come in between
-        save_note(study, note)
+        study = self.study
+        for frozen in study.get_trials(deepcopy=False):
+            if frozen.state.is_finished() and frozen.number not in self._written:
+                trial = optuna.Trial(study, frozen._trial_id)
+                if not get_note(trial):
+                    save_note(trial, self._of_trial(frozen))
+                self._written.add(frozen.number)
+        note, present = self._of_study(), get_note(study)
+        if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
+            study.set_user_attr("own_notes", [digest(present), digest(note)])  # both: a kill may come before the next
+            save_note(study, note)
 
+    @staticmethod
+    def _as_markdown(text: object) -> str:
+        """A text that Markdown shows as it is."""
+        return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
-def as_markdown(text: object) -> str:
-    """A text that Markdown shows as it is."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
+    def _of_trial(self, trial: FrozenTrial) -> str:
+        facts = facts_of(trial)
+        lines = [f"**{self._as_markdown(facts['outcome'])}**"]
+        if trial.state == TrialState.COMPLETE:
+            terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
+            lines = ["**Score {score:.4f}**, epoch {best_epoch} of {max_train_epochs}".format(**facts)]
+            lines.append("| term | |\n|---|---|" + terms)
+        if facts["why"]:
+            lines.append(self._as_markdown(facts["why"]))
+        if "folder" in facts:
+            lines.append(f"Folder: {self._as_markdown(Path(facts['output_dir']) / facts['folder'])}")
+        return "\n\n".join(lines)
 
-
-def note_of_trial(trial: FrozenTrial) -> str:
-    facts = facts_of(trial)
-    lines = [f"**{as_markdown(facts['outcome'])}**"]
-    if trial.state == TrialState.COMPLETE:
-        terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
-        lines = ["**Score {score:.4f}**, epoch {best_epoch} of {max_train_epochs}".format(**facts)]
-        lines.append("| term | |\n|---|---|" + terms)
-    if facts["why"]:
-        lines.append(as_markdown(facts["why"]))
-    if "folder" in facts:
-        lines.append(f"Folder: {as_markdown(Path(facts['output_dir']) / facts['folder'])}")
-    return "\n\n".join(lines)
-
-
-def note_of_study(study: optuna.Study) -> str:
-    trained = sum(map(is_trained, study.get_trials(deepcopy=False)))
-    planned, command = study.user_attrs.get("n_trials"), study.user_attrs.get("command")
-    lines = [
-        f"{trained}{f' of {planned}' if planned else ''} trials trained.",
-        "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it look "
-        "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), variety (do "
-        "seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other prompts and seeds than "
-        "those it was chosen by.",
-    ]
-    if command:
-        lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
-    return "\n\n".join(lines)
+    def _of_study(self) -> str:
+        trained = sum(map(is_trained, self.study.get_trials(deepcopy=False)))
+        planned, command = self.study.user_attrs.get("n_trials"), self.study.user_attrs.get("command")
+        lines = [
+            f"{trained}{f' of {planned}' if planned else ''} trials trained.",
+            "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it "
+            "look like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), "
+            "variety (do seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other "
+            "prompts and seeds than those it was chosen by.",
+        ]
+        if command:
+            lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
+        return "\n\n".join(lines)
 
 
 # ======================================================================================================
@@ -3755,11 +3707,6 @@ def note_of_study(study: optuna.Study) -> str:
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
-
-
-def keeps_latents(options: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
-    """Whether kohya keeps latents beside the pictures, and says where."""
-    return bool(options.get("cache_latents_to_disk")) and "trusted" in answer
 
 
 @dataclass(frozen=True)
@@ -3773,7 +3720,6 @@ class Inputs:
     plan: dict[str, Any]  # of the scoring
     trainer: TrainerFacts
     enqueued: list[Params]
-    fingerprint: dict[str, Any]
     study: optuna.Study | None  # None before its first run
 
     @property
@@ -3782,12 +3728,54 @@ class Inputs:
         return max(0, self.settings.n_trials - trained)
 
     @property
-    def caches_latents(self) -> bool:
-        return keeps_latents(self.options, self.trainer.answer)
+    def latents(self) -> Latents | None:
+        """kohya's caches beside the pictures; None if it makes none, or does not say where."""
+        if not self.options.get("cache_latents_to_disk") or "trusted" not in self.trainer.answer:
+            return None
+        vae = read_json(self.settings.base_model / "vae" / "config.json") or {}
+        scale = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)  # 8 in Stable Diffusion
+        return Latents(self.data_set.images, self.trainer.answer["trusted"], scale)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that a study's scores depend on, by name. A resumed study must have the same."""
+        captions = [(image.path.name, *image.captions) for image in self.data_set.images]
+        pictures = [(image.path.name, digest_of_weights(image.path)) for image in self.data_set.images]
+        folders = {str(image.path.parent) for image in self.data_set.images}
+        without_folders = json.dumps(self.data_set.config)
+        for folder in sorted(folders, key=len, reverse=True):
+            without_folders = without_folders.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
+        scoring = {key: self.plan[key] for key in sorted(self.plan.keys() - NOT_IN_FINGERPRINT)}
+        for stage in FIRST_SEEDS:  # by name, so that a difference can be named
+            names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
+            scoring[stage] = {name: list(dict.fromkeys(job[name] for job in self.plan[stage])) for name in names}
+            scoring[stage][TOGETHER] = digest(json.dumps(self.plan[stage]))[:16]
+        encoders = {}
+        for name in ("dinov2", "clip"):  # a folder is known by its weights, wherever they lie
+            files = sorted(Path(self.plan["encoders"][name]).glob("*.safetensors"))
+            weights = digest("".join(map(digest_of_weights, files)))[:16]
+            encoders[name] = f"files {weights}" if files else self.plan["encoders"][name]
+        return {
+            STUDY_FORM[0]: STUDY_FORM[1],
+            "search space": search_space_digest()[:16],
+            "Optuna's major version": optuna.__version__.split(".")[0],
+            "seed (--seed)": self.settings.seed,
+            "base model (--base-model)": self.base_model.fingerprint[:16],
+            "data set (--dataset-config)": {
+                "general": json.loads(without_folders)["general"],
+                "datasets": dict(enumerate(json.loads(without_folders)["datasets"], start=1)),
+                "captions": digest(json.dumps(captions))[:16],
+                "pictures": f"{len(pictures)} ({digest(json.dumps(pictures))[:16]})",
+            },
+            "training options (--training-config)": dict(self.options),
+            "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
+            "definition of the score": SCORE_DEFINITION,
+            "encoders": encoders,
+        }
 
     @property
     def tools(self) -> dict[str, str]:
-        """Tools whose change moves scores a little: a warning, not a refusal."""
+        """Tools whose change moves scores a little, so that it is warned of and not refused."""
         trainer = self.trainer
         about = {"card": trainer.device_name, "sd-scripts": trainer.version, "PyTorch": trainer.answer["torch"]}
         return {**about, "Optuna": optuna.__version__}
@@ -3860,14 +3848,13 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(checks.encoders, scoring)
     enqueued = problems.of(EnqueueFile(settings.enqueue, trainer).read) if settings.enqueue else []
     study = problems.of(checks.output, data_set) if settings.output_dir else None
-    if ready and base_model and keeps_latents(options, answer):
-        problems.of(Latents(data_set.images, answer["trusted"], latents_scale(settings.base_model)).check)
+    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study)
+    if ready and base_model and trainer and inputs.latents:
+        problems.of(inputs.latents.check)
     problems.refuse()
-    fingerprint = make_fingerprint(settings, options, data_set, base_model, plan)
     if study:
-        problems.of(check_fingerprint, study, fingerprint)
-    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, fingerprint, study)
-    problems.of(check_room, settings.output_dir, inputs.needed_bytes(), RefusedInput)
+        problems.of(check_fingerprint, study, inputs.fingerprint)
+    problems.of(Disk(settings.output_dir).check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
     return inputs
 
@@ -3938,11 +3925,42 @@ class InputChecks:
             fetch = f"fetch it once with `hf download {name}`, or give a folder"
             raise RefusedInput(f"{where} {why}; {fetch}") from error
 
+    def study(self) -> optuna.Study | None:
+        """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
+        settings, storage = self.settings, Storage(self.settings.storage)
+        if settings.storage.startswith("sqlite") and storage.file is None:
+            why = f"{storage.shown} keeps nothing or has options"
+            raise RefusedInput(f"--storage: {why}; give sqlite:///FILE, or leave it out")
+        is_own = storage.file == settings.output_dir / DATABASE_NAME
+        if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
+            raise RefusedInput(f"--storage: there is no folder for {storage.shown}; make it, or leave --storage out")
+        study = load_study(settings.storage, settings.study_name)
+        self.folder(study)
+        return study
+
+    def folder(self, study: optuna.Study | None) -> None:
+        """An output folder holds one study, which knows the trial folders in it."""
+        kinds = {"reference": Path.is_dir, "results": Path.is_dir, ARTIFACTS: Path.is_dir}
+        for name, is_right in {**kinds, LOG_NAME: Path.is_file, ".lock": Path.is_file}.items():
+            place, remedy = self.settings.output_dir / name, "move it away, or give another --output-dir"
+            if place.exists() and not is_right(place):
+                raise RefusedInput(f"--output-dir: {place} is not this program's; {remedy}")
+        owner = (read_json(self.settings.reference / "plan.json") or {}).get("study", self.settings.study_name)
+        if owner != self.settings.study_name:
+            remedy = f"give another --output-dir, or --study-name {owner}"
+            raise RefusedInput(f"--output-dir: {self.settings.output_dir} holds study {owner!r}; {remedy}")
+        known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
+        for folder in sorted(self.settings.output_dir.glob("trial_*")):
+            number = folder.name.removeprefix("trial_")
+            if number.isdecimal() and int(number) not in known:
+                remedy = "move it away, or give another --output-dir"
+                raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
+
     def output(self, data_set: DataSet | None) -> optuna.Study | None:
         """The study to resume, or None where there is none yet."""
         problems, folder = Problems(), self.settings.output_dir
-        study = problems.of(find_study, self.settings)
-        above = nearest_folder(folder)
+        study = problems.of(self.study)
+        above = Disk(folder).nearest
         if not (above.is_dir() and os.access(above, os.W_OK)):
             problems.lines.append(f"--output-dir: {above} is no folder that this user can write; give another folder")
         if data_set and folder in {image.path.parent for image in data_set.images}:
@@ -3951,25 +3969,13 @@ class InputChecks:
         return study
 
 
-def find_study(settings: Settings) -> optuna.Study | None:
-    """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
-    file, where = Storage(settings.storage).file, show_storage(settings.storage)
-    if settings.storage.startswith("sqlite") and file is None:
-        raise RefusedInput(f"--storage: {where} keeps nothing or has options; give sqlite:///FILE, or leave it out")
-    is_own = file == settings.output_dir / DATABASE_NAME
-    if file and not os.path.isdir(file.parent) and not is_own:  # noqa: PTH112 - Path raises
-        raise RefusedInput(f"--storage: there is no folder for {where}; make it, or leave --storage out")
-    study = load_study(settings.storage, settings.study_name)
-    check_output_folder(settings, study)
-    return study
-
-
 def make_plan(
     settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     # A file that two [[datasets]] train at two resolutions is one picture.
     images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
-    subject = find_subject([caption for _, caption in images], data_set.class_tokens, settings.subject)
+    captions = Captions([caption for _, caption in images])
+    subject = captions.find_subject(data_set.class_tokens, settings.subject)
     about = (str(settings.base_model.resolve()), options["clip_skip"], options["seed"], settings.eval_prompts)
     return build_scoring_plan(images, subject, scoring, *about)
 
@@ -4040,25 +4046,8 @@ class EnqueueFile:
         return f"{distribution.low:g} to {distribution.high:g}{step}"
 
 
-def nearest_folder(path: Path) -> Path:
-    """The path itself, or what exists of the folders above it."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(nearest_folder(folder)).free
-
-
 def format_bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def check_room(folder: Path, needed: float, error: type[SearchError]) -> None:
-    """Raises `error` where the disk has no room for so many bytes."""
-    if needed > (free := free_bytes(folder)):
-        need = f"{format_bytes(needed)} are needed for checkpoints and pictures"
-        remedy = "make room, give another --output-dir or raise save_every_n_epochs"
-        raise error(f"--output-dir: {need}, {format_bytes(free)} are free in {folder}; {remedy}")
 
 
 NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
@@ -4067,13 +4056,36 @@ NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and wh
 }
 
 
-def file_system_of(folder: Path) -> str:
-    """The type of the file system that holds a folder; "" where it is unknown."""
-    import psutil
+@dataclass(frozen=True)
+class Disk:
+    """The disk that holds a folder, or will hold it."""
 
-    where = nearest_folder(folder).resolve()
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
-    return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+    folder: Path
+
+    @property
+    def nearest(self) -> Path:
+        """The folder itself, or the nearest one above it that exists."""
+        return next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(self.nearest).free
+
+    @property
+    def file_system(self) -> str:
+        """Its type; "" where it is unknown."""
+        import psutil
+
+        where = self.nearest.resolve()
+        mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
+        return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+
+    def check_room(self, needed: float, error: type[SearchError]) -> None:
+        """Raises `error` where so many bytes are not free."""
+        if needed > (free := self.free):
+            need = f"{format_bytes(needed)} are needed for checkpoints and pictures"
+            remedy = "make room, give another --output-dir or raise save_every_n_epochs"
+            raise error(f"--output-dir: {need}, {format_bytes(free)} are free in {self.folder}; {remedy}")
 
 
 class CheckReport:
@@ -4082,7 +4094,7 @@ class CheckReport:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.settings = inputs.settings
-        self.captions = [text for image in inputs.data_set.subject_images for text in image.captions]
+        self.captions = Captions([text for image in inputs.data_set.subject_images for text in image.captions])
 
     def __str__(self) -> str:
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
@@ -4095,7 +4107,7 @@ class CheckReport:
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
         optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
-        needed, free = format_bytes(inputs.needed_bytes()), format_bytes(free_bytes(settings.output_dir))
+        needed, free = format_bytes(inputs.needed_bytes()), format_bytes(Disk(settings.output_dir).free)
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
             "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
@@ -4110,18 +4122,18 @@ class CheckReport:
             + ("" if optimizers[1:] else " (no bitsandbytes on CUDA: no AdamW8bit)"),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
-            "study": f"{settings.study_name!r}, {trained}, in {show_storage(settings.storage)}",
+            "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
         }
 
     def _subject(self) -> str:
         """The subject's name and, where it was not given, the other tags that may be meant."""
-        name, captions = self.inputs.plan["subject"], self.captions
+        name, captions, total = self.inputs.plan["subject"], self.captions, len(self.captions.texts)
         if self.settings.subject:
             return repr(name)
-        others = [tag for tag in shared_tags(captions)[0] if tag != name]
-        counts = Counter(tag for tags in tags_of(captions) for tag in dict.fromkeys(tags))
-        most = [tag for tag, count in counts.items() if NEARLY_ALL * len(captions) <= count < len(captions)]
-        nearly = [tag for tag in most if shared_tags([tag])[0]]
+        others = [tag for tag in captions.candidates if tag != name]
+        counts = Counter(tag for tags in captions.tags for tag in dict.fromkeys(tags))
+        most = [tag for tag, count in counts.items() if NEARLY_ALL * total <= count < total]
+        nearly = [tag for tag in most if tag and not captions.is_common(tag)]
         said = f"; all captions share {', '.join(map(repr, others[:5]))} too" if others else ""
         said += f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly else ""
         return f"{name!r}{said} (--subject overrules it)"
@@ -4139,7 +4151,7 @@ class CheckReport:
 
     def _notes(self) -> list[str]:
         notes, tokens = list(self.inputs.data_set.notes), self.inputs.data_set.class_tokens
-        if tokens and not any(Subject(tokens).is_in(text) for text in self.captions):
+        if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
             said = f"class_tokens {tokens!r} are trained nowhere"
             notes.append(f"{said}: every picture has a caption, and none holds them")
         return notes
@@ -4152,7 +4164,7 @@ class CheckReport:
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
             yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
         folder = self.settings.output_dir
-        if (kind := file_system_of(folder)) in NOT_LOCAL:
+        if (kind := Disk(folder).file_system) in NOT_LOCAL:
             said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in self.inputs.enqueued:
@@ -4164,7 +4176,7 @@ class CheckReport:
             yield f"the study was begun with other tools: {difference}"
 
     def _old_latents(self) -> Iterator[str]:
-        images = self.inputs.data_set.images if self.inputs.caches_latents else ()
+        images = self.inputs.latents.images if self.inputs.latents else ()
         cached = [(image.path, image.latents) for image in images if image.latents and image.latents.exists()]
         older = [(path, file) for path, file in cached if file.stat().st_mtime < path.stat().st_mtime]
         if older:
@@ -4221,12 +4233,6 @@ def open_study(inputs: Inputs) -> optuna.Study:
         study.set_user_attr("command", settings.command)
         study.set_metric_names(["score"])
     return study
-
-
-def latents_scale(base_model: Path) -> int:
-    """Pixels of a latent: 8 in Stable Diffusion."""
-    vae = read_json(base_model / "vae" / "config.json") or {}
-    return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
 
 
 class Reference:
@@ -4288,10 +4294,7 @@ class Reference:
             check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", may_be_zero=True)
         except TrialFailed:
             return False
-        if not self.inputs.caches_latents:
-            return True
-        trusted, scale = self.inputs.trainer.answer["trusted"], latents_scale(self.inputs.settings.base_model)
-        return Latents(self.inputs.data_set.images, trusted, scale).prepare()
+        return self.inputs.latents is None or self.inputs.latents.prepare()
 
     def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
         """The score's anchors: the base model's own images."""
@@ -4315,22 +4318,20 @@ def printed_batches(training_log: Path) -> int | None:
 
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
-    """Keep the anchors in the study; refuse ones by which scores would not be comparable with the earlier."""
+    """Keep the anchors in the study; RefusedInput if it has others, by which its scores are not comparable."""
     stored = study.user_attrs.get("anchors")
     if stored is None:
         study.set_user_attr("anchors", anchors)
         return
-    moved = fingerprint_differences(_comparable(stored), _comparable(anchors), tolerance=ANCHOR_TOLERANCE)
+    moved = []
+    for name in dict.fromkeys((*stored, *anchors)):
+        tolerance = GREY_TOLERANCE if name == "usable" else ANCHOR_TOLERANCE
+        if name != "data":  # no score depends on it
+            moved += fingerprint_differences(stored.get(name), anchors.get(name), name, tolerance=tolerance)
     if moved:
         differ = f"the score's anchors differ from the study's ({'; '.join(moved[:3])})"
         remedy = "restore reference/, or give another --output-dir"
         raise RefusedInput(f"{differ}: its scores would not be comparable; {remedy}")
-
-
-def _comparable(anchors: Mapping[str, Any]) -> dict[str, Any]:
-    """The anchors that scores depend on, grey values in units of the others' tolerance."""
-    usable = {name: value * ANCHOR_TOLERANCE / GREY_TOLERANCE for name, value in anchors.get("usable", {}).items()}
-    return {name: usable if name == "usable" else value for name, value in anchors.items() if name != "data"}
 
 
 # ======================================================================================================
@@ -4460,26 +4461,22 @@ def _wrong_device(device: str) -> str:
 
 
 def senseless_values(args: argparse.Namespace) -> list[str]:
-    """What the command line asks for that can't be meant."""
-    trials, name, hours, minutes = args.n_trials, args.study_name, args.timeout_hours, args.stall_minutes
-    problems = [_wrong_device(args.device)]
-    if sys.platform == "win32":
-        problems.append("native Windows is not supported; run it in WSL2")
-    if trials is not None and trials < 1:
-        problems.append(f"--n-trials: {trials} is too few; give 1 or more")
-    if trials is not None and trials >= 2**31:
-        problems.append("--n-trials: is too many; give fewer than 2147483648")
-    if hours is not None and not 0 < hours < math.inf:
-        problems.append(f"--timeout: {hours} is no number of hours; give one above 0")
-    if not 0 < minutes < math.inf:
-        problems.append(f"--stall-minutes: {minutes} is no number of minutes; give one above 0")
-    if not 0 <= args.seed < 2**32:
-        problems.append(f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside")
-    if name is not None and not name.strip():
-        problems.append("--study-name: is empty; give a name or leave it out")
-    if name and name != name.encode(errors="replace").decode():
-        problems.append(f"--study-name: {name!r} is not UTF-8; give another name")
-    return list(filter(None, problems))
+    """What is wrong with the command line's values."""
+    trials, hours, minutes = args.n_trials, args.timeout_hours, args.stall_minutes
+    name = args.study_name
+    wrong = {
+        _wrong_device(args.device): True,
+        "native Windows is not supported; run it in WSL2": sys.platform == "win32",
+        f"--n-trials: {trials} is too few; give 1 or more": trials is not None and trials < 1,
+        "--n-trials: is too many; give fewer than 2147483648": trials is not None and trials >= 2**31,
+        f"--timeout: {hours} is no number of hours; give one above 0": hours is not None and not 0 < hours < math.inf,
+        f"--stall-minutes: {minutes} is no number of minutes; give one above 0": not 0 < minutes < math.inf,
+        f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside": not 0 <= args.seed < 2**32,
+        "--study-name: is empty; give a name or leave it out": name is not None and not name.strip(),
+        f"--study-name: {name!r} is not UTF-8; give another name": name
+        and name != name.encode(errors="replace").decode(),
+    }
+    return [problem for problem, holds in wrong.items() if problem and holds]
 
 
 def run_search(settings: Settings, known_problems: Sequence[str], *, only_check: bool = False) -> None:
@@ -4491,31 +4488,31 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         say(str(CheckReport(inputs)))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with locked_folder(settings.output_dir), logging_to(settings.output_dir / LOG_NAME, settings.storage):
+    with FolderLock(settings.output_dir).held(), logging_to(settings.output_dir / LOG_NAME, settings.storage):
         say(str(CheckReport(inputs)))
-        end_left_over_processes(settings.output_dir)
+        for folders in ("trial_*", "reference/**"):  # the lock says that whoever started it has ended
+            for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
+                ChildProcess.end_left_over(file.parent)
         study = open_study(inputs)
         scorer = ScoringProcess(settings.device, settings.stall_minutes)
         script = settings.sd_scripts / "train_network.py"
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
-        with screen.live():
-            show_study(study, settings.n_trials)
-            reference = Reference(inputs)
-            reference.write_inputs()
-            inputs = reference.train_first_step(trainer)
-            study.sampler = inputs.sampler()
-            reference.make_anchors(study, scorer)
-        noted: set[int] = set()
+        notes = Notes(study)
 
         def before_trial() -> None:
-            check_room(settings.output_dir, inputs.largest_trial_bytes(), SearchStopped)
+            Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), SearchStopped)
             with only_warning(f"not all of {settings.results} is written"):
-                write_results(study, settings.output_dir)
+                Results(study, settings.output_dir).write()
             with only_warning("the notes for optuna-dashboard are not all written"):
-                write_notes(study, noted)
+                notes.write()
 
-        objective = LoraObjective(settings, inputs.options, trainer, scorer)
-        ours = Study(study, settings, objective, started, before_trial)
+        ours = Study(study, settings, LoraObjective(settings, inputs.options, trainer, scorer), started, before_trial)
+        with screen.live():
+            ours.show()
+            reference = Reference(inputs)
+            reference.write_inputs()
+            study.sampler = reference.train_first_step(trainer).sampler()
+            reference.make_anchors(study, scorer)
         ours.enqueue(inputs.enqueued)
         try:
             with screen.live():
@@ -4572,15 +4569,17 @@ def run_report(args: argparse.Namespace) -> None:
 def show_results(study: optuna.Study, output_dir: Path) -> None:
     """The table first: a disk that is full must not hide it, nor why the search ended."""
     say(describe_study(study))
+    results = Results(study, output_dir)
     try:
-        write_results(study, output_dir)
-        if scored_trials(study):
-            say(describe_best(study, output_dir))
+        results.write()
+        if results.ranked:
+            say(results.describe_best())
     except (OSError, SearchStopped) as error:
-        say(f"\nwarning: not all of {output_dir / 'results'} is written: {one_line(error)}")
+        say(f"\nwarning: not all of {results.folder} is written: {one_line(error)}")
     with only_warning("optuna-dashboard does not show all notes and contact sheets"):
-        write_notes(study, set())
-        restore_artifacts(study, output_dir)
+        Notes(study).write()
+        for trial in results.ranked:
+            ContactSheet(folder_of(trial, output_dir)).restore(trial, study._storage, output_dir / ARTIFACTS)
 
 
 def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
@@ -4592,7 +4591,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, own):
             raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
-    problems, above = senseless_values(args), nearest_folder(args.output_dir)
+    problems, above = senseless_values(args), Disk(args.output_dir).nearest
     if not above.is_dir():
         problems.append(f"--output-dir: {above} is a file; give another folder")
     if problems:
@@ -4616,7 +4615,7 @@ def run(args: argparse.Namespace) -> None:
             raise RefusedInput(wrong)
         folder = args.score.resolve()
         find_what_to_score(folder)  # before a lock is made where it has no place
-        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else locked_folder(folder.parent):
+        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else FolderLock(folder.parent).held():
             score_folder(folder, args.device)
     elif args.report:
         run_report(args)
@@ -4641,9 +4640,9 @@ def without_storage(argv: Sequence[str] | None) -> list[str]:
     for number, word in enumerate(words):
         flag, _, url = word.partition("=")
         if flag == "--storage" and url:
-            words[number] = f"{flag}={show_storage(url)}"
+            words[number] = f"{flag}={Storage(url).shown}"
         elif word == "--storage":
-            words[number + 1] = show_storage(words[number + 1])
+            words[number + 1] = Storage(words[number + 1]).shown
     return words
 
 

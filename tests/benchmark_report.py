@@ -84,16 +84,17 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     link_study(source, target, best)
     copy, trial_id = before_the_last(study, best, target)
     search.Report(copy, target).write()
-    noted: set[int] = set()
-    search.write_notes(copy, noted)
+    notes = search.Notes(copy)
+    notes.write()
     folder = search.folder_of(best, target)
-    spent = {"contact sheet": seconds(search.make_contact_sheet, folder)}
+    sheet = search.ContactSheet(folder)
+    spent = {"contact sheet": seconds(sheet.make)}
     trial = optuna.Trial(copy, trial_id)
-    spent["upload"] = seconds(search.upload_contact_sheet, trial, folder)
-    assert len(search.contact_sheets(trial, copy._storage)) == 1
+    spent["upload"] = seconds(sheet.attach_to, trial)
+    assert len(sheet.attached_to(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
     spent["page"] = seconds(search.Report(copy, target).write)
-    spent["notes"] = seconds(search.write_notes, copy, noted)
+    spent["notes"] = seconds(notes.write)
     return spent
 
 

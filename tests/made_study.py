@@ -106,7 +106,7 @@ def make_study(
     all_ends = [ends.get(number, "scored") for number in range(trials)]
     with (
         quiet(Artist(picture_size, distinct=distinct_pictures)),
-        search.locked_folder(output_dir),
+        search.FolderLock(output_dir).held(),
         search.logging_to(output_dir / search.LOG_NAME, ""),
     ):
         run_search(settings, all_ends)
@@ -190,10 +190,9 @@ def read_inputs(settings: search.Settings) -> search.Inputs:
     data_set = demo_world.read_data_set(settings.dataset_config, options)
     base_model = search.BaseModel.inspect(settings.base_model)
     plan = search.make_plan(settings, data_set, scoring, options)
-    fingerprint = search.make_fingerprint(settings, options, data_set, base_model, plan)
     answer = {"torch": "2.6.0+cu124", "bitsandbytes": True, "packages": ["", 0], "key": ""}
     trainer = search.TrainerFacts("v0.10.0 (made)", "NVIDIA GeForce RTX 4080", answer)
-    return search.Inputs(settings, options, data_set, base_model, plan, trainer, [], fingerprint, None)
+    return search.Inputs(settings, options, data_set, base_model, plan, trainer, [], None)
 
 
 # --- the run ---

@@ -520,14 +520,14 @@ def test_knows_the_file_system_of_a_folder(
     (top / folder[1:]).mkdir(parents=True)
     mounts = [SimpleNamespace(mountpoint=f"{top}{point}".rstrip("/"), fstype=kind) for point, kind in MOUNTS.items()]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    assert search.file_system_of(top / folder[1:] / "new") == kind
+    assert search.Disk(top / folder[1:] / "new").file_system == kind
     assert (kind in search.NOT_LOCAL) == warned
 
 
 def test_a_network_share_is_warned_of(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kind = search.file_system_of(tmp_path)
+    kind = search.Disk(tmp_path).file_system
     monkeypatch.setitem(search.NOT_LOCAL, kind, "a Windows drive")
     assert search.main([*command(), "--check"]) == 0
     said = capsys.readouterr().out
@@ -537,11 +537,11 @@ def test_a_network_share_is_warned_of(
 def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     settings = search.read_settings(search.make_parser().parse_args(command()))[0]
     inputs = search.check_inputs(settings)
-    search.check_room(settings.output_dir, inputs.largest_trial_bytes(), search.SearchStopped)
+    search.Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), search.SearchStopped)
     huge = {"name": "p", "width": 10**9, "height": 10**9}
     inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
     with pytest.raises(search.SearchStopped, match=r"B are free in .*; make room"):
-        search.check_room(settings.output_dir, inputs.largest_trial_bytes(), search.SearchStopped)
+        search.Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), search.SearchStopped)
 
 
 def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(

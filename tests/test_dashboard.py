@@ -153,13 +153,13 @@ def test_a_note_that_the_user_has_edited_is_left_alone(tmp_path: Path) -> None:
     study = open_study(settings)
     trial = optuna.Trial(study, study.get_trials()[0]._trial_id)
     save_note(trial, "my favourite")
-    search.write_notes(study, set())
+    search.Notes(study).write()
     assert get_note(trial) == "my favourite" and "1 of 1 trials trained" in get_note(study)
     study.set_user_attr("n_trials", 9)
-    search.write_notes(study, set())
+    search.Notes(study).write()
     assert "1 of 9 trials trained" in get_note(study)
     save_note(study, "mine")
-    search.write_notes(study, set())
+    search.Notes(study).write()
     assert get_note(study) == "mine"
 
 
@@ -233,8 +233,9 @@ def sheet_of(tmp_path: Path, prompts: list[str] = PROMPTS, **scoring: Any) -> tu
     folder.mkdir()
     write_plan(tmp_path, prompts)
     score_with_pictures(folder, **scoring)
-    file = search.make_contact_sheet(folder)
-    return file, Image.open(file).convert("RGB")
+    sheet = search.ContactSheet(folder)
+    sheet.make()
+    return sheet.file, Image.open(sheet.file).convert("RGB")
 
 
 def test_the_sheet_has_a_row_a_checkpoint_and_the_plain_prompts_last(tmp_path: Path) -> None:
@@ -311,5 +312,5 @@ def test_the_best_lora_is_not_written_again_when_it_is_the_same(tmp_path: Path) 
     settings = searched(tmp_path)
     copy = settings.output_dir / "results" / "best_lora.safetensors"
     before = copy.stat()
-    search.write_results(open_study(settings), settings.output_dir)
+    search.Results(open_study(settings), settings.output_dir).write()
     assert copy.stat().st_ino == before.st_ino and copy.stat().st_mtime_ns == before.st_mtime_ns

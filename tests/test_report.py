@@ -707,7 +707,7 @@ def test_the_page_is_written_though_the_best_trials_folder_is_gone(small: Path) 
     shutil.rmtree(search.folder_of(search.scored_trials(study_in(small))[0], small))
     page_of(small).unlink()
     with pytest.raises(search.SearchStopped):
-        search.write_results(study_in(small), small)
+        search.Results(study_in(small), small).write()
     assert "with the best LoRA" in Shown(page_of(small)).missing[0]
 
 
@@ -758,6 +758,6 @@ def test_only_folders_of_an_earlier_best_that_were_used_are_kept(small: Path) ->
     used.mkdir()
     empty.mkdir()
     (used / "lora.safetensors").touch()
-    search.write_results(study_in(small), small)
+    search.Results(study_in(small), small).write()
     best = search.scored_trials(study_in(small))[0].user_attrs["folder"]
     assert {path.name for path in used.parent.glob("retrained_*")} == {used.name, f"retrained_{best}"}

@@ -204,7 +204,7 @@ def test_the_best_lora_is_found_in_the_folder_of_the_program_that_made_it(tmp_pa
     output_dir = there.output_dir
     if moved:
         output_dir = there.output_dir.rename(tmp_path / "elsewhere")
-    search.write_results(study, output_dir if moved else here.output_dir)
+    search.Results(study, output_dir if moved else here.output_dir).write()
     results = (output_dir if moved else here.output_dir) / "results"
     assert tensor_bytes(results / "best_lora.safetensors") == b"trial_0001"
     assert search.read_json(results / "best_parameters.json")["trial"] == 1
@@ -268,7 +268,7 @@ def test_a_study_without_a_score_says_so_and_why(tmp_path: Path) -> None:
     with pytest.raises(search.SearchStopped):
         run(settings, [failing(search.TrialFailed("no such card"))] * 3)
     study = open_study(settings)
-    search.write_results(study, settings.output_dir)
+    search.Results(study, settings.output_dir).write()
     said = search.describe_study(study)
     assert said.startswith("Nothing was scored yet in study 'test': ")
     assert "1 crashed, 1 interrupted" in said and "The last one: no such card" in said

@@ -227,18 +227,18 @@ CAPTIONS = [f"luca, a boy, scene {number}" for number in range(12)]
     ],
 )
 def test_finds_the_subject(captions: list[str], class_tokens: str | None, given: str | None, subject: str) -> None:
-    assert search.find_subject(captions, class_tokens, given) == subject
+    assert search.Captions(captions).find_subject(class_tokens, given) == subject
 
 
 def test_a_subject_that_no_caption_holds_is_refused() -> None:
     with pytest.raises(search.RefusedInput, match="'nobody' stands in no caption"):
-        search.find_subject(CAPTIONS, "luca", "nobody")
+        search.Captions(CAPTIONS).find_subject("luca", "nobody")
 
 
 @pytest.mark.parametrize("captions", [["a boy", "a girl"], [" , "], []])
 def test_asks_for_the_subject_where_captions_share_no_tag(captions: list[str]) -> None:
     with pytest.raises(search.RefusedInput, match="give the subject's name"):
-        search.find_subject(captions, None, None)
+        search.Captions(captions).find_subject(None, None)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_asks_for_the_subject_where_captions_share_no_tag(captions: list[str]) -
     ],
 )
 def test_takes_the_subject_out_of_a_prompt(prompt: str, text: str) -> None:
-    assert search.Subject("luca").left_out_of(prompt) == text
+    assert search.Subject("luca").removed_from(prompt) == text
 
 
 def settings_of_configs() -> search.ScoringSettings:
@@ -897,7 +897,7 @@ def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it
     output_dir: Path, anchors: dict[str, Any]
 ) -> None:
     folder = make_trial(output_dir, "trial_0004", [1.0], 2)
-    with search.locked_folder(output_dir):
+    with search.FolderLock(output_dir).held():
         status, said = run_score(folder)
         assert status == 2 and said.count("\n") == 1 and f"{output_dir} is in use by process {os.getpid()} " in said
         assert not (folder / "metrics.json").exists()

@@ -948,7 +948,7 @@ def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_dat
     with pytest.raises(Killed):
         run(guest, [failing(Killed())])
     ours = study_of(owner)
-    with search.locked_folder(guest.output_dir):
+    with search.FolderLock(guest.output_dir).held():
         ours.adopt()
         assert ours.study.get_trials()[0].user_attrs["output_dir"] == str(guest.output_dir)
     ours.adopt()
@@ -1065,7 +1065,7 @@ def test_looking_for_a_study_makes_no_database(tmp_path: Path) -> None:
     ],
 )
 def test_of_an_address_only_what_is_no_secret_is_shown(address: str, shown: str) -> None:
-    assert search.show_storage(address) == shown
+    assert search.Storage(address).shown == shown
 
 
 def test_what_a_server_says_is_shown(tmp_path: Path) -> None:
@@ -1099,38 +1099,39 @@ def test_what_a_killed_program_had_not_committed_is_rolled_back(tmp_path: Path) 
     )
     subprocess.run([sys.executable, "-c", code, str(database)])
     assert database.with_name(f"{database.name}-journal").stat().st_size > 0
-    assert search.find_study(settings) is not None
+    assert search.InputChecks(settings).study() is not None
     assert len(optuna.get_all_study_names(settings.storage)) == 1
 
 
 def test_asking_whether_a_folder_is_locked_only_looks(tmp_path: Path) -> None:
-    assert not search.is_locked(tmp_path) and not search.is_locked(tmp_path / "nowhere")
+    lock, nowhere = search.FolderLock(tmp_path), search.FolderLock(tmp_path / "nowhere")
+    assert not lock.is_held() and not nowhere.is_held()
     assert list(tmp_path.iterdir()) == []
-    with search.locked_folder(tmp_path):
-        assert search.is_locked(tmp_path)
-    lock = tmp_path / ".lock"
-    lock.write_text("process 7 on elsewhere")
-    os.utime(lock, (1, 1))
-    assert not search.is_locked(tmp_path)
-    assert lock.read_text() == "process 7 on elsewhere" and lock.stat().st_mtime == 1
+    with lock.held():
+        assert lock.is_held()
+    file = tmp_path / ".lock"
+    file.write_text("process 7 on elsewhere")
+    os.utime(file, (1, 1))
+    assert not lock.is_held()
+    assert file.read_text() == "process 7 on elsewhere" and file.stat().st_mtime == 1
 
 
 def test_a_folder_belongs_to_one_program(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib, optuna_hyperparameter_search as s\n"
-        "with s.locked_folder(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+        "with s.FolderLock(pathlib.Path(sys.argv[1])).held():\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     holder = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with (
         pytest.raises(search.RefusedInput, match=f"in use by process {holder.pid} on "),
-        search.locked_folder(tmp_path),
+        search.FolderLock(tmp_path).held(),
     ):
         pass
     holder.kill()
     holder.wait()
-    with search.locked_folder(tmp_path):
+    with search.FolderLock(tmp_path).held():
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
@@ -1177,14 +1178,14 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     search.write_json(settings.reference / "plan.json", {"study": "the first"})
     with pytest.raises(search.RefusedInput, match="holds study 'the first'"):
-        search.check_output_folder(settings, None)
+        search.InputChecks(settings).folder(None)
 
 
 def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     (settings.output_dir / "trial_0003").mkdir()
     with pytest.raises(search.RefusedInput, match="not of this study"):
-        search.check_output_folder(settings, None)
+        search.InputChecks(settings).folder(None)
 
 
 # --- enqueueing --------------------------------------------------------------------------------------
