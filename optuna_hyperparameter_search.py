@@ -2818,6 +2818,7 @@ def trial_folder(output_dir: Path, number: int) -> Path:
 
 SQLITE_LOCK_SECONDS = 60
 EQUAL_FAILURES = 3
+INTERRUPTED = "interrupted"  # the `ended` of a RUNNING trial on which no program works, and of one that was given up
 POLL_SECONDS = 10
 UNCLAIMED_SECONDS = 600  # claiming takes milliseconds; clocks of machines that share a study may differ
 KEPT_TRIALS = 10  # whose best checkpoint is kept
@@ -3128,7 +3129,7 @@ class Study:
         return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
 
     def _is_at_work(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != "interrupted"
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
 
     def adopt(self) -> None:
         """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
@@ -3165,7 +3166,7 @@ class Study:
     def _close(self, trial: optuna.Trial, reason: str) -> None:
         """Close a trial that is not continued; a user's own parameters are enqueued again."""
         say(f"Trial {trial.number} is closed: {reason}.")
-        self.finish(trial, "interrupted", reason, TrialState.FAIL)
+        self.finish(trial, INTERRUPTED, reason, TrialState.FAIL)
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
         if fixed := fixed_params(frozen):
             mark = {name: value for name, value in frozen.user_attrs.items() if name == "enqueued"}
@@ -3174,7 +3175,7 @@ class Study:
     def enqueue(self, tables: Sequence[Params]) -> None:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
         trials = self.study.get_trials(deepcopy=False)
-        closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == "interrupted"}
+        closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == INTERRUPTED}
         known = {trial.user_attrs.get("enqueued") for trial in trials if trial.number not in closed}
         for table in tables:
             mark = digest(json.dumps(table, sort_keys=True))[:16]
@@ -3196,7 +3197,7 @@ class Study:
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
         trial = optuna.Trial(self.study, left_over._trial_id)
-        was_paused = left_over.user_attrs.get("ended") in ("interrupted", "returning")
+        was_paused = left_over.user_attrs.get("ended") in (INTERRUPTED, "returning")
         if was_paused:
             trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
         if self._close_surplus(trial, was_paused=was_paused):
@@ -3240,6 +3241,7 @@ class Study:
         self.show()
         waited = (trial.user_attrs.get("waited_seconds") or 0.0) + time.monotonic() - self.idle_since
         trial.set_user_attr("waited_seconds", round(waited, 1))
+        trial.set_user_attr("began", time.time())  # this attempt of it
         try:
             value = self.objective(trial)
         except optuna.TrialPruned as pruned:
@@ -3298,7 +3300,7 @@ class Study:
             if self._is_scored(trial):
                 self.run_trial(trial)
             else:
-                trial.set_user_attr("ended", "interrupted")
+                trial.set_user_attr("ended", INTERRUPTED)
                 say(f"Trial {trial.number} was interrupted; the same command continues it.")
 
     def _stop_after_equal_failures(self) -> None:
@@ -3364,10 +3366,12 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     if not scored:
         return None
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    began = [trial.datetime_start for trial in trials if trial.state == TrialState.RUNNING and trial.datetime_start]
-    used = [(datetime.datetime.now(start.tzinfo) - start).total_seconds() for start in began]
+    at_work = [
+        t.user_attrs for t in trials if t.state == TrialState.RUNNING and t.user_attrs.get("ended") != INTERRUPTED
+    ]
+    used = [time.time() - attrs["began"] for attrs in at_work if "began" in attrs]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
-    return max(0.0, float(ahead)) / max(1, len(began))
+    return max(0.0, float(ahead)) / max(1, len(used))
 
 
 def format_seconds(seconds: float) -> str:

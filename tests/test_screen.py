@@ -467,7 +467,7 @@ def test_a_users_scoring_shows_one_bar_that_is_cleanly_overwritten(monkeypatch: 
 
 def trial_of(state: TrialState, used: float = 0.0, training: float = 60.0) -> FrozenTrial:
     """A trial that began so many seconds ago, or that took 40 s to score."""
-    attrs = {"ended": "scored", "training_seconds": training, "scoring_seconds": 40.0}
+    attrs = {"training_seconds": training, "scoring_seconds": 40.0, "began": time.time() - used}
     began = datetime.datetime.now() - datetime.timedelta(seconds=used)
     over = None if state == TrialState.RUNNING else began
     return FrozenTrial(0, state, 0.5, began, over, {}, {}, attrs, {}, {}, 0)
@@ -480,7 +480,9 @@ def trial_of(state: TrialState, used: float = 0.0, training: float = 60.0) -> Fr
 def test_the_end_is_as_far_as_usual_trials_take(trials: int, used: list[float], left: float) -> None:
     scored = [trial_of(TrialState.COMPLETE, training=seconds) for seconds in (10.0, 60.0, 900.0)]
     running = [trial_of(TrialState.RUNNING, seconds) for seconds in used]
-    assert search.seconds_left(scored + running, 3 + trials) == pytest.approx(left, abs=1)
+    paused = trial_of(TrialState.RUNNING, 50)  # whose program was stopped
+    paused.user_attrs["ended"] = "interrupted"
+    assert search.seconds_left([*scored, *running, paused], 3 + trials) == pytest.approx(left, abs=1)
 
 
 def test_help_imports_no_rich() -> None:
