@@ -3366,10 +3366,8 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     if not scored:
         return None
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    at_work = [
-        t.user_attrs for t in trials if t.state == TrialState.RUNNING and t.user_attrs.get("ended") != INTERRUPTED
-    ]
-    used = [time.time() - attrs["began"] for attrs in at_work if "began" in attrs]
+    running = [trial.user_attrs for trial in trials if trial.state == TrialState.RUNNING]
+    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs and attrs.get("ended") != INTERRUPTED]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
     return max(0.0, float(ahead)) / max(1, len(used))
 
