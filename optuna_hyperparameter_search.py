@@ -165,7 +165,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupt(number: int, _frame: Any = None) -> None:
-    """The handler of signals. It names every signal but that of Ctrl-C, which the user knows."""
+    """The handler of signals, which names all but Ctrl-C. A second one cuts short what the first waits for."""
     raise Interrupted(signal.Signals(number).name) if number != signal.SIGINT else Interrupted
 
 
@@ -367,7 +367,7 @@ def digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-def digest_of_weights(path: Path) -> str:
+def quick_digest(path: Path) -> str:
     """A quick digest of a large file: its size, its first mebibyte (a safetensors header) and 16 samples."""
     size = path.stat().st_size
     sha = hashlib.sha256(str(size).encode())
@@ -543,7 +543,7 @@ class ScoringSettings:
 
 
 # Options that a fixed training config must not hold, and why.
-FORBIDDEN_TRAINING_KEYS: dict[str, str] = {
+REFUSED_OPTIONS: dict[str, str] = {
     key: table["why"]
     for table in toml.loads((HERE / "configs" / "refused_options.toml").read_text(encoding="utf-8"))["refused"]
     for key in table["options"].split()
@@ -572,7 +572,7 @@ def load_training_options(path: Path) -> dict[str, Any]:
         given.update(value if isinstance(value, dict) else {key: value})
     options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
     for key, value in given.items():
-        if value == [] or (key in FORBIDDEN_TRAINING_KEYS and (value is False or value == "")):
+        if value == [] or (key in REFUSED_OPTIONS and (value is False or value == "")):
             continue  # kohya's GUI and others save every option, set or not
         is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110 - Path raises
         options[key] = str(Path(value).resolve()) if is_path else value  # the config is used from other folders too
@@ -583,8 +583,8 @@ def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | N
     """The fixed kohya options. `known` are those of the trainer's parser; RefusedInput lists all that are wrong."""
     options, problems = load_training_options(path), []
     for key, value in options.items():
-        if key in FORBIDDEN_TRAINING_KEYS:
-            problems.append(f"'{key}' in {path} {FORBIDDEN_TRAINING_KEYS[key]}")
+        if key in REFUSED_OPTIONS:
+            problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
         elif known is not None and key not in known:
             problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, known)}")
         elif wrong := _wrong_option(key, value, known[key] if known else {}):
@@ -924,7 +924,7 @@ class BaseModel:
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
         shapes = [entry["shape"] for key, entry in headers.items() if re.search(_MODELS["layers"]["lora"], key)]
         per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
-        return cls(real, "SD1.x", digest("".join(map(digest_of_weights, files))), per_dim)
+        return cls(real, "SD1.x", digest("".join(map(quick_digest, files))), per_dim)
 
     @staticmethod
     def name_in_file(key: str) -> str:
@@ -1695,15 +1695,8 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
 PROBE_SECONDS = 900.0  # imports PyTorch, reads every picture's size
-# For a training of one step, with a small LoRA.
-FIRST_STEP_PARAMS = Params(
-    network_dim=4,
-    network_alpha=1,
-    learning_rate=1e-5,
-    optimizer_type="AdamW",
-    lr_scheduler="constant",
-    max_train_steps=1,
-)
+# For a training of one step: a small LoRA, and kohya's defaults for the rest.
+FIRST_STEP_PARAMS: Params = {"network_dim": 4, "learning_rate": 1e-5, "optimizer_type": "AdamW", "max_train_steps": 1}
 
 
 @dataclass(frozen=True)
@@ -1741,7 +1734,7 @@ class Probe:
             raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
-        about += [dict(self.options), str(self.base_model), self.data_set, self._files()]
+        about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files()]
         key = digest(json.dumps(about, default=str))
         known = read_json(cache) if cache else None
         is_same = known and known["key"] == key and self._has_packages(*known["answer"]["packages"])
@@ -1763,7 +1756,7 @@ class Probe:
                 return f"{output.strip()} ({content})" if status == 0 else content
         return content
 
-    def _files(self) -> list[Any]:
+    def _data_set_files(self) -> list[Any]:
         """Name, size and time of each file of the data set, but of no cached latents."""
         subsets = [subset for dataset in self.data_set["datasets"] for subset in dataset["subsets"]]
         places = sorted({str(subset.get(key, "")) for subset in subsets for key in _FOLDERS})
@@ -3742,7 +3735,7 @@ class Inputs:
     def fingerprint(self) -> dict[str, Any]:
         """All that a study's scores depend on, by name. A resumed study must have the same."""
         captions = [(image.path.name, *image.captions) for image in self.data_set.images]
-        pictures = [(image.path.name, digest_of_weights(image.path)) for image in self.data_set.images]
+        pictures = [(image.path.name, quick_digest(image.path)) for image in self.data_set.images]
         folders = {str(image.path.parent) for image in self.data_set.images}
         without_folders = json.dumps(self.data_set.config)
         for folder in sorted(folders, key=len, reverse=True):
@@ -3755,7 +3748,7 @@ class Inputs:
         encoders = {}
         for name in ("dinov2", "clip"):  # a folder is known by its weights, wherever they lie
             files = sorted(Path(self.plan["encoders"][name]).glob("*.safetensors"))
-            weights = digest("".join(map(digest_of_weights, files)))[:16]
+            weights = digest("".join(map(quick_digest, files)))[:16]
             encoders[name] = f"files {weights}" if files else self.plan["encoders"][name]
         return {
             STUDY_FORM[0]: STUDY_FORM[1],
@@ -3872,7 +3865,7 @@ class InputChecks:
 
     def ask_trainer(self, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
         settings = self.settings
-        fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in FORBIDDEN_TRAINING_KEYS}
+        fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
         cache = settings.output_dir and not afresh and settings.reference / ANSWER_NAME
         device = "cpu" if _wrong_device(settings.device) else settings.device
         where = (settings.sd_scripts, settings.trainer_python, device)

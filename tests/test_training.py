@@ -89,7 +89,7 @@ def test_every_key_that_is_written_is_an_option_of_the_real_trainer() -> None:
     for params in (PARAMS, search.FIRST_STEP_PARAMS):
         written = search.trial_config(params, fixed, Path("/m"), Path("/d"), Path("/o"))
         assert written.keys() <= options.keys()
-    assert search.FORBIDDEN_TRAINING_KEYS.keys() <= options.keys()
+    assert search.REFUSED_OPTIONS.keys() <= options.keys()
 
 
 # --- progress ----------------------------------------------------------------------------------------
