@@ -1707,6 +1707,12 @@ class TrainerFacts:
     device_name: str  # "cpu", or the card's
     answer: dict[str, Any]  # of the probe, as configs/kohya_probe.py describes it
 
+    def can_train(self, params: Mapping[str, Any]) -> bool:
+        """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
+        return params.get("optimizer_type") != "AdamW8bit" or (
+            self.answer["bitsandbytes"] and self.device_name != "cpu"
+        )
+
     def check_card(self, settings: Settings) -> None:
         if not self.device_name:
             why = f"PyTorch {self.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
@@ -1801,8 +1807,6 @@ class Probe:
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
 FIRST_SEEDS = {"screen": 1001, "confirm": 2001}  # the two stages, under their names in all files
-# Keys of the plan that may differ between machines or runs of one study; the encoders have a fingerprint of their own.
-NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
 # Tags of quality, rating, number, view and looks: none of them is a name.
 _COMMON_LINES = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
 COMMON_TAGS = re.compile("|".join(fnmatch.translate(line) for line in _COMMON_LINES if line and line[0] != "#"))
@@ -2810,9 +2814,9 @@ def trial_folder(output_dir: Path, number: int) -> Path:
 # ======================================================================================================
 
 SQLITE_LOCK_SECONDS = 60
-EQUAL_FAILURES = 3
+EQUAL_FAILURES = 3  # in a row stop the search
 INTERRUPTED = "interrupted"  # the `ended` of a RUNNING trial on which no program works, and of one that was given up
-POLL_SECONDS = 10
+POLL_SECONDS = 10  # between looks at the trials of other programs
 UNCLAIMED_SECONDS = 600  # claiming takes milliseconds; clocks of machines that share a study may differ
 KEPT_TRIALS = 10  # whose best checkpoint is kept
 ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by less
@@ -2945,7 +2949,7 @@ def load_study(storage: str, study_name: str) -> optuna.Study | None:
     with database.refusing():
         for place in (database.file, database.file.parent) if database.file else ():
             if place.exists() and not os.access(place, os.W_OK):
-                raise RefusedInput(f"--storage: this user can't write {database.shown}; give another file")
+                raise RefusedInput(f"--storage: {database.shown} is not for this user to write; give another file")
         tables = database.tables()
         if database.file and tables and not tables >= {"studies", "trials", "version_info"}:
             raise ValueError("it is the database of another program")
@@ -3048,7 +3052,7 @@ def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
-def folder_of(trial: FrozenTrial, output_dir: Path) -> Path:
+def find_trial_folder(trial: FrozenTrial, output_dir: Path) -> Path:
     """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
     here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
     return there if there.is_dir() and not here.is_dir() else here
@@ -3315,6 +3319,8 @@ class Study:
             said = "three trials in a row ended alike, so it is the set-up and not the parameters"
             raise SearchStopped(f"{said}: {last[-1][1]}; mend that and give the same command again")
 
+    # --- what is shown, and what is kept ---
+
     def show(self) -> None:
         """Show in the live region how far the study is."""
         if not screen.is_live:
@@ -3382,7 +3388,7 @@ ALPHA_BANDS = {  # the guide's, with the shares of the trials that it expects
     "mid alpha (0.45-0.70)": (MID_ALPHA, "40%"),
     "high alpha (0.75-0.90)": (HIGH_ALPHA, "30%"),
 }
-# The table's columns: a head, and what stands below it of a trial's facts.
+# The table's columns: the head, and how a trial's facts are formatted below it.
 TABLE = """
     trial={trial:5d} score={score:.4f} fidel.={fidelity:6.3f} text={text:.3f} pres.={preservation:.3f}
     var.={variety:.3f} usable={usable:6.3f} epoch={best_epoch:2d}/{max_train_epochs} learning_rate={learning_rate:13.2e}
@@ -3412,7 +3418,7 @@ def facts_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]:
-    """The guide's expected improvements: name, part and whole as this study measured them, and the target."""
+    """The guide's expected improvements: name, the part and the whole that this study measured, and the target."""
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     proposals = [t.user_attrs.get("ended") for t in trials if "enqueued" not in t.user_attrs]
     trained = [facts_of(t) for t in trials if is_trained(t)]
@@ -3475,7 +3481,7 @@ class Results:
             f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}\n"
             f"  the LoRA        {self.folder / 'best_lora.safetensors'}\n"
             f"  its settings    {self.folder / 'best_config.toml'}\n"
-            f"  its pictures    {folder_of(best, self.output_dir) / 'scores' / 'confirm'}\n"
+            f"  its pictures    {find_trial_folder(best, self.output_dir) / 'scores' / 'confirm'}\n"
             f"  base model's    {self.output_dir / 'reference' / 'confirm'}\n"
             f"  all trials      {self.folder / 'trials.csv'}\n"
             f"  why, to look at {self.folder / REPORT_NAME}"
@@ -3492,7 +3498,7 @@ class Results:
 
     def write_best(self, best: FrozenTrial) -> None:
         """The best LoRA, its parameters, and the config that trains it again. SearchStopped if its files are gone."""
-        attrs, folder = best.user_attrs, folder_of(best, self.output_dir)
+        attrs, folder = best.user_attrs, find_trial_folder(best, self.output_dir)
         checkpoint = folder / attrs["checkpoint"]
         if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
             raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
@@ -3506,7 +3512,7 @@ class Results:
         self.write_best_config(best, folder)
 
     def write_best_config(self, best: FrozenTrial, folder: Path) -> None:
-        """The best trial's config, to be run anew in a folder of its own with a data set config of its own."""
+        """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
         config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         retrained = self.folder / f"retrained_{folder.name}"
         for earlier in self.folder.glob("retrained_trial_*"):
@@ -3555,7 +3561,7 @@ def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
 
 
 class Report:
-    """results/report.html: a page that needs no network, in any state of the study. Its pictures lie in the folders."""
+    """results/report.html: a page that needs no network. Its pictures stay where they are."""
 
     def __init__(self, study: optuna.Study, output_dir: Path) -> None:
         self.study, self.output_dir = study, output_dir
@@ -3591,8 +3597,8 @@ class Report:
         write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
 
     def entry(self, trial: FrozenTrial) -> dict[str, Any]:
-        """A scored trial: its row of the leaderboard, and what it shows when it is opened."""
-        folder = folder_of(trial, self.output_dir)
+        """A scored trial: its row in the leaderboard, and its details."""
+        folder = find_trial_folder(trial, self.output_dir)
         metrics = read_json(folder / "metrics.json") or {}
         epochs, copies = metrics.get("screen", []), metrics.get("copies", {}).get("images", [])
         loss = loss_curve(folder / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
@@ -3605,12 +3611,12 @@ class Report:
         return {**facts_of(trial), "folder": folder, "copies": len(copies), "epochs": epochs, "curves": curves}
 
     def plots(self) -> dict[str, Any]:
-        """Plotly figures by their titles: Optuna's own if they can be drawn yet, and two of the guide's questions."""
+        """Plotly figures by title: Optuna's own where they can be drawn, and two for the guide's questions."""
         from optuna import importance, visualization
 
         figures = {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental in 4.x, and too few trials of a kind, which the page says
+            warnings.simplefilter("ignore")  # experimental in 4.x; few trials, which the page says too
             evaluator = importance.PedAnovaImportanceEvaluator()
             for title, draw, options in (
                 ("History of the best", visualization.plot_optimization_history, {}),
@@ -3623,7 +3629,7 @@ class Report:
         return {title: json.loads(figure.to_json()) for title, figure in figures.items()}
 
     def plots_by_band(self) -> dict[str, Any]:
-        """Scores against what a step moves the weights by, and scores of the guide's alpha bands."""
+        """Two figures: scores by how far a step moves the weights, and scores by the guide's alpha bands."""
         from plotly.graph_objects import Figure
 
         by_rate, by_band = Figure(), Figure()
@@ -3702,6 +3708,8 @@ class Notes:
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
+# Keys of the plan that may differ on a resume. Base model, encoders and images are known by their content instead.
+NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
 
 
 @dataclass(frozen=True)
@@ -3776,10 +3784,10 @@ class Inputs:
         return {**about, "Optuna": optuna.__version__}
 
     def can_train(self, params: Mapping[str, Any]) -> bool:
-        return can_train_with(self.trainer, params)
+        return self.trainer.can_train(params)
 
     def prefers(self, params: Params) -> bool:
-        """A warm-up as long as the whole run would never reach the learning rate that was asked for."""
+        """Whether the warm-up ends before the run does: else the learning rate asked for is never reached."""
         return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
 
     def sampler(self) -> FeasibleTPESampler:
@@ -3797,24 +3805,17 @@ class Inputs:
         return (self.checkpoints(epochs) * pixels["screen"] + pixels["confirm"]) * PNG_BYTES_PER_PIXEL
 
     def largest_trial_bytes(self) -> float:
-        """Disk for a trial while it runs: all checkpoints of the largest network_dim, and its pictures."""
+        """On disk while a trial runs: all checkpoints of the largest network_dim, and its pictures."""
         dim, epochs = (max(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
         return self.checkpoints(epochs) * self.checkpoint_bytes(dim) + self.image_bytes(epochs)
 
     def needed_bytes(self) -> float:
-        """Disk for what the trials still to train leave, by the search space's means, and for the largest of them."""
+        """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
         left = self.trials_left
         dim, epochs = (float(np.mean(SEARCH_SPACE[name].choices)) for name in ("network_dim", "max_train_epochs"))
         kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * self.checkpoints(epochs)
         after = kept * self.checkpoint_bytes(dim) + left * self.image_bytes(epochs)
         return after + (self.largest_trial_bytes() if left else 0)
-
-
-def can_train_with(trainer: TrainerFacts | None, params: Mapping[str, Any]) -> bool:
-    """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
-    if trainer is None or params.get("optimizer_type") != "AdamW8bit":
-        return True
-    return trainer.answer["bitsandbytes"] and trainer.device_name != "cpu"
 
 
 def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
@@ -3854,9 +3855,6 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     return inputs
 
 
-SCORING_TOOLS = ("torch", "diffusers", "transformers", "peft", "safetensors")
-
-
 class InputChecks:
     """Checks of one command line's settings; each raises RefusedInput."""
 
@@ -3878,12 +3876,12 @@ class InputChecks:
             raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
 
     def scoring_tools(self) -> None:
-        tools = (*SCORING_TOOLS, "PIL", "optuna_dashboard", "rich", "jinja2", "plotly", "psutil")
-        if missing := [name for name in tools if importlib.util.find_spec(name) is None]:
+        tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
+        if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
             raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
 
     def encoders(self, scoring: ScoringSettings) -> None:
-        """Each is a folder, or cached, or on a hub in reach; so is a single-file base model's pipeline config."""
+        """Each must be a folder, or cached, or on the hub; so must a single-file base model's pipeline config."""
         encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
         wanted = {"dinov2": encoder, "clip": encoder}
         if self.settings.base_model and self.settings.base_model.is_file():
@@ -3909,7 +3907,7 @@ class InputChecks:
         import huggingface_hub.utils
         from huggingface_hub.errors import HFValidationError
 
-        huggingface_hub.utils.logging.set_verbosity_error()  # it has a way of its own to the screen
+        huggingface_hub.utils.logging.set_verbosity_error()  # it prints to the screen by itself
         try:
             if not all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
                 huggingface_hub.HfApi().model_info(name, timeout=10)
@@ -3930,10 +3928,10 @@ class InputChecks:
         if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
             raise RefusedInput(f"--storage: there is no folder for {storage.shown}; make it, or leave --storage out")
         study = load_study(settings.storage, settings.study_name)
-        self.folder(study)
+        self.output_folder(study)
         return study
 
-    def folder(self, study: optuna.Study | None) -> None:
+    def output_folder(self, study: optuna.Study | None) -> None:
         """An output folder holds one study, which knows the trial folders in it."""
         kinds = {"reference": Path.is_dir, "results": Path.is_dir, ARTIFACTS: Path.is_dir}
         for name, is_right in {**kinds, LOG_NAME: Path.is_file, ".lock": Path.is_file}.items():
@@ -4009,13 +4007,13 @@ class EnqueueFile:
             elif not self._holds(self.space[name], value):
                 values = self._describe(self.space[name])
                 yield f"{name} = {value!r} is outside the search space ({values}); give a value in it"
-        if not can_train_with(self.trainer, table):
+        if self.trainer and not self.trainer.can_train(table):
             yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
         if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
             yield "lr_scheduler_num_cycles needs lr_scheduler = 'cosine_with_restarts'; add it"
 
     def _take_alpha(self, table: Params) -> None:
-        """kohya's own network_alpha beside a network_dim becomes the ratio that makes it."""
+        """Replace network_alpha, kohya's own key, by the ratio that gives it with this network_dim."""
         dim, alpha = table.get("network_dim"), table.get("network_alpha")
         if "network_alpha_ratio" not in table and dim in SEARCH_SPACE["network_dim"].choices:
             for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
@@ -4036,7 +4034,6 @@ class EnqueueFile:
     def _describe(self, distribution: BaseDistribution) -> str:
         if isinstance(distribution, CategoricalDistribution):
             return ", ".join(map(str, distribution.choices))
-        assert isinstance(distribution, (FloatDistribution, IntDistribution))
         step = f", step {distribution.step:g}" if distribution.step else ""
         return f"{distribution.low:g} to {distribution.high:g}{step}"
 
@@ -4084,7 +4081,7 @@ class Disk:
 
 
 class CheckReport:
-    """What the checks found, a line each, and what is allowed but not wise."""
+    """What --check prints: a line for each thing found, then notes and warnings."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -4121,7 +4118,7 @@ class CheckReport:
         }
 
     def _subject(self) -> str:
-        """The subject's name and, where it was not given, the other tags that may be meant."""
+        """The subject's name and, unless it was given, the other tags that may be the name."""
         name, captions, total = self.inputs.plan["subject"], self.captions, len(self.captions.texts)
         if self.settings.subject:
             return repr(name)
@@ -4134,7 +4131,7 @@ class CheckReport:
         return f"{name!r}{said} (--subject overrules it)"
 
     def _steps(self) -> str:
-        """Batches an epoch and updates a training, over the accumulations that may be drawn."""
+        """Updates an epoch and a training, for all accumulations that may be drawn."""
         data_set = self.inputs.data_set
         if data_set.batches_per_epoch is None:
             return "to be told by the first step"
@@ -4180,7 +4177,7 @@ class CheckReport:
             yield f"{said}; delete {file} if {path.name} has changed"
 
     def _long_warmup(self) -> Iterator[str]:
-        """By 2,000 safe proposals: whose warm-up takes over half of the run, and all of it."""
+        """Draws 2,000 proposals: how many of the safe ones warm up for over half of the run, or for all of it."""
         if self.inputs.data_set.batches_per_epoch is None:
             return
         rng = np.random.default_rng(0)
@@ -4195,13 +4192,13 @@ class CheckReport:
             yield f"{over_half:.0%} of the proposals warm up for more than half of the run{more}; {remedy}"
 
     def _scoring_seconds(self) -> float:
-        """What scoring a trial of average length takes on a 16 GB card, about."""
+        """Roughly how long scoring an average trial takes on a 16 GB card."""
         checkpoints = self.inputs.checkpoints(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)))
         jobs = checkpoints * self.inputs.plan["screen"] + self.inputs.plan["confirm"]
         return sum(job["width"] * job["height"] * job["steps"] for job in jobs) / (512 * 512 * 25) * SECONDS_PER_IMAGE
 
     def _why_unsafe(self, table: Params) -> str:
-        """The reason for which enqueued parameters would be rejected as the sampler completes them, or nothing."""
+        """Why enqueued parameters would be rejected even as the sampler completes them, or nothing."""
         study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=self.inputs.can_train))
         study.enqueue_trial(table)
         return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
@@ -4231,14 +4228,14 @@ def open_study(inputs: Inputs) -> optuna.Study:
 
 
 class Reference:
-    """What is made once a study, before trial 0 and for all its trials: OUTPUT_DIR/reference."""
+    """OUTPUT_DIR/reference: what is made once a study, before its first trial."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.folder = inputs.settings.reference
 
     def write_inputs(self) -> None:
-        """What trainer and scorer read."""
+        """Write what trainer and scorer read."""
         write_json(self.folder / "plan.json", {"study": self.inputs.settings.study_name, **self.inputs.plan})
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
         with only_warning("the report will show no pictures of the data set"):
@@ -4246,7 +4243,7 @@ class Reference:
         self.inputs.trainer.remember(self.folder / ANSWER_NAME, self.inputs.data_set.notes)
 
     def _keep_pictures(self) -> None:
-        """A few of the data set's pictures, for a report that may be made where the data set is not."""
+        """Copy a few pictures of the data set, since the report may be made on a machine without it."""
         from PIL import Image
 
         for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
@@ -4261,8 +4258,8 @@ class Reference:
     def train_first_step(self, trainer: KohyaTrainer) -> Inputs:
         """Let kohya train one step: it shows that the trainer works, and caches the latents.
 
-        A run that has to make the cache draws other random numbers than one that finds it; after this all trials
-        find it, and equal parameters give equal weights. Returns the inputs with the batches that kohya printed.
+        A training that makes the cache draws other random numbers than one that finds it. After this all trials find
+        it, so that equal parameters give equal weights. Returns the inputs with the batches that kohya printed.
         """
         data_set, folder = self.inputs.data_set, self.folder / FIRST_STEP
         try:
@@ -4292,7 +4289,7 @@ class Reference:
         return self.inputs.latents is None or self.inputs.latents.prepare()
 
     def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
-        """The score's anchors: the base model's own images."""
+        """Have the base model's images made, which give the score's anchors, and check the anchors."""
         if read_json(self.folder / "anchors.json") is None:
             screen.begin("none yet: the reference is made")
             say("Making the reference: the base model's own images, once a study ...")
@@ -4304,7 +4301,7 @@ class Reference:
 
 
 def printed_batches(training_log: Path) -> int | None:
-    """The batches of an epoch, as kohya prints them before its first step; None where it says nothing."""
+    """The batches of an epoch, which kohya prints before its first step; None if it does not."""
     with contextlib.suppress(OSError):
         said = training_log.read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
@@ -4336,7 +4333,7 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
 
 
 def _path(text: str) -> Path:
-    """A path that can be looked at, and be written into UTF-8 files; whether there is anything is checked later."""
+    """A path that the file system and a UTF-8 file can hold; whether something is there is checked later."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a path")
     if sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text):
@@ -4353,7 +4350,7 @@ def _path(text: str) -> Path:
 
 
 def _program(text: str) -> str:
-    """A program as a shell finds it: by its path if there is a slash, else on the PATH. A venv's link stays."""
+    """A program as a shell finds it: by its path if it has a slash, else on the PATH. A venv's link is not followed."""
     return str(_path(text).absolute()) if "/" in text else shutil.which(text) or text
 
 
@@ -4362,7 +4359,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if words := message.partition("unrecognized arguments: ")[2].split():
-            # Flags alone: a part of a storage's address may be among the words, by a mistyped --storage or a space.
+            # Only flags are shown: after a mistyped --storage the other words may be parts of a password.
             flags = [word.partition("=")[0] for word in words if word.startswith(("--", "\u2013", "\u2014"))]
             message = f"unrecognized arguments: {' '.join(flags) or 'values without a flag'}"
         raise RefusedInput(f"{message}; see --help")
@@ -4411,7 +4408,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--report", action="store_true", help="write results/ and show the trials of --output-dir")
     add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
-    parser.set_defaults(command="")  # main() knows it
+    parser.set_defaults(command="")  # main() sets it
     return parser
 
 
@@ -4427,7 +4424,7 @@ def find_sd_scripts() -> Path:
 
 
 def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """The command line as Settings, and what is missing and senseless in it; what is missing is None."""
+    """The command line as Settings, and what is missing or wrong in it; a missing value is None."""
     problems = Problems()
     for flag, value, remedy in (
         ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
@@ -4537,7 +4534,7 @@ def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def logging_to(path: Path, storage: str) -> Iterator[None]:
-    """Everything that is said goes to a file too, with times, and so does why the search ended."""
+    """Write all that is said into a file, too, with times, and why the search ended."""
     screen.log_file = path
     try:
         yield
@@ -4562,7 +4559,7 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def show_results(study: optuna.Study, output_dir: Path) -> None:
-    """The table first: a disk that is full must not hide it, nor why the search ended."""
+    """The table comes first: a full disk must hide neither it nor why the search ended."""
     say(describe_study(study))
     results = Results(study, output_dir)
     try:
@@ -4574,11 +4571,11 @@ def show_results(study: optuna.Study, output_dir: Path) -> None:
     with only_warning("optuna-dashboard does not show all notes and contact sheets"):
         Notes(study).write()
         for trial in results.ranked:
-            ContactSheet(folder_of(trial, output_dir)).restore(trial, study._storage, output_dir / ARTIFACTS)
+            ContactSheet(find_trial_folder(trial, output_dir)).restore(trial, study._storage, output_dir / ARTIFACTS)
 
 
 def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
-    """The demo differs from a real run in its inputs alone, which it makes under its output folder."""
+    """Make the demo's inputs in its output folder; in all else it is a real run."""
     maker = HERE / "tests" / "demo_world.py"
     if not maker.is_file():
         raise RefusedInput(f"--demo: {maker} is missing; get the whole repository")
@@ -4642,12 +4639,12 @@ def without_storage(argv: Sequence[str] | None) -> list[str]:
 
 
 def catch_signals() -> None:
-    """Ctrl-C, SIGTERM and SIGHUP end the search in order, but where whoever started it has them ignored."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the search in an orderly way, unless the parent process ignores them."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # native Windows, which is refused, has no SIGHUP
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, interrupt)
-        elif number == signal.SIGINT:  # as a script leaves it to what it starts with `&`
+        elif number == signal.SIGINT:  # a script has it ignored in what it starts with `&`
             signal.signal(number, interrupt_unless_typed)
 
 

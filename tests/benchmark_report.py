@@ -53,7 +53,7 @@ def link_folders(source: Path, target: Path, *, but: str) -> None:
 
 def link_study(source: Path, target: Path, best: FrozenTrial) -> None:
     """A study's folder, in which all that the search writes after a trial is new."""
-    folder = search.folder_of(best, source)
+    folder = search.find_trial_folder(best, source)
     for name in ("results", search.ARTIFACTS):
         (target / name).mkdir(parents=True)
     for path in (source / "reference", *source.glob("trial_*")):
@@ -86,7 +86,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     search.Report(copy, target).write()
     notes = search.Notes(copy)
     notes.write()
-    folder = search.folder_of(best, target)
+    folder = search.find_trial_folder(best, target)
     sheet = search.ContactSheet(folder)
     spent = {"contact sheet": seconds(sheet.make)}
     trial = optuna.Trial(copy, trial_id)

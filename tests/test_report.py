@@ -268,7 +268,7 @@ def open_best(page: Browser, ranked: list[FrozenTrial]) -> str:
 
 def test_an_opened_trial_shows_a_column_for_each_epoch(page: Browser, made: Path, ranked: list[FrozenTrial]) -> None:
     row = open_best(page, ranked)
-    metrics = search.read_json(search.folder_of(ranked[0], made) / "metrics.json")
+    metrics = search.read_json(search.find_trial_folder(ranked[0], made) / "metrics.json")
     epochs = [result["epoch"] for result in metrics["screen"]]
     heads = [text.removesuffix(", chosen") for text in page.texts(f"{row} .grid thead th")]
     assert heads == [f"epoch {epoch}" for epoch in epochs] and len(epochs) > 2
@@ -300,7 +300,7 @@ def test_an_opened_trial_shows_the_score_under_each_column(
     page: Browser, made: Path, ranked: list[FrozenTrial]
 ) -> None:
     row = open_best(page, ranked)
-    metrics = search.read_json(search.folder_of(ranked[0], made) / "metrics.json")
+    metrics = search.read_json(search.find_trial_folder(ranked[0], made) / "metrics.json")
     assert page.texts(f"{row} .grid tbody tr:last-child td") == [
         f"{result['score']:.4f}" for result in metrics["screen"]
     ]
@@ -661,7 +661,7 @@ def test_a_picture_that_is_gone_is_named(small: Path) -> None:
     before = rewritten(small).missing
     best = search.scored_trials(study_in(small))[0]
     job = search.read_json(small / "reference" / "plan.json")["confirm"][0]
-    (search.folder_of(best, small) / "scores" / "confirm" / f"{job['name']}.png").unlink()
+    (search.find_trial_folder(best, small) / "scores" / "confirm" / f"{job['name']}.png").unlink()
     shown = rewritten(small)
     assert sorted(set(shown.missing) - set(before)) == [
         f"trial {best.number}: {job['prompt']}: no picture",
@@ -698,13 +698,13 @@ def test_metrics_that_are_gone_are_said_to_be(small: Path) -> None:
 
 def test_a_folder_that_is_gone_leaves_the_trial_in_the_list(small: Path) -> None:
     worst = search.scored_trials(study_in(small))[-1]
-    shutil.rmtree(search.folder_of(worst, small))
+    shutil.rmtree(search.find_trial_folder(worst, small))
     shown = rewritten(small)
     assert len(shown.rows) == 2 and any(label.startswith(f"trial {worst.number}:") for label in shown.missing)
 
 
 def test_the_page_is_written_though_the_best_trials_folder_is_gone(small: Path) -> None:
-    shutil.rmtree(search.folder_of(search.scored_trials(study_in(small))[0], small))
+    shutil.rmtree(search.find_trial_folder(search.scored_trials(study_in(small))[0], small))
     page_of(small).unlink()
     with pytest.raises(search.SearchStopped):
         search.Results(study_in(small), small).write()

@@ -1178,14 +1178,14 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     search.write_json(settings.reference / "plan.json", {"study": "the first"})
     with pytest.raises(search.RefusedInput, match="holds study 'the first'"):
-        search.InputChecks(settings).folder(None)
+        search.InputChecks(settings).output_folder(None)
 
 
 def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     (settings.output_dir / "trial_0003").mkdir()
     with pytest.raises(search.RefusedInput, match="not of this study"):
-        search.InputChecks(settings).folder(None)
+        search.InputChecks(settings).output_folder(None)
 
 
 # --- enqueueing --------------------------------------------------------------------------------------
