@@ -1906,10 +1906,8 @@ class PromptChooser:
             missing += counts.prompts - len(texts)
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
         if missing:
-            raise RefusedInput(
-                f"--scoring-config: the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short of "
-                "what screening and confirmation need; add some, or lower the counts of prompts"
-            )
+            said = f"the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short"
+            raise RefusedInput(f"--scoring-config: {said}; add some, or lower prompts in [screen] or [confirm]")
         return chosen
 
     def _plain(self) -> dict[str, list[Prompt]]:
@@ -1919,10 +1917,8 @@ class PromptChooser:
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
         chosen = {stage: list(itertools.islice(pool, counts.plain_prompts)) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
-            raise RefusedInput(
-                "--scoring-config: the list 'plain' in [prompts] is too short: screening and confirmation need two or "
-                f"more each that do not name {self.subject.name!r}; add some"
-            )
+            said = f"the list 'plain' in [prompts] is too short: a stage needs two without {self.subject.name!r}"
+            raise RefusedInput(f"--scoring-config: {said}; add some")
         return chosen
 
     def from_file(self, path: Path) -> dict[str, list[Prompt]]:
@@ -2030,7 +2026,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 SCORE_DEFINITION = 2  # one more whenever a term changes its meaning; part of a study's fingerprint
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
-MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # at least; below it the base model already scores nearly 1
+MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # the least from 0 to 1 of a term; less would magnify noise
 
 
 def self_similarity(x: np.ndarray) -> float:
@@ -2935,9 +2931,7 @@ class Storage:
                 said += "postgresql+psycopg://USER:PASSWORD@HOST/NAME, the password percent-encoded (@ is %40); "
                 said += "no journal file, no gRPC"
             elif isinstance(error, ImportError):
-                said += (
-                    'pip install its driver, e.g. "psycopg[binary]" for postgresql+psycopg, pymysql for mysql+pymysql'
-                )
+                said += 'pip install its driver: "psycopg[binary]" for postgresql+psycopg, pymysql for mysql+pymysql'
             else:
                 said += "check the server and the address, whose password must be percent-encoded (@ is %40)"
             raise RefusedInput(f"--storage: {said}") from error
@@ -3153,8 +3147,8 @@ class Study:
         If that program only slept, it finds its trial closed and asks for another one.
         """
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            began = frozen.datetime_start.timestamp() if frozen.datetime_start else 0.0
-            if "output_dir" not in frozen.user_attrs and time.time() - began > UNCLAIMED_SECONDS:
+            is_old = time.time() - frozen.datetime_start.timestamp() > UNCLAIMED_SECONDS
+            if "output_dir" not in frozen.user_attrs and is_old:
                 with contextlib.suppress(
                     optuna.exceptions.UpdateFinishedTrialError, ValueError
                 ):  # another program was quicker
@@ -3783,15 +3777,12 @@ class Inputs:
         about = {"card": trainer.device_name, "sd-scripts": trainer.version, "PyTorch": trainer.answer["torch"]}
         return {**about, "Optuna": optuna.__version__}
 
-    def can_train(self, params: Mapping[str, Any]) -> bool:
-        return self.trainer.can_train(params)
-
     def prefers(self, params: Params) -> bool:
         """Whether the warm-up ends before the run does: else the learning rate asked for is never reached."""
         return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
 
     def sampler(self) -> FeasibleTPESampler:
-        return FeasibleTPESampler(self.settings.seed, can_train=self.can_train, prefers=self.prefers)
+        return FeasibleTPESampler(self.settings.seed, can_train=self.trainer.can_train, prefers=self.prefers)
 
     def checkpoints(self, epochs: float) -> int:
         return math.ceil(epochs / self.options["save_every_n_epochs"])
@@ -4098,7 +4089,7 @@ class CheckReport:
         data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
-        optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if inputs.can_train({"optimizer_type": o})]
+        optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if trainer.can_train({"optimizer_type": o})]
         needed, free = format_bytes(inputs.needed_bytes()), format_bytes(Disk(settings.output_dir).free)
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
@@ -4182,7 +4173,8 @@ class CheckReport:
             return
         rng = np.random.default_rng(0)
         drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(2000))
-        safe = [params for params in drawn if check_safety_constraints(params)[0] and self.inputs.can_train(params)]
+        can_train = self.inputs.trainer.can_train
+        safe = [params for params in drawn if check_safety_constraints(params)[0] and can_train(params)]
         shares = np.array([params["lr_warmup_steps"] / self.inputs.data_set.updates(params) for params in safe])
         over_half, whole = float(np.mean(shares > 0.5)), float(np.mean(shares >= 1))
         if over_half:
@@ -4199,7 +4191,7 @@ class CheckReport:
 
     def _why_unsafe(self, table: Params) -> str:
         """Why enqueued parameters would be rejected even as the sampler completes them, or nothing."""
-        study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=self.inputs.can_train))
+        study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=self.inputs.trainer.can_train))
         study.enqueue_trial(table)
         return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
 
@@ -4442,9 +4434,8 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     values["n_trials"] = 20 if args.n_trials is None else args.n_trials
     for name in ("training", "scoring"):
         values[f"{name}_config"] = values[f"{name}_config"] or HERE / "configs" / f"{name}.toml"
-    if args.output_dir and not args.storage:
-        values["storage"] = default_storage(values["output_dir"])
-    return Settings(**{**values, "storage": values["storage"] or ""}), problems.lines
+    values["storage"] = args.storage or (default_storage(values["output_dir"]) if args.output_dir else "")
+    return Settings(**values), problems.lines
 
 
 def _wrong_device(device: str) -> str:
@@ -4583,11 +4574,9 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, own):
             raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
-    problems, above = senseless_values(args), Disk(args.output_dir).nearest
-    if not above.is_dir():
-        problems.append(f"--output-dir: {above} is a file; give another folder")
-    if problems:
-        raise RefusedInput(*problems)
+    problems, above = Problems(senseless_values(args)), Disk(args.output_dir).nearest
+    problems.lines += [] if above.is_dir() else [f"--output-dir: {above} is a file; give another folder"]
+    problems.refuse()
     world = args.output_dir / "inputs"
     sys.path.insert(0, str(maker.parent))
     import demo_world
