@@ -1695,8 +1695,14 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
 PROBE_SECONDS = 900.0  # imports PyTorch, reads every picture's size
-# For a training of one step: a small LoRA, and kohya's defaults for the rest.
-FIRST_STEP_PARAMS: Params = {"network_dim": 4, "learning_rate": 1e-5, "optimizer_type": "AdamW", "max_train_steps": 1}
+FIRST_STEP_PARAMS: Params = {  # a small LoRA
+    "network_dim": 4,
+    "network_alpha": 1,
+    "learning_rate": 1e-5,
+    "optimizer_type": "AdamW",
+    "lr_scheduler": "constant",
+    "max_train_steps": 1,
+}
 
 
 @dataclass(frozen=True)
