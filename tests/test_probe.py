@@ -145,11 +145,11 @@ def test_metadata_is_read_where_sd_scripts_does_not_answer(lines: bool, sd_scrip
     data["datasets"][0]["subsets"] = [{"image_dir": str(folder), "metadata_file": str(file)}]
     sd_scripts.data_set.write_text(toml.dumps(data))
     config = search.read_data_set_file(sd_scripts.data_set)
-    data_set = search.read_data_set(sd_scripts.data_set, config, OPTIONS, {"unknown": "no such function"})
+    data_set = search.DataSetReader(sd_scripts.data_set, config).read(OPTIONS, {"unknown": "no such function"})
     assert [(i.path.name, i.captions) for i in data_set.images] == [(name, ("luca, a boy",)) for name in entries]
     file.write_text("{")
     with pytest.raises(search.RefusedInput, match="can't use metadata_file"):
-        search.read_data_set(sd_scripts.data_set, config, OPTIONS, {"unknown": "no such function"})
+        search.DataSetReader(sd_scripts.data_set, config).read(OPTIONS, {"unknown": "no such function"})
 
 
 def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:

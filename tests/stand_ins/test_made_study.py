@@ -210,7 +210,7 @@ def test_results_are_written_and_described(night: Path) -> None:
     study = study_in(night)
     for file in (night / "results").glob("*.*"):
         file.unlink()
-    search.write_results(study, night)
+    search.Results(study, night).write()
     described = search.describe_study(study)
     assert "best first" in described and "1 diverged" in described and "1 running" in described
     best = search.scored_trials(study)[0]
@@ -241,13 +241,13 @@ def test_every_trial_ends_as_it_was_told(night: Path) -> None:
 
 def test_scored_trials_were_trained_and_their_loras_can_be_loaded(night: Path) -> None:
     for trial in search.scored_trials(study_in(night)):
-        folder = search.folder_of(trial, night)
+        folder = search.find_trial_folder(trial, night)
         assert search.has_finished_training(folder)
-        for checkpoint in search.find_checkpoints(folder, trial.params["max_train_epochs"]):
-            search.check_lora(checkpoint.path, is_last=checkpoint.path.stem == "lora")
+        for checkpoint in search.Checkpoint.find(folder, trial.params["max_train_epochs"]):
+            search.check_lora(checkpoint.path, may_be_zero=checkpoint.path.stem != "lora")
             header = search.read_safetensors_header(checkpoint.path)
             assert header["__metadata__"]["ss_epoch"] == str(checkpoint.epoch)
-        weights = search.read_lora(checkpoint.path)
+        weights = search.ImageScorer._read_lora(checkpoint.path)
         assert len(weights) == 4 and not any(name.endswith(".alpha") for name in weights)
     assert not search.has_finished_training(night / "trial_0002")
     assert not search.has_finished_training(night / "trial_0014")
@@ -256,7 +256,7 @@ def test_scored_trials_were_trained_and_their_loras_can_be_loaded(night: Path) -
 def test_scores_follow_from_the_raw_values(night: Path) -> None:
     plan, anchors = (search.read_json(night / "reference" / name) for name in ("plan.json", "anchors.json"))
     for trial in search.scored_trials(study_in(night)):
-        metrics = search.read_json(search.folder_of(trial, night) / "metrics.json")
+        metrics = search.read_json(search.find_trial_folder(trial, night) / "metrics.json")
         terms = search.terms_of(metrics["raw"], {**anchors, **anchors["confirm"]})
         assert terms == metrics["terms"] == trial.user_attrs["terms"]
         assert search.combine(terms, plan["weights"]) == metrics["score"] == trial.value
@@ -266,7 +266,7 @@ def test_scores_follow_from_the_raw_values(night: Path) -> None:
 
 def test_a_subject_is_learnt_and_a_long_training_costs_the_prompt(night: Path) -> None:
     for trial in search.scored_trials(study_in(night)):
-        screen = search.read_json(search.folder_of(trial, night) / "metrics.json")["screen"]
+        screen = search.read_json(search.find_trial_folder(trial, night) / "metrics.json")["screen"]
         assert screen[0]["terms"]["fidelity"] < screen[-1]["terms"]["fidelity"]
         assert screen[0]["terms"]["text"] > screen[-1]["terms"]["text"]
     scores = [trial.value for trial in search.scored_trials(study_in(night))]
@@ -276,7 +276,7 @@ def test_a_subject_is_learnt_and_a_long_training_costs_the_prompt(night: Path) -
 def test_there_is_a_picture_of_every_usable_image(night: Path) -> None:
     plan = search.read_json(night / "reference" / "plan.json")
     for trial in search.scored_trials(study_in(night)):
-        folder = search.folder_of(trial, night)
+        folder = search.find_trial_folder(trial, night)
         metrics = search.read_json(folder / "metrics.json")
         stages = {f"epoch-{result['epoch']:06d}": result["raw"] for result in metrics["screen"]}
         for name, raw in {**stages, "confirm": metrics["raw"]}.items():
