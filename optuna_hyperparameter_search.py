@@ -2208,11 +2208,7 @@ class ImageScorer:
         """With a kohya LoRA at weight 1; afterwards the pipeline is bit for bit as before."""
         try:
             self.pipeline.load_lora_weights(self._read_lora(path), adapter_name="trial")
-        except (
-            ValueError,
-            ImportError,
-            AttributeError,
-        ) as error:  # a library found another one too old
+        except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         try:
