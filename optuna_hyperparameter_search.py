@@ -2842,10 +2842,9 @@ class Storage:
     @property
     def file(self) -> Path | None:
         """The file of a URL such as sqlite:///study.db; None for a server, and for what is kept in memory."""
-        if self.url.startswith("sqlite:///") and self.url.endswith(
-            f"/{DATABASE_NAME}"
-        ):  # the default; the folder may have any name
-            return Path(self.url.removeprefix("sqlite:///"))
+        path = self.url.removeprefix("sqlite:///")
+        if path != self.url and path.endswith(f"/{DATABASE_NAME}"):  # the default, in a folder of any name
+            return Path(path)
         found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", self.url)
         return Path(found[1]) if found else None
 
@@ -3151,9 +3150,8 @@ class Study:
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             is_old = time.time() - frozen.datetime_start.timestamp() > UNCLAIMED_SECONDS
             if "output_dir" not in frozen.user_attrs and is_old:
-                with contextlib.suppress(
-                    optuna.exceptions.UpdateFinishedTrialError, ValueError
-                ):  # another program was quicker
+                # Another program may have closed it already.
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
                     self._close(optuna.Trial(self.study, frozen._trial_id), "its program died as it began")
 
     def _close(self, trial: optuna.Trial, reason: str) -> None:

@@ -352,14 +352,19 @@ def test_a_kill_at_any_write_loses_nothing_and_trains_nothing_twice(
             return
 
 
-def test_a_trial_that_nobody_claimed_is_closed_and_what_was_enqueued_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its program died between asking and writing down whose it is, in a storage that others share."""
+def with_an_unclaimed_trial(tmp_path: Path) -> search.Settings:
+    """In a storage that others share, a program died after it asked for an enqueued trial and before it claimed it."""
     settings = settings_for(tmp_path, 2, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     ours = study_of(settings)
     ours.enqueue([SAFE])
     ours.study.ask()
+    return settings
+
+
+def test_a_trial_that_nobody_claimed_is_closed_and_what_was_enqueued_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = with_an_unclaimed_trial(tmp_path)
     monkeypatch.setattr(search, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(search, "UNCLAIMED_SECONDS", 0.2)
     study = run(settings)
@@ -373,17 +378,14 @@ def test_what_was_enqueued_for_a_trial_that_was_closed_is_enqueued_by_the_same_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill came between closing the trial that nobody claimed and enqueueing its values again."""
-    settings = settings_for(tmp_path, 2, storage=f"sqlite:///{tmp_path / 'shared.db'}")
-    ours = study_of(settings)
-    ours.enqueue([SAFE])
-    ours.study.ask()
+    settings = with_an_unclaimed_trial(tmp_path)
     monkeypatch.setattr(search, "UNCLAIMED_SECONDS", 0)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(optuna.Study, "enqueue_trial", lambda *_, **__: failing(Killed())(tmp_path))
         run(settings)
     for _ in range(2):
         study_of(settings).enqueue([SAFE])
-    assert [state for state, _ in endings(ours.study)] == [FAIL, WAITING]
+    assert [state for state, _ in endings(open_study(settings))] == [FAIL, WAITING]
 
 
 def test_a_trial_that_nobody_claimed_is_continued_in_the_folders_own_database(tmp_path: Path) -> None:
