@@ -761,6 +761,23 @@ def test_a_score_that_is_no_number_is_a_scoring_that_failed(tmp_path: Path) -> N
     assert endings(study) == [SCORED] and failures_of(study.get_trials()[0]) == [("crashed", True)]
 
 
+def test_what_an_interrupted_attempt_wasted_is_added_up(tmp_path: Path) -> None:
+    """From its config to its newest file, however long the program was gone."""
+    settings = settings_for(tmp_path, 1)
+
+    def train_for_a_minute_and_die(folder: Path) -> None:
+        ended = (folder / "config.toml").stat().st_mtime + 60
+        (folder / "training.log").touch()
+        os.utime(folder / "training.log", (ended, ended))
+        raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(settings, [train_for_a_minute_and_die])
+    (trial,) = run(settings).get_trials()
+    assert trial.user_attrs["lost_seconds"] == pytest.approx(120, abs=2) and trial.state == COMPLETE
+
+
 def test_a_training_that_ended_as_the_program_died_is_only_scored(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
 
