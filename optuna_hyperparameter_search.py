@@ -4471,7 +4471,8 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         say(str(CheckReport(inputs)))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with FolderLock(settings.output_dir).held(), logging_to(settings.output_dir / LOG_NAME, settings.storage):
+    with FolderLock(settings.output_dir).held():
+        screen.log_file = settings.output_dir / LOG_NAME
         say(str(CheckReport(inputs)))
         for folders in ("trial_*", "reference/**"):  # the lock says that whoever started it has ended
             for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
@@ -4521,19 +4522,6 @@ def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
         lines = traceback.format_tb(error.__traceback__)
         return 1, "".join(["Traceback (most recent call last):\n", *lines, f"{type(error).__name__}: {told}"])
     return 1, f"stopped: {printable(why)}"
-
-
-@contextlib.contextmanager
-def logging_to(path: Path, storage: str) -> Iterator[None]:
-    """Write all that is said into a file, too, with times, and why the search ended."""
-    screen.log_file = path
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        screen.log(describe_end(error, storage)[1].strip())
-        raise
-    finally:
-        screen.log_file = None
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -4654,11 +4642,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except (Exception, KeyboardInterrupt) as error:
         status, said = describe_end(error, storage)
+        screen.log(said.strip())
         try:
             print(said, file=sys.stderr, flush=True)
         except OSError:  # whoever read it is gone
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         return status
+    finally:
+        screen.log_file = None
     return 0
 
 

@@ -107,7 +107,7 @@ def make_study(
     with (
         quiet(Artist(picture_size, distinct=distinct_pictures)),
         search.FolderLock(output_dir).held(),
-        search.logging_to(output_dir / search.LOG_NAME, ""),
+        mock.patch.object(search.screen, "log_file", output_dir / search.LOG_NAME),
     ):
         run_search(settings, all_ends)
     made = search.load_study(settings.storage, study_name)

@@ -420,15 +420,15 @@ def test_a_log_that_takes_no_more_disturbs_nothing(night: Night, small_disk: Cal
 
 
 def test_a_log_goes_on_when_there_is_room_again(
-    small_disk: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk = small_disk(1)
-    with search.logging_to(disk / "search.log", ""):
-        (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
-        search.say("unheard")
-        search.say("unheard, too")
-        (disk / "ballast").unlink()
-        search.say("heard")
+    monkeypatch.setattr(search.screen, "log_file", disk / "search.log")
+    (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
+    search.say("unheard")
+    search.say("unheard, too")
+    (disk / "ballast").unlink()
+    search.say("heard")
     assert capsys.readouterr().out.count("warning: ") == 1
     assert re.fullmatch(r"[-\d]+ [:.\d]+ heard\n", (disk / "search.log").read_text())
 
