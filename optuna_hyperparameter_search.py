@@ -4417,14 +4417,13 @@ def find_sd_scripts() -> Path:
 
 def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The command line as Settings, and what is missing or wrong in it; a missing value is None."""
-    problems = Problems()
+    problems = Problems(senseless_values(args))
     for flag, value, remedy in (
         ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
         ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
         ("--output-dir", args.output_dir, "give a folder for the study"),
     ):
         problems.lines += [] if value else [f"{flag} is missing; {remedy}"]
-    problems.lines += senseless_values(args)
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     values["sd_scripts"] = args.sd_scripts or problems.of(find_sd_scripts)
     for name in ("dataset_config", "output_dir", "sd_scripts"):
@@ -4445,21 +4444,20 @@ def _wrong_device(device: str) -> str:
 
 def senseless_values(args: argparse.Namespace) -> list[str]:
     """What is wrong with the command line's values."""
-    trials, hours, minutes = args.n_trials, args.timeout_hours, args.stall_minutes
+    problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
+    problems += filter(None, [_wrong_device(args.device)])
+    for flag, value, low, high in (
+        ("--n-trials", args.n_trials, 0, 2**31),
+        ("--timeout", args.timeout_hours, 0, math.inf),
+        ("--stall-minutes", args.stall_minutes, 0, math.inf),
+        ("--seed", args.seed, -1, 2**32),
+    ):
+        if value is not None and not low < value < high:
+            problems.append(f"{flag}: {one_line(value, 20)} must be above {low} and below {high}; correct it")
     name = args.study_name
-    wrong = {
-        _wrong_device(args.device): True,
-        "native Windows is not supported; run it in WSL2": sys.platform == "win32",
-        f"--n-trials: {trials} is too few; give 1 or more": trials is not None and trials < 1,
-        "--n-trials: is too many; give fewer than 2147483648": trials is not None and trials >= 2**31,
-        f"--timeout: {hours} is no number of hours; give one above 0": hours is not None and not 0 < hours < math.inf,
-        f"--stall-minutes: {minutes} is no number of minutes; give one above 0": not 0 < minutes < math.inf,
-        f"--seed: {args.seed} is outside 0 .. 4294967295; give one inside": not 0 <= args.seed < 2**32,
-        "--study-name: is empty; give a name or leave it out": name is not None and not name.strip(),
-        f"--study-name: {name!r} is not UTF-8; give another name": name
-        and name != name.encode(errors="replace").decode(),
-    }
-    return [problem for problem, holds in wrong.items() if problem and holds]
+    if name is not None and not (name.strip() and name == name.encode(errors="replace").decode()):
+        problems.append(f"--study-name: {name!r} is empty or not UTF-8; give another name, or leave it out")
+    return problems
 
 
 def run_search(settings: Settings, known_problems: Sequence[str], *, only_check: bool = False) -> None:
@@ -4580,8 +4578,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.score:
-        if wrong := _wrong_device(args.device):
-            raise RefusedInput(wrong)
+        Problems(senseless_values(args)).refuse()
         folder = args.score.resolve()
         find_what_to_score(folder)  # before a lock is made where it has no place
         with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else FolderLock(folder.parent).held():

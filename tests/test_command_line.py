@@ -109,14 +109,14 @@ def test_an_empty_command_lists_all_that_is_missing(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"n_trials": 0}, "--n-trials: 0 is too few"),
+        ({"n_trials": 0}, "--n-trials: 0 must be above 0"),
         ({"n_trials": -3}, "--n-trials: -3"),
         ({"timeout": "nan"}, "--timeout: nan"),
         ({"timeout": 0}, "--timeout: 0.0"),
         ({"seed": -1}, "--seed: -1"),
         ({"device": "gpu"}, "--device: 'gpu'"),
         ({"device": "cuda:x"}, "--device: 'cuda:x'"),
-        ({"study_name": " "}, "--study-name: is empty"),
+        ({"study_name": " "}, " is empty"),
     ],
 )
 def test_senseless_values_are_refused(
