@@ -4336,8 +4336,7 @@ def _path(text: str) -> Path:
         path.exists()
         path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else one_line(error, 80)
-        raise argparse.ArgumentTypeError(f"{text!r} can't be a path ({why}); correct it") from None
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a path ({one_line(error, 80)}); correct it") from None
     return path
 
 
@@ -4359,7 +4358,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="optuna_hyperparameter_search.py",
         description="Search the hyperparameters of kohya-ss/sd-scripts for the best character LoRA. "
         "Running the same command again resumes the study, whatever happened to the first run. "
         "Ctrl-C, or kill with its process number, ends it within ten seconds.",
@@ -4375,21 +4373,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
     add("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
     add("--timeout", dest="timeout_hours", type=float, metavar="HOURS", help="start no new trial after that")
-    minutes: dict[str, Any] = {"type": float, "default": 30.0, "metavar": "MINUTES"}
-    add("--stall-minutes", **minutes, help="stop a trainer that makes no step (30)")
+    add("--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)")
     add("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
 
     add = parser.add_argument_group("where things are").add_argument
     add("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
-    kept: dict[str, Any] = {"choices": ("best", "all"), "default": "best"}
-    add("--keep-checkpoints", **kept, help="of each scored trial the best one, of the study ten; or all (best)")
+    add("--keep-checkpoints", choices=("best", "all"), default="best", help="the ten best trials' best, or all (best)")
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
     add("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
     nearby: dict[str, Any] = {"default": os.environ.get("SD_SCRIPTS_DIR") or None, "metavar": "DIR"}
     add("--sd-scripts", type=_path, **nearby, help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)")
-    this: dict[str, Any] = {"default": sys.executable, "metavar": "EXE"}
-    add("--trainer-python", type=_program, **this, help="the Python that kohya is installed in (this one)")
+    add("--trainer-python", type=_program, default=sys.executable, metavar="EXE", help="kohya's Python (this one)")
 
     add = parser.add_argument_group("settings files").add_argument
     add("--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)")
@@ -4539,12 +4534,10 @@ def show_results(study: optuna.Study, output_dir: Path) -> None:
     """The table comes first: a full disk must hide neither it nor why the search ended."""
     say(describe_study(study))
     results = Results(study, output_dir)
-    try:
+    with only_warning(f"not all of {results.folder} is written"):
         results.write()
         if results.ranked:
             say(results.describe_best())
-    except (OSError, SearchStopped) as error:
-        say(f"\nwarning: not all of {results.folder} is written: {one_line(error)}")
     with only_warning("optuna-dashboard does not show all notes and contact sheets"):
         Notes(study).write()
         for trial in results.ranked:
@@ -4603,13 +4596,8 @@ def interrupt_unless_typed(number: int, _frame: Any) -> None:
 def without_storage(argv: Sequence[str] | None) -> list[str]:
     """The words of the command line, with no more of --storage than may be shown."""
     words = [sys.executable, *sys.argv] if argv is None else [Path(__file__).name, *argv]
-    for number, word in enumerate(words):
-        flag, _, url = word.partition("=")
-        if flag == "--storage" and url:
-            words[number] = f"{flag}={Storage(url).shown}"
-        elif word == "--storage":
-            words[number + 1] = Storage(words[number + 1]).shown
-    return words
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--storage=") else [word])]
+    return [Storage(word).shown if before == "--storage" else word for before, word in itertools.pairwise(["", *words])]
 
 
 def catch_signals() -> None:
