@@ -3784,29 +3784,35 @@ class Inputs:
     def sampler(self) -> FeasibleTPESampler:
         return FeasibleTPESampler(self.settings.seed, can_train=self.trainer.can_train, prefers=self.prefers)
 
-    def checkpoints(self, epochs: float) -> int:
-        return math.ceil(epochs / self.options["save_every_n_epochs"])
-
-    def checkpoint_bytes(self, network_dim: float) -> float:
-        half = self.options.get("save_precision") in ("fp16", "bf16")
-        return self.base_model.lora_bytes_per_dim * network_dim * (1 if half else 2)
-
-    def image_bytes(self, epochs: float) -> float:
+    def trial_size(self, choose: Callable[[Sequence[int]], float]) -> tuple[int, float, float]:
+        """How many checkpoints a trial has, the bytes of each, and those of its pictures; `choose`: max or np.mean."""
+        dim, epochs = (choose(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
+        checkpoints = math.ceil(epochs / self.options["save_every_n_epochs"])
+        halves = 1 if self.options.get("save_precision") in ("fp16", "bf16") else 2
         pixels = {stage: sum(job["width"] * job["height"] for job in self.plan[stage]) for stage in FIRST_SEEDS}
-        return (self.checkpoints(epochs) * pixels["screen"] + pixels["confirm"]) * PNG_BYTES_PER_PIXEL
+        pictures = (checkpoints * pixels["screen"] + pixels["confirm"]) * PNG_BYTES_PER_PIXEL
+        return checkpoints, self.base_model.lora_bytes_per_dim * dim * halves, pictures
 
     def largest_trial_bytes(self) -> float:
         """On disk while a trial runs: all checkpoints of the largest network_dim, and its pictures."""
-        dim, epochs = (max(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
-        return self.checkpoints(epochs) * self.checkpoint_bytes(dim) + self.image_bytes(epochs)
+        checkpoints, each, pictures = self.trial_size(max)
+        return checkpoints * each + pictures
 
     def needed_bytes(self) -> float:
         """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
-        left = self.trials_left
-        dim, epochs = (float(np.mean(SEARCH_SPACE[name].choices)) for name in ("network_dim", "max_train_epochs"))
-        kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * self.checkpoints(epochs)
-        after = kept * self.checkpoint_bytes(dim) + left * self.image_bytes(epochs)
-        return after + (self.largest_trial_bytes() if left else 0)
+        left, (checkpoints, each, pictures) = self.trials_left, self.trial_size(np.mean)
+        kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * checkpoints
+        return kept * each + left * pictures + (self.largest_trial_bytes() if left else 0)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(nearest_folder(self.settings.output_dir)).free
+
+    def check_room(self, needed: float, error: type[SearchError]) -> None:
+        """Raises `error` where so many bytes are not free."""
+        if needed > (free := self.free_bytes()):
+            need, there = (tqdm.format_sizeof(count, "B") for count in (needed, free))
+            said = f"{need} are needed for checkpoints and pictures, {there} are free in {self.settings.output_dir}"
+            raise error(f"--output-dir: {said}; make room, give another --output-dir or raise save_every_n_epochs")
 
 
 def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
@@ -3841,7 +3847,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     problems.refuse()
     if study:
         problems.of(check_fingerprint, study, inputs.fingerprint)
-    problems.of(Disk(settings.output_dir).check_room, inputs.needed_bytes(), RefusedInput)
+    problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
     return inputs
 
@@ -3944,9 +3950,7 @@ class InputChecks:
         """The study to resume, or None where there is none yet."""
         problems, folder = Problems(), self.settings.output_dir
         study = problems.of(self.study)
-        above = Disk(folder).nearest
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            problems.lines.append(f"--output-dir: {above} is no folder that this user can write; give another folder")
+        problems.of(check_writable, folder)
         if data_set and folder in {image.path.parent for image in data_set.images}:
             problems.lines.append(f"--output-dir: {folder} holds the data set's pictures; give another folder")
         problems.refuse()
@@ -4029,46 +4033,29 @@ class EnqueueFile:
         return f"{distribution.low:g} to {distribution.high:g}{step}"
 
 
-def format_bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
     **dict.fromkeys(("9p", "v9fs", "drvfs"), "a Windows drive"),
     **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "glusterfs"), "a network share"),
 }
 
 
-@dataclass(frozen=True)
-class Disk:
-    """The disk that holds a folder, or will hold it."""
+def file_system(folder: Path) -> str:
+    """The type of the file system that holds a folder, or will hold it; "" where it is unknown."""
+    import psutil
 
-    folder: Path
+    kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((kinds[place] for place in map(str, (folder, *folder.parents)) if place in kinds), "")
 
-    @property
-    def nearest(self) -> Path:
-        """The folder itself, or the nearest one above it that exists."""
-        return next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
 
-    @property
-    def free(self) -> int:
-        return shutil.disk_usage(self.nearest).free
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
-    @property
-    def file_system(self) -> str:
-        """Its type; "" where it is unknown."""
-        import psutil
 
-        where = self.nearest.resolve()
-        mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
-        return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
-
-    def check_room(self, needed: float, error: type[SearchError]) -> None:
-        """Raises `error` where so many bytes are not free."""
-        if needed > (free := self.free):
-            need = f"{format_bytes(needed)} are needed for checkpoints and pictures"
-            remedy = "make room, give another --output-dir or raise save_every_n_epochs"
-            raise error(f"--output-dir: {need}, {format_bytes(free)} are free in {self.folder}; {remedy}")
+def check_writable(folder: Path) -> None:
+    above = nearest_folder(folder)
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise RefusedInput(f"--output-dir: {above} is no folder that this user can write; give another folder")
 
 
 class CheckReport:
@@ -4090,7 +4077,7 @@ class CheckReport:
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
         optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if trainer.can_train({"optimizer_type": o})]
-        needed, free = format_bytes(inputs.needed_bytes()), format_bytes(Disk(settings.output_dir).free)
+        needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
             "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
@@ -4147,7 +4134,7 @@ class CheckReport:
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
             yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
         folder = self.settings.output_dir
-        if (kind := Disk(folder).file_system) in NOT_LOCAL:
+        if (kind := file_system(folder)) in NOT_LOCAL:
             said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in self.inputs.enqueued:
@@ -4185,7 +4172,7 @@ class CheckReport:
 
     def _scoring_seconds(self) -> float:
         """Roughly how long scoring an average trial takes on a 16 GB card."""
-        checkpoints = self.inputs.checkpoints(float(np.mean(SEARCH_SPACE["max_train_epochs"].choices)))
+        checkpoints = self.inputs.trial_size(np.mean)[0]
         jobs = checkpoints * self.inputs.plan["screen"] + self.inputs.plan["confirm"]
         return sum(job["width"] * job["height"] * job["steps"] for job in jobs) / (512 * 512 * 25) * SECONDS_PER_IMAGE
 
@@ -4477,7 +4464,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         notes = Notes(study)
 
         def before_trial() -> None:
-            Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), SearchStopped)
+            inputs.check_room(inputs.largest_trial_bytes(), SearchStopped)
             with only_warning(f"not all of {settings.results} is written"):
                 Results(study, settings.output_dir).write()
             with only_warning("the notes for optuna-dashboard are not all written"):
@@ -4553,8 +4540,8 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, own):
             raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
-    problems, above = Problems(senseless_values(args)), Disk(args.output_dir).nearest
-    problems.lines += [] if above.is_dir() else [f"--output-dir: {above} is a file; give another folder"]
+    problems = Problems(senseless_values(args))
+    problems.of(check_writable, args.output_dir)
     problems.refuse()
     world = args.output_dir / "inputs"
     sys.path.insert(0, str(maker.parent))

@@ -494,7 +494,7 @@ VALUES = [
     bad("n-trials abc", "--n-trials: invalid int", lambda d: {"n_trials": "abc"}),
     bad("n-trials 1.5", "--n-trials: invalid int", lambda d: {"n_trials": 1.5}),
     bad("n-trials ESC", "--n-trials: invalid int", lambda d: {"n_trials": ESCAPE}),
-    bad("n-trials 10**9", "GB are needed", lambda d: {"n_trials": 10**9}),
+    bad("n-trials 10**9", "TB are needed", lambda d: {"n_trials": 10**9}),
     bad("n-trials 10**400", "--n-trials", lambda d: {"n_trials": 10**400}),
     bad("timeout nan", "--timeout: nan", lambda d: {"timeout": "nan"}),
     bad("timeout -1", "--timeout: -1", lambda d: {"timeout": -1}),
@@ -647,7 +647,7 @@ OTHER_MODES = [
     bad("demo with a model", "--base-model", lambda d: d.demo("--base-model=x")),
     bad("demo -1", "--n-trials: -1", lambda d: d.demo("--n-trials=-1")),
     bad("demo 0", "--n-trials: 0", lambda d: d.demo("--n-trials=0")),
-    bad("demo in a file", "is a file", lambda d: (d.file("out"), d.demo())[1]),
+    bad("demo in a file", "is no folder", lambda d: (d.file("out"), d.demo())[1]),
 ]
 
 BAD = [

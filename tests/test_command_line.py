@@ -321,7 +321,7 @@ def test_an_encoder_out_of_reach_is_refused(
 
 def test_too_small_a_disk_is_refused(command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (line,) = errors_of(capsys, command(n_trials=2 * 10**9))
-    assert "GB are needed for checkpoints and pictures" in line and not (tmp_path / "out").exists()
+    assert "TB are needed for checkpoints and pictures" in line and not (tmp_path / "out").exists()
 
 
 def test_8bit_cannot_be_enqueued_on_the_cpu(
@@ -520,14 +520,14 @@ def test_knows_the_file_system_of_a_folder(
     (top / folder[1:]).mkdir(parents=True)
     mounts = [SimpleNamespace(mountpoint=f"{top}{point}".rstrip("/"), fstype=kind) for point, kind in MOUNTS.items()]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    assert search.Disk(top / folder[1:] / "new").file_system == kind
+    assert search.file_system(top / folder[1:] / "new") == kind
     assert (kind in search.NOT_LOCAL) == warned
 
 
 def test_a_network_share_is_warned_of(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kind = search.Disk(tmp_path).file_system
+    kind = search.file_system(tmp_path)
     monkeypatch.setitem(search.NOT_LOCAL, kind, "a Windows drive")
     assert search.main([*command(), "--check"]) == 0
     said = capsys.readouterr().out
@@ -537,11 +537,11 @@ def test_a_network_share_is_warned_of(
 def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     settings = search.read_settings(search.make_parser().parse_args(command()))[0]
     inputs = search.check_inputs(settings)
-    search.Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), search.SearchStopped)
+    inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
     huge = {"name": "p", "width": 10**9, "height": 10**9}
     inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
     with pytest.raises(search.SearchStopped, match=r"B are free in .*; make room"):
-        search.Disk(settings.output_dir).check_room(inputs.largest_trial_bytes(), search.SearchStopped)
+        inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
 
 
 def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
@@ -554,7 +554,7 @@ def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
     pixels = {stage: sum(job["width"] * job["height"] for job in inputs.plan[stage]) for stage in ("screen", "confirm")}
     checkpoints = 20 // 2
     images = search.PNG_BYTES_PER_PIXEL * (checkpoints * pixels["screen"] + pixels["confirm"])
-    weights = checkpoints * inputs.checkpoint_bytes(256)
+    weights = checkpoints * inputs.base_model.lora_bytes_per_dim * 256  # of half precision
     assert inputs.largest_trial_bytes() == pytest.approx(images + weights)
 
 
