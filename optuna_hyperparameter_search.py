@@ -3839,7 +3839,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     problems.of(checks.scoring_tools)
     if scoring:
         problems.of(checks.encoders, scoring)
-    enqueued = problems.of(EnqueueFile(settings.enqueue, trainer).read) if settings.enqueue else []
+    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer) if settings.enqueue else []
     study = problems.of(checks.output, data_set) if settings.output_dir else None
     inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study)
     if ready and base_model and trainer and inputs.latents:
@@ -3968,69 +3968,49 @@ def make_plan(
     return build_scoring_plan(images, subject, scoring, *about)
 
 
-class EnqueueFile:
-    """Parameters to try first: one table, or several [[trial]]s."""
+def read_enqueue_file(path: Path, trainer: TrainerFacts | None) -> list[Params]:
+    """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
+    content = read_toml(path, "--enqueue")
+    given = content.pop("trial", [])
+    tables = [given] if isinstance(given, dict) else given or [content]
+    if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
+        raise RefusedInput(f"--enqueue: {path} has no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables")
+    problems = [problem for table in tables for problem in _wrong_parameters(table, trainer)]
+    if content and given:
+        problems.append("has parameters outside of its [[trial]] tables; put all into tables")
+    Problems(f"--enqueue: {path}: {problem}" for problem in problems).refuse()
+    return tables
 
-    def __init__(self, path: Path, trainer: TrainerFacts | None) -> None:
-        self.path = path
-        self.trainer = trainer
-        self.space = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
 
-    def read(self) -> list[Params]:
-        """RefusedInput lists what the search space doesn't hold."""
-        content = read_toml(self.path, "--enqueue")
-        given = content.pop("trial", [])
-        tables = [given] if isinstance(given, dict) else given or [content]
-        if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
-            remedy = "write e.g. learning_rate = 1e-4, or [[trial]] tables"
-            raise RefusedInput(f"--enqueue: {self.path} holds no parameters; {remedy}")
-        problems = [problem for table in tables for problem in self._problems(table)]
-        if content and given:
-            problems.append("has parameters outside of its [[trial]] tables; put all into tables")
-        if problems:
-            raise RefusedInput(*(f"--enqueue: {self.path}: {problem}" for problem in problems))
-        return tables
+def _wrong_parameters(table: Params, trainer: TrainerFacts | None) -> Iterator[str]:
+    """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
+    space, dim = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}, table.get("network_dim")
+    if "network_alpha_ratio" not in table and dim in SEARCH_SPACE["network_dim"].choices:
+        for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
+            if int(dim * ratio) == table.get("network_alpha"):
+                del table["network_alpha"]
+                table["network_alpha_ratio"] = ratio
+    for name, value in table.items():
+        if name == "network_alpha":
+            rule = "must be 0.25 to 0.9, in steps of 0.05, of a network_dim beside it"
+            yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
+        elif name not in space:
+            yield f"unknown parameter '{name}'{nearest(name, space)}"
+        elif not _holds(space[name], value):
+            yield f"{name} = {value!r} is outside the search space, {space[name]}; give a value in it"
+    if trainer and not trainer.can_train(table):
+        yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
+    if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
+        yield "lr_scheduler_num_cycles needs lr_scheduler = 'cosine_with_restarts'; add it"
 
-    def _problems(self, table: Params) -> Iterator[str]:
-        self._take_alpha(table)
-        for name, value in table.items():
-            if name == "network_alpha":
-                rule = "must be 0.25 to 0.9, in steps of 0.05, of a network_dim beside it"
-                yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
-            elif name not in self.space:
-                yield f"unknown parameter '{name}'{nearest(name, self.space)}"
-            elif not self._holds(self.space[name], value):
-                values = self._describe(self.space[name])
-                yield f"{name} = {value!r} is outside the search space ({values}); give a value in it"
-        if self.trainer and not self.trainer.can_train(table):
-            yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
-        if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
-            yield "lr_scheduler_num_cycles needs lr_scheduler = 'cosine_with_restarts'; add it"
 
-    def _take_alpha(self, table: Params) -> None:
-        """Replace network_alpha, kohya's own key, by the ratio that gives it with this network_dim."""
-        dim, alpha = table.get("network_dim"), table.get("network_alpha")
-        if "network_alpha_ratio" not in table and dim in SEARCH_SPACE["network_dim"].choices:
-            for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
-                if int(dim * ratio) == alpha:
-                    del table["network_alpha"]
-                    table["network_alpha_ratio"] = ratio
-
-    def _holds(self, distribution: BaseDistribution, value: Any) -> bool:
-        types = {type(choice) for choice in getattr(distribution, "choices", (1, 1.0))}
-        if type(value) not in types:  # Optuna would take True and 1.0 for 1
-            return False
-        try:
-            optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
-        except (ValueError, OverflowError):
-            return False
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    if type(value) not in map(type, getattr(distribution, "choices", (1, 1.0))):  # Optuna takes True and 1.0 for 1
+        return False
+    with contextlib.suppress(ValueError, OverflowError):
+        optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
         return True
-
-    def _describe(self, distribution: BaseDistribution) -> str:
-        if isinstance(distribution, CategoricalDistribution):
-            return ", ".join(map(str, distribution.choices))
-        step = f", step {distribution.step:g}" if distribution.step else ""
-        return f"{distribution.low:g} to {distribution.high:g}{step}"
+    return False
 
 
 NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them

@@ -342,7 +342,7 @@ def files() -> Iterator[Any]:
     says_if_empty = {
         "dataset_config": "has no [[datasets]]",
         "scoring_config": "has no table [images]",
-        "enqueue": "holds no parameters",
+        "enqueue": "has no parameters",
         "eval_prompts": "has 0 prompts with 'luca'",
         "training_config": "",  # an empty one is good: kohya's defaults
     }
@@ -474,8 +474,8 @@ ENQUEUE = [
     bad("enqueued name", "'learnig_rate'", lambda d: d.enqueue("learnig_rate = 1e-4")),
     bad("enqueued name like no other", "'zzz'", lambda d: d.enqueue("zzz = 1")),
     bad("enqueued name with ESC", "unknown parameter", lambda d: d.enqueue(f'"{ESCAPE}" = 1')),
-    bad("trial a number", "holds no parameters", lambda d: d.enqueue("trial = 3")),
-    bad("trials numbers", "holds no parameters", lambda d: d.enqueue("trial = [1, 2]")),
+    bad("trial a number", "has no parameters", lambda d: d.enqueue("trial = 3")),
+    bad("trials numbers", "has no parameters", lambda d: d.enqueue("trial = [1, 2]")),
     bad("outside [[trial]]", "outside of its", lambda d: d.enqueue("network_dim = 64\n[[trial]]\nlr_warmup_steps=50")),
 ]  # fmt: skip
 
