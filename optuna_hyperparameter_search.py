@@ -4042,13 +4042,15 @@ class CheckReport:
     """What --check prints: a line for each thing found, then notes and warnings."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.settings = inputs.settings
+        self.inputs, self.settings = inputs, inputs.settings
         self.captions = Captions([text for image in inputs.data_set.subject_images for text in image.captions])
 
     def __str__(self) -> str:
+        notes, tokens = [*self.inputs.data_set.notes], self.inputs.data_set.class_tokens
+        if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
+            notes.append(f"class_tokens {tokens!r} are trained nowhere: every picture has a caption without them")
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
-        lines += [f"  note: {note}" for note in self._notes()]
+        lines += [f"  note: {note}" for note in notes]
         return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings())])
 
     def _rows(self) -> dict[str, str]:
@@ -4056,20 +4058,18 @@ class CheckReport:
         data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
-        optimizers = [o for o in SEARCH_SPACE["optimizer_type"].choices if trainer.can_train({"optimizer_type": o})]
+        has_8bit = trainer.can_train({"optimizer_type": "AdamW8bit"})
         needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
             "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
-            "data set": f"{len(data.subject_images)} images, {captions} captions"
-            + (f", {others} for regularisation" if others else ""),
+            "data set": f"{len(data.subject_images)} images, {captions} captions, {others} for regularisation",
             "subject": self._subject(),
             "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name,
-            "optimizers": ", ".join(optimizers)
-            + ("" if optimizers[1:] else " (no bitsandbytes on CUDA: no AdamW8bit)"),
+            "optimizers": "AdamW, AdamW8bit" if has_8bit else "AdamW (no bitsandbytes on CUDA: no AdamW8bit)",
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
@@ -4081,86 +4081,63 @@ class CheckReport:
         if self.settings.subject:
             return repr(name)
         others = [tag for tag in captions.candidates if tag != name]
-        counts = Counter(tag for tags in captions.tags for tag in dict.fromkeys(tags))
+        counts = Counter(tag for tags in captions.tags for tag in dict.fromkeys(tags) if tag)
         most = [tag for tag, count in counts.items() if NEARLY_ALL * total <= count < total]
-        nearly = [tag for tag in most if tag and not captions.is_common(tag)]
+        nearly = [tag for tag in most if not captions.is_common(tag)]
         said = f"; all captions share {', '.join(map(repr, others[:5]))} too" if others else ""
         said += f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly else ""
         return f"{name!r}{said} (--subject overrules it)"
 
     def _steps(self) -> str:
-        """Updates an epoch and a training, for all accumulations that may be drawn."""
-        data_set = self.inputs.data_set
-        if data_set.batches_per_epoch is None:
+        """Updates an epoch and a training, for all accumulations and epochs that may be drawn."""
+        if self.inputs.data_set.batches_per_epoch is None:
             return "to be told by the first step"
         epochs, accumulations = (SEARCH_SPACE[n].choices for n in ("max_train_epochs", "gradient_accumulation_steps"))
-        trainings = ({"max_train_epochs": 1, "gradient_accumulation_steps": number} for number in accumulations)
-        first, *others = map(data_set.updates, trainings)
-        fewer = f" ({' or '.join(dict.fromkeys(map(str, others)))} with accumulation)" if {*others} != {first} else ""
-        return f"{first} an epoch{fewer}, {min(others) * min(epochs)} to {first * max(epochs)} a training"
-
-    def _notes(self) -> list[str]:
-        notes, tokens = list(self.inputs.data_set.notes), self.inputs.data_set.class_tokens
-        if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
-            said = f"class_tokens {tokens!r} are trained nowhere"
-            notes.append(f"{said}: every picture has a caption, and none holds them")
-        return notes
+        trainings = [{"max_train_epochs": 1, "gradient_accumulation_steps": number} for number in accumulations]
+        each = [self.inputs.data_set.updates(training) for training in trainings]
+        by_accumulation = " or ".join(dict.fromkeys(map(str, each)))
+        shortest, longest = min(each) * min(epochs), max(each) * max(epochs)
+        return f"{by_accumulation} an epoch, {shortest} to {longest} a training (by accumulation and epochs)"
 
     def warnings(self) -> Iterator[str]:
-        yield from self._old_latents()
-        yield from self._long_warmup()
-        seconds = self._scoring_seconds()
-        if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
-            remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
-            yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
-        folder = self.settings.output_dir
-        if (kind := file_system(folder)) in NOT_LOCAL:
-            said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
-            yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
-        for table in self.inputs.enqueued:
-            if reason := self._why_unsafe(table):
-                yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
-        study = self.inputs.study
-        known = study.user_attrs.get("environment", {}) if study else {}
-        for difference in fingerprint_differences(known, self.inputs.tools) if known else []:
-            yield f"the study was begun with other tools: {difference}"
-
-    def _old_latents(self) -> Iterator[str]:
-        images = self.inputs.latents.images if self.inputs.latents else ()
+        inputs, folder = self.inputs, self.settings.output_dir
+        images = inputs.latents.images if inputs.latents else ()
         cached = [(image.path, image.latents) for image in images if image.latents and image.latents.exists()]
         older = [(path, file) for path, file in cached if file.stat().st_mtime < path.stat().st_mtime]
         if older:
-            path, file = older[0]
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
-            yield f"{said}; delete {file} if {path.name} has changed"
+            yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
+        yield from self._long_warmup()
+        jobs = inputs.trial_size(np.mean)[0] * inputs.plan["screen"] + inputs.plan["confirm"]
+        pixels = sum(job["width"] * job["height"] * job["steps"] for job in jobs)
+        seconds = pixels / (512 * 512 * 25) * SECONDS_PER_IMAGE
+        if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
+            remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
+            yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
+        if (kind := file_system(folder)) in NOT_LOCAL:
+            said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
+            yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
+        for table in inputs.enqueued:
+            study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.trainer.can_train))
+            study.enqueue_trial(table)
+            if reason := check_safety_constraints(suggest_hyperparameters(study.ask()))[1]:
+                yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
+        known = inputs.study.user_attrs.get("environment") if inputs.study else None
+        for difference in fingerprint_differences(known or inputs.tools, inputs.tools):
+            yield f"the study was begun with other tools: {difference}"
 
     def _long_warmup(self) -> Iterator[str]:
         """Draws 2,000 proposals: how many of the safe ones warm up for over half of the run, or for all of it."""
         if self.inputs.data_set.batches_per_epoch is None:
             return
-        rng = np.random.default_rng(0)
+        rng, can_train = np.random.default_rng(0), self.inputs.trainer.can_train
         drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(2000))
-        can_train = self.inputs.trainer.can_train
         safe = [params for params in drawn if check_safety_constraints(params)[0] and can_train(params)]
         shares = np.array([params["lr_warmup_steps"] / self.inputs.data_set.updates(params) for params in safe])
-        over_half, whole = float(np.mean(shares > 0.5)), float(np.mean(shares >= 1))
-        if over_half:
-            more = f", {whole:.0%} would for all of it and are avoided" if 0 < whole < 1 else ""
-            more = ", all for longer than the run" if whole == 1 else more
-            remedy = "a larger num_repeats or a smaller batch_size gives more steps"
-            yield f"{over_half:.0%} of the proposals warm up for more than half of the run{more}; {remedy}"
-
-    def _scoring_seconds(self) -> float:
-        """Roughly how long scoring an average trial takes on a 16 GB card."""
-        checkpoints = self.inputs.trial_size(np.mean)[0]
-        jobs = checkpoints * self.inputs.plan["screen"] + self.inputs.plan["confirm"]
-        return sum(job["width"] * job["height"] * job["steps"] for job in jobs) / (512 * 512 * 25) * SECONDS_PER_IMAGE
-
-    def _why_unsafe(self, table: Params) -> str:
-        """Why enqueued parameters would be rejected even as the sampler completes them, or nothing."""
-        study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=self.inputs.trainer.can_train))
-        study.enqueue_trial(table)
-        return check_safety_constraints(suggest_hyperparameters(study.ask()))[1]
+        if (shares > 0.5).any():
+            said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
+            said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
+            yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
 
 
 def open_study(inputs: Inputs) -> optuna.Study:

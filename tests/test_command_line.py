@@ -356,10 +356,11 @@ def test_check_says_what_it_found_and_makes_nothing(
     shown = capsys.readouterr().out
     found = dict(re.findall(r"^  (\w[\w -]*?)  +(.+)$", shown, re.MULTILINE))
     assert found["base model"] == "base_model (SD1.x)"
-    assert found["data set"] == "10 images, 10 captions"
+    assert found["data set"] == "10 images, 10 captions, 0 for regularisation"
     assert found["subject"].startswith("'luca'")
-    steps = "10 an epoch (5 or 3 with accumulation), 36 to 200 a training, a checkpoint every 5 epochs"
+    steps = "10 or 5 or 3 an epoch, 36 to 200 a training (by accumulation and epochs), a checkpoint every 5 epochs"
     assert found["steps"] == steps
+    assert "of the proposals warm up for more than half of the run, " in shown
     assert found["device"] == "cpu" and "no AdamW8bit" in found["optimizers"]
     assert found["sd-scripts"].startswith("files ")
     assert "MB needed" in found["disk"] and "0 of 2 trained" in found["study"]

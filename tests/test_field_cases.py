@@ -302,7 +302,7 @@ def test_masks_are_trained(case: Case) -> None:
     case.subset["conditioning_data_dir"] = str(case.here / "masks")
     case.training["masked_loss"] = True
     status, said = case.check()
-    assert status == 0 and row(said, "steps").startswith("3 an epoch"), said
+    assert status == 0 and row(said, "steps").startswith("3 or 2 or 1 an epoch"), said
 
 
 @needs_kohya
@@ -315,7 +315,7 @@ def test_sizes_are_those_that_kohya_reads(case: Case) -> None:
         case.picture(f"p{number}.png")
     case.dataset["bucket_no_upscale"] = True
     status, said = case.check()
-    assert status == 0 and row(said, "steps").startswith("6 an epoch"), said
+    assert status == 0 and row(said, "steps").startswith("6 or 3 or 2 an epoch"), said
     assert {image.latents.name for image in case.read().images if image.path.suffix == ".webp"} == {
         f"w{number}_0511x0511_sd.npz" for number in range(5)
     }
@@ -359,7 +359,7 @@ def test_a_data_set_in_json_is_read(case: Case) -> None:
     file.write_text(json.dumps(case.data))
     case.flags["dataset_config"] = file
     status, said = case.check()
-    assert status == 0 and row(said, "steps").startswith("3 an epoch"), said
+    assert status == 0 and row(said, "steps").startswith("3 or 2 or 1 an epoch"), said
 
 
 def test_whole_numbers_for_a_face_are_refused_as_kohya_refuses_them(case: Case) -> None:
