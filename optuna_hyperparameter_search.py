@@ -3820,27 +3820,35 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
 
     What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
     """
-    problems, checks = Problems(known_problems), InputChecks(settings)
+    problems = Problems(known_problems)
     raw = problems.of(load_training_options, settings.training_config)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
-    trainer = settings.sd_scripts and problems.of(checks.ask_trainer, raw or {}, config, afresh)
+    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
     options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
-    problems.of(checks.precision, options or {})
+    if settings.device == "cpu" and (options or {}).get("mixed_precision") == "fp16":
+        where = f"mixed_precision = 'fp16' in {settings.training_config}"
+        problems.lines.append(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
     ready = data_set and scoring and options
     plan = problems.of(make_plan, settings, data_set, scoring, options) if ready else None
-    problems.of(checks.scoring_tools)
-    if scoring:
-        problems.of(checks.encoders, scoring)
+    tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
+    if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
+        problems.lines.append(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+    is_file = settings.base_model and settings.base_model.is_file()  # which holds no pipeline config
+    for key in _SCORING_MODELS if scoring else ():
+        if key != "pipeline_config" or is_file:
+            problems.of(check_scoring_model, key, getattr(scoring, key))
     enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer) if settings.enqueue else []
-    study = problems.of(checks.output, data_set) if settings.output_dir else None
+    study = problems.of(find_study, settings) if settings.output_dir else None
+    if settings.output_dir:
+        problems.of(check_output_dir, settings.output_dir, data_set)
     inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study)
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
@@ -3852,46 +3860,35 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     return inputs
 
 
-class InputChecks:
-    """Checks of one command line's settings; each raises RefusedInput."""
+def _wrong_device(device: str) -> str:
+    is_known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    return "" if is_known else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
 
-    def ask_trainer(self, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
-        settings = self.settings
-        fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
-        cache = settings.output_dir and not afresh and settings.reference / ANSWER_NAME
-        device = "cpu" if _wrong_device(settings.device) else settings.device
-        where = (settings.sd_scripts, settings.trainer_python, device)
-        base_model = settings.base_model or Path("missing")
-        return Probe(*where, fixed, base_model, config or {"datasets": []}).ask(cache or None)
+def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
+    """What sd-scripts answers about inputs of which some may be missing."""
+    fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
+    cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
+    device = "cpu" if _wrong_device(settings.device) else settings.device
+    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []})
+    return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
-    def precision(self, options: Mapping[str, Any]) -> None:
-        if self.settings.device == "cpu" and options.get("mixed_precision") == "fp16":
-            where = f"mixed_precision = 'fp16' in {self.settings.training_config}"
-            raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
 
-    def scoring_tools(self) -> None:
-        tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
-        if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
-            raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+_ENCODER = ("config.json", "model.safetensors", "preprocessor_config.json")
+_SCORING_MODELS = {
+    "dinov2": _ENCODER,
+    "clip": _ENCODER,
+    "pipeline_config": ("model_index.json", "tokenizer/vocab.json"),
+}
 
-    def encoders(self, scoring: ScoringSettings) -> None:
-        """Each must be a folder, or cached, or on the hub; so must a single-file base model's pipeline config."""
-        encoder = ("config.json", "model.safetensors", "preprocessor_config.json")
-        wanted = {"dinov2": encoder, "clip": encoder}
-        if self.settings.base_model and self.settings.base_model.is_file():
-            wanted["pipeline_config"] = ("model_index.json", "tokenizer/vocab.json")
-        problems = Problems()
-        for key, files in wanted.items():
-            name = getattr(scoring, key)
-            is_folder = os.path.isdir(name or ".")  # noqa: PTH112 - Path raises on too long a name
-            check = self._folder if is_folder else self._hub
-            problems.of(check, f"--scoring-config: {key} = {name!r}", name, files)
-        problems.refuse()
 
-    def _folder(self, where: str, name: str, files: Sequence[str]) -> None:
+def check_scoring_model(key: str, name: str) -> None:
+    """RefusedInput unless a model that the scoring config names is a whole folder, cached, or on the hub."""
+    import huggingface_hub.utils
+    from huggingface_hub.errors import HFValidationError
+
+    where, files = f"--scoring-config: {key} = {name!r}", _SCORING_MODELS[key]
+    if os.path.isdir(name or "."):  # noqa: PTH112 - Path raises on too long a name
         if missing := [file for file in files if not (Path(name) / file).is_file()]:
             raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
         for file in Path(name).glob("*.safetensors"):
@@ -3899,62 +3896,46 @@ class InputChecks:
                 read_safetensors_header(file)
             except (ValueError, OSError) as error:
                 raise RefusedInput(f"{where}: can't use {file.name} ({one_line(error)}); fetch it again") from error
+        return
+    huggingface_hub.utils.logging.set_verbosity_error()  # it prints to the screen by itself
+    try:
+        if not all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
+            huggingface_hub.HfApi().model_info(name, timeout=10)
+    except HFValidationError:
+        raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
+    except Exception as error:  # the client's errors come from several libraries
+        why = f"is not whole on this machine and the hub does not give it ({type(error).__name__})"
+        raise RefusedInput(f"{where} {why}; fetch it once with `hf download {name}`, or give a folder") from error
 
-    def _hub(self, where: str, name: str, files: Sequence[str]) -> None:
-        import huggingface_hub.utils
-        from huggingface_hub.errors import HFValidationError
 
-        huggingface_hub.utils.logging.set_verbosity_error()  # it prints to the screen by itself
-        try:
-            if not all(isinstance(huggingface_hub.try_to_load_from_cache(name, file), str) for file in files):
-                huggingface_hub.HfApi().model_info(name, timeout=10)
-        except HFValidationError:
-            raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
-        except Exception as error:  # the client's errors come from several libraries
-            why = f"is not whole on this machine and the hub does not give it ({type(error).__name__})"
-            fetch = f"fetch it once with `hf download {name}`, or give a folder"
-            raise RefusedInput(f"{where} {why}; {fetch}") from error
+def find_study(settings: Settings) -> optuna.Study | None:
+    """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept.
 
-    def study(self) -> optuna.Study | None:
-        """The study to resume, or None; RefusedInput for a storage or an output folder in which none could be kept."""
-        settings, storage = self.settings, Storage(self.settings.storage)
-        if settings.storage.startswith("sqlite") and storage.file is None:
-            why = f"{storage.shown} keeps nothing or has options"
-            raise RefusedInput(f"--storage: {why}; give sqlite:///FILE, or leave it out")
-        is_own = storage.file == settings.output_dir / DATABASE_NAME
-        if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
-            raise RefusedInput(f"--storage: there is no folder for {storage.shown}; make it, or leave --storage out")
-        study = load_study(settings.storage, settings.study_name)
-        self.output_folder(study)
-        return study
-
-    def output_folder(self, study: optuna.Study | None) -> None:
-        """An output folder holds one study, which knows the trial folders in it."""
-        kinds = {"reference": Path.is_dir, "results": Path.is_dir, ARTIFACTS: Path.is_dir}
-        for name, is_right in {**kinds, LOG_NAME: Path.is_file, ".lock": Path.is_file}.items():
-            place, remedy = self.settings.output_dir / name, "move it away, or give another --output-dir"
-            if place.exists() and not is_right(place):
-                raise RefusedInput(f"--output-dir: {place} is not this program's; {remedy}")
-        owner = (read_json(self.settings.reference / "plan.json") or {}).get("study", self.settings.study_name)
-        if owner != self.settings.study_name:
-            remedy = f"give another --output-dir, or --study-name {owner}"
-            raise RefusedInput(f"--output-dir: {self.settings.output_dir} holds study {owner!r}; {remedy}")
-        known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
-        for folder in sorted(self.settings.output_dir.glob("trial_*")):
-            number = folder.name.removeprefix("trial_")
-            if number.isdecimal() and int(number) not in known:
-                remedy = "move it away, or give another --output-dir"
-                raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
-
-    def output(self, data_set: DataSet | None) -> optuna.Study | None:
-        """The study to resume, or None where there is none yet."""
-        problems, folder = Problems(), self.settings.output_dir
-        study = problems.of(self.study)
-        problems.of(check_writable, folder)
-        if data_set and folder in {image.path.parent for image in data_set.images}:
-            problems.lines.append(f"--output-dir: {folder} holds the data set's pictures; give another folder")
-        problems.refuse()
-        return study
+    An output folder holds one study, which knows the trial folders in it.
+    """
+    storage, output_dir = Storage(settings.storage), settings.output_dir
+    if settings.storage.startswith("sqlite") and storage.file is None:
+        why = f"{storage.shown} keeps nothing or has options"
+        raise RefusedInput(f"--storage: {why}; give sqlite:///FILE, or leave it out")
+    is_own = storage.file == output_dir / DATABASE_NAME
+    if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
+        raise RefusedInput(f"--storage: there is no folder for {storage.shown}; make it, or leave --storage out")
+    study = load_study(settings.storage, settings.study_name)
+    remedy = "move it away, or give another --output-dir"
+    for name in ("reference", "results", ARTIFACTS, LOG_NAME, ".lock"):
+        place = output_dir / name
+        if place.exists() and place.is_file() != (name in (LOG_NAME, ".lock")):
+            raise RefusedInput(f"--output-dir: {place} is not this program's; {remedy}")
+    owner = (read_json(settings.reference / "plan.json") or {}).get("study", settings.study_name)
+    if owner != settings.study_name:
+        other = f"give another --output-dir, or --study-name {owner}"
+        raise RefusedInput(f"--output-dir: {output_dir} holds study {owner!r}; {other}")
+    known = {trial.number for trial in study.get_trials(deepcopy=False)} if study else set()
+    for folder in sorted(output_dir.glob("trial_*")):
+        number = folder.name.removeprefix("trial_")
+        if number.isdecimal() and int(number) not in known:
+            raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
+    return study
 
 
 def make_plan(
@@ -4032,10 +4013,13 @@ def nearest_folder(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def check_writable(folder: Path) -> None:
+def check_output_dir(folder: Path, data_set: DataSet | None = None) -> None:
+    """RefusedInput for a folder that this user can't write, or that holds the data set's pictures."""
     above = nearest_folder(folder)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise RefusedInput(f"--output-dir: {above} is no folder that this user can write; give another folder")
+    if data_set and folder in {image.path.parent for image in data_set.images}:
+        raise RefusedInput(f"--output-dir: {folder} holds the data set's pictures; give another folder")
 
 
 class CheckReport:
@@ -4376,11 +4360,6 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     return Settings(**values), problems.lines
 
 
-def _wrong_device(device: str) -> str:
-    is_known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
-    return "" if is_known else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
-
-
 def senseless_values(args: argparse.Namespace) -> list[str]:
     """What is wrong with the command line's values."""
     problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
@@ -4498,7 +4477,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
             raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
     args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
     problems = Problems(senseless_values(args))
-    problems.of(check_writable, args.output_dir)
+    problems.of(check_output_dir, args.output_dir)
     problems.refuse()
     world = args.output_dir / "inputs"
     sys.path.insert(0, str(maker.parent))

@@ -1118,7 +1118,7 @@ def test_what_a_killed_program_had_not_committed_is_rolled_back(tmp_path: Path) 
     )
     subprocess.run([sys.executable, "-c", code, str(database)])
     assert database.with_name(f"{database.name}-journal").stat().st_size > 0
-    assert search.InputChecks(settings).study() is not None
+    assert search.find_study(settings) is not None
     assert len(optuna.get_all_study_names(settings.storage)) == 1
 
 
@@ -1197,14 +1197,14 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     search.write_json(settings.reference / "plan.json", {"study": "the first"})
     with pytest.raises(search.RefusedInput, match="holds study 'the first'"):
-        search.InputChecks(settings).output_folder(None)
+        search.find_study(settings)
 
 
 def test_trial_folders_without_their_study_are_refused(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     (settings.output_dir / "trial_0003").mkdir()
     with pytest.raises(search.RefusedInput, match="not of this study"):
-        search.InputChecks(settings).output_folder(None)
+        search.find_study(settings)
 
 
 # --- enqueueing --------------------------------------------------------------------------------------
