@@ -3702,8 +3702,6 @@ class Notes:
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
-# Keys of the plan that may differ on a resume. Base model, encoders and images are known by their content instead.
-NOT_IN_FINGERPRINT = frozenset({"base_model", "pipeline_config", "encoders", "images", "batch_size"})
 
 
 @dataclass(frozen=True)
@@ -3736,22 +3734,20 @@ class Inputs:
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """All that a study's scores depend on, by name. A resumed study must have the same."""
-        captions = [(image.path.name, *image.captions) for image in self.data_set.images]
-        pictures = [(image.path.name, quick_digest(image.path)) for image in self.data_set.images]
-        folders = {str(image.path.parent) for image in self.data_set.images}
-        without_folders = json.dumps(self.data_set.config)
-        for folder in sorted(folders, key=len, reverse=True):
-            without_folders = without_folders.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
-        scoring = {key: self.plan[key] for key in sorted(self.plan.keys() - NOT_IN_FINGERPRINT)}
+        images, config = self.data_set.images, json.dumps(self.data_set.config)
+        for folder in sorted({str(image.path.parent) for image in images}, key=len, reverse=True):  # it may move
+            config = config.replace(json.dumps(folder)[1:-1], json.dumps(Path(folder).name)[1:-1])
+        captions = digest(json.dumps([(image.path.name, *image.captions) for image in images]))
+        pictures = digest(json.dumps([(image.path.name, quick_digest(image.path)) for image in images]))
+        scoring = {key: self.plan[key] for key in ("clip_skip", "resolution", "subject", "usable", "weights")}
         for stage in FIRST_SEEDS:  # by name, so that a difference can be named
             names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
             scoring[stage] = {name: list(dict.fromkeys(job[name] for job in self.plan[stage])) for name in names}
             scoring[stage][TOGETHER] = digest(json.dumps(self.plan[stage]))[:16]
         encoders = {}
-        for name in ("dinov2", "clip"):  # a folder is known by its weights, wherever they lie
-            files = sorted(Path(self.plan["encoders"][name]).glob("*.safetensors"))
-            weights = digest("".join(map(quick_digest, files)))[:16]
-            encoders[name] = f"files {weights}" if files else self.plan["encoders"][name]
+        for name, place in self.plan["encoders"].items():  # a folder is known by its weights, wherever they lie
+            files = sorted(Path(place).glob("*.safetensors"))
+            encoders[name] = f"files {digest(''.join(map(quick_digest, files)))[:16]}" if files else place
         return {
             STUDY_FORM[0]: STUDY_FORM[1],
             "search space": search_space_digest()[:16],
@@ -3759,10 +3755,10 @@ class Inputs:
             "seed (--seed)": self.settings.seed,
             "base model (--base-model)": self.base_model.fingerprint[:16],
             "data set (--dataset-config)": {
-                "general": json.loads(without_folders)["general"],
-                "datasets": dict(enumerate(json.loads(without_folders)["datasets"], start=1)),
-                "captions": digest(json.dumps(captions))[:16],
-                "pictures": f"{len(pictures)} ({digest(json.dumps(pictures))[:16]})",
+                "general": json.loads(config)["general"],
+                "datasets": dict(enumerate(json.loads(config)["datasets"], start=1)),
+                "captions": captions[:16],
+                "pictures": f"{len(images)} ({pictures[:16]})",
             },
             "training options (--training-config)": dict(self.options),
             "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
@@ -4130,11 +4126,7 @@ def open_study(inputs: Inputs) -> optuna.Study:
     with storage.refusing(), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
-            study_name=settings.study_name,
-            storage=storage.open(),
-            sampler=inputs.sampler(),
-            direction="maximize",
-            load_if_exists=True,
+            study_name=settings.study_name, storage=storage.open(), direction="maximize", load_if_exists=True
         )
         refuse_foreign_study(study)
         check_fingerprint(study, inputs.fingerprint)
@@ -4231,12 +4223,9 @@ def printed_batches(training_log: Path) -> int | None:
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
     """Keep the anchors in the study; RefusedInput if it has others, by which its scores are not comparable."""
-    stored = study.user_attrs.get("anchors")
-    if stored is None:
-        study.set_user_attr("anchors", anchors)
-        return
-    moved = []
-    for name in dict.fromkeys((*stored, *anchors)):
+    stored, moved = study.user_attrs.get("anchors", anchors), []
+    study.set_user_attr("anchors", stored)
+    for name in {**stored, **anchors}:
         tolerance = GREY_TOLERANCE if name == "usable" else ANCHOR_TOLERANCE
         if name != "data":  # no score depends on it
             moved += fingerprint_differences(stored.get(name), anchors.get(name), name, tolerance=tolerance)

@@ -208,6 +208,7 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     reference = search.Reference(inputs)
     reference.write_inputs()
     inputs = reference.train_first_step(trainer)
+    study.sampler = inputs.sampler()
     reference.make_anchors(study, scorer)
     objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
     ours = search.Study(study, settings, objective, time.monotonic())
