@@ -3990,10 +3990,8 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
     return False
 
 
-NOT_LOCAL = {  # file systems on which SQLite locks badly, or not at all, and what to call them
-    **dict.fromkeys(("9p", "v9fs", "drvfs"), "a Windows drive"),
-    **dict.fromkeys(("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "glusterfs"), "a network share"),
-}
+# File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
+NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
 
 
 def file_system(folder: Path) -> str:
@@ -4095,7 +4093,7 @@ class CheckReport:
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
             yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
         if (kind := file_system(folder)) in NOT_LOCAL:
-            said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
+            said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in inputs.enqueued:
             study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.trainer.can_train))
@@ -4243,9 +4241,7 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
 
 def _path(text: str) -> Path:
     """A path that the file system and a UTF-8 file can hold; whether something is there is checked later."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; give a path")
-    if sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text):
+    if not text or (sys.platform != "win32" and re.match(r"[A-Za-z]:\\", text)):
         raise argparse.ArgumentTypeError(f"{text!r} can't be a path here; {path_remedy(text)}")
     try:
         text.encode()
