@@ -3702,6 +3702,10 @@ class Notes:
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
+# File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
+NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
+ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+PIPELINE_FILES = ("model_index.json", "tokenizer/vocab.json")
 
 
 @dataclass(frozen=True)
@@ -3837,10 +3841,11 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
     if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
         problems.lines.append(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
-    is_file = settings.base_model and settings.base_model.is_file()  # which holds no pipeline config
-    for key in _SCORING_MODELS if scoring else ():
-        if key != "pipeline_config" or is_file:
-            problems.of(check_scoring_model, key, getattr(scoring, key))
+    if scoring:
+        problems.of(check_scoring_model, "dinov2", scoring.dinov2, ENCODER_FILES)
+        problems.of(check_scoring_model, "clip", scoring.clip, ENCODER_FILES)
+        if settings.base_model and settings.base_model.is_file():  # it holds no pipeline config
+            problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, PIPELINE_FILES)
     enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer) if settings.enqueue else []
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
@@ -3870,20 +3875,12 @@ def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afr
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
 
-_ENCODER = ("config.json", "model.safetensors", "preprocessor_config.json")
-_SCORING_MODELS = {
-    "dinov2": _ENCODER,
-    "clip": _ENCODER,
-    "pipeline_config": ("model_index.json", "tokenizer/vocab.json"),
-}
-
-
-def check_scoring_model(key: str, name: str) -> None:
+def check_scoring_model(key: str, name: str, files: Sequence[str]) -> None:
     """RefusedInput unless a model that the scoring config names is a whole folder, cached, or on the hub."""
     import huggingface_hub.utils
     from huggingface_hub.errors import HFValidationError
 
-    where, files = f"--scoring-config: {key} = {name!r}", _SCORING_MODELS[key]
+    where = f"--scoring-config: {key} = {name!r}"
     if os.path.isdir(name or "."):  # noqa: PTH112 - Path raises on too long a name
         if missing := [file for file in files if not (Path(name) / file).is_file()]:
             raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
@@ -3988,10 +3985,6 @@ def _holds(distribution: BaseDistribution, value: Any) -> bool:
         optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
         return True
     return False
-
-
-# File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
-NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
 
 
 def file_system(folder: Path) -> str:
