@@ -3704,6 +3704,7 @@ SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
 # File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
 NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 PIPELINE_FILES = ("model_index.json", "tokenizer/vocab.json")
 
@@ -3861,16 +3862,11 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     return inputs
 
 
-def _wrong_device(device: str) -> str:
-    is_known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
-    return "" if is_known else f"--device: {device!r} is no device; give cuda, cuda:N or cpu"
-
-
 def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
     """What sd-scripts answers about inputs of which some may be missing."""
     fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
-    device = "cpu" if _wrong_device(settings.device) else settings.device
+    device = settings.device if DEVICE.fullmatch(settings.device) else "cpu"
     about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []})
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
@@ -4341,7 +4337,8 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
 def senseless_values(args: argparse.Namespace) -> list[str]:
     """What is wrong with the command line's values."""
     problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
-    problems += filter(None, [_wrong_device(args.device)])
+    if not DEVICE.fullmatch(args.device):
+        problems.append(f"--device: {args.device!r} is no device; give cuda, cuda:N or cpu")
     for flag, value, low, high in (
         ("--n-trials", args.n_trials, 0, 2**31),
         ("--timeout", args.timeout_hours, 0, math.inf),
