@@ -2842,18 +2842,16 @@ class Storage:
     @property
     def file(self) -> Path | None:
         """The file of a URL such as sqlite:///study.db; None for a server, and for what is kept in memory."""
-        path = self.url.removeprefix("sqlite:///")
-        if path != self.url and path.endswith(f"/{DATABASE_NAME}"):  # the default, in a folder of any name
-            return Path(path)
-        found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", self.url)
+        default = rf".*/{DATABASE_NAME}"  # in a folder of any name, which may hold a ?
+        found = re.fullmatch(rf"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)((?s:{default})|[^?]+)", self.url)
         return Path(found[1]) if found else None
 
     def _engine(self) -> tuple[str, dict[str, Any]]:
         """URL and arguments of an engine. SQLAlchemy and Optuna would misread %, ? and {} in a file's name."""
         if self.file is None:
             return self.url, {}
-        connect = functools.partial(sqlite3.connect, self.file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
-        return "sqlite:///study.db", {"creator": connect}
+        options = {"timeout": SQLITE_LOCK_SECONDS, "check_same_thread": False, "isolation_level": None}
+        return "sqlite:///study.db", {"creator": functools.partial(sqlite3.connect, self.file, **options)}
 
     def tables(self) -> set[str]:
         """The tables in the database. Makes none, and no file."""
@@ -2878,18 +2876,8 @@ class Storage:
         is_made = "alembic_version" in self.tables()  # else Optuna would add tables to an older version's
         url, arguments = self._engine()
         storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments, skip_table_creation=is_made)
-        if self.file is None:
-            return storage
-
-        @event.listens_for(storage.engine, "connect")
-        def leave_transactions_to_us(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None
-
-        @event.listens_for(storage.engine, "begin")
-        def begin_immediate(connection: Any) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        storage.engine.dispose()  # connections made before the listeners
+        if self.file:
+            event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         return storage
 
     def describe_error(self, error: BaseException) -> str:
