@@ -3056,7 +3056,8 @@ class Study:
     before_trial: Callable[[], None] = lambda: None  # may raise SearchStopped
 
     def __post_init__(self) -> None:
-        self.idle_since, self.began = self.started, time.time()
+        self.idle_since = self.started
+        self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
     def run(self) -> None:
         """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier."""
@@ -3230,6 +3231,7 @@ class Study:
         except OSError as error:  # a full or vanished disk: not the parameters' fault
             raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
         else:
+            self.failures.clear()
             self.study.tell(trial, value)
             self._report(trial.number)
         self.idle_since = time.monotonic()
@@ -3240,18 +3242,20 @@ class Study:
         The sampler learns from divergence and from lack of memory (PRUNED), not from other failures (FAIL).
         """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
+        if isinstance(error, Diverged):
+            self.failures.clear()
+            self.finish(trial, error.ended, str(error), TrialState.PRUNED)
+            return
         was_trained = trial.user_attrs.get("training_seconds") is not None
-        kind = {"ended": error.ended, "trained": was_trained}
-        earlier = trial.user_attrs.get("failures", [])
-        if not isinstance(error, Diverged):
-            folder = trial_folder(self.settings.output_dir, trial.number)
-            (folder / "metrics.json").unlink(missing_ok=True)
-            if not was_trained:  # else the next start would take it for a finished training
-                (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
-            failure = {**kind, "reason": one_line(error), "when": time.time()}
-            trial.set_user_attr("failures", [*earlier, failure])
-        if isinstance(error, Diverged) or any(kind.items() <= failure.items() for failure in earlier):
-            is_learnt = isinstance(error, (Diverged, OutOfMemory))
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        if not was_trained:  # else the next start would take it for a finished training
+            (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
+        kind, earlier = {"ended": error.ended, "trained": was_trained}, trial.user_attrs.get("failures", [])
+        trial.set_user_attr("failures", [*earlier, {**kind, "reason": one_line(error)}])
+        self.failures.append((f"{error.ended}: {one_line(error)}", trial.params))
+        if any(kind.items() <= failure.items() for failure in earlier):
+            is_learnt = isinstance(error, OutOfMemory)
             self.finish(trial, error.ended, str(error), TrialState.PRUNED if is_learnt else TrialState.FAIL)
 
     def finish(self, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
@@ -3287,19 +3291,11 @@ class Study:
 
         Equal: but for numbers, which are folders, steps and bytes.
         """
-        ends: list[tuple[float, str, str]] = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("output_dir") == str(self.settings.output_dir):
-                params = json.dumps(trial.params, sort_keys=True)
-                for failure in trial.user_attrs.get("failures", []):
-                    ends.append((failure["when"], f"{failure['ended']}: {failure['reason']}", params))
-                if is_trained(trial) and trial.datetime_complete:
-                    ends.append((trial.datetime_complete.timestamp(), "", params))
-        last = sorted(end for end in ends if end[0] >= self.began)[-EQUAL_FAILURES:]
-        alike = {re.sub(r"\d+", "#", reason) for _, reason, _ in last}
-        if len(last) == EQUAL_FAILURES and len(alike) == 1 and last[-1][1] and len({end[2] for end in last}) > 1:
+        alike = {re.sub(r"\d+", "#", reason) for reason, _ in self.failures}
+        have_differed = any(params != self.failures[0][1] for _, params in self.failures)
+        if len(self.failures) == EQUAL_FAILURES and len(alike) == 1 and have_differed:
             said = "three trials in a row ended alike, so it is the set-up and not the parameters"
-            raise SearchStopped(f"{said}: {last[-1][1]}; mend that and give the same command again")
+            raise SearchStopped(f"{said}: {self.failures[-1][0]}; mend that and give the same command again")
 
     # --- what is shown, and what is kept ---
 
