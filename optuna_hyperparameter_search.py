@@ -3029,6 +3029,11 @@ def is_trained(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE or has_diverged
 
 
+def is_at_work(trial: FrozenTrial) -> bool:
+    """Whether a program runs it: the RUNNING trial of one that was interrupted waits for the same command."""
+    return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
+
+
 def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials with a score, best first."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -3079,7 +3084,7 @@ class Study:
             left_over = next(iter(self._own_running()), None)
             trials = self.study.get_trials(deepcopy=False)
             trained = sum(map(is_trained, trials))
-            running = [trial.number for trial in trials if self._is_at_work(trial)]
+            running = [trial.number for trial in trials if is_at_work(trial)]
             if trained >= self.settings.n_trials and not left_over:
                 return
             hours = self.settings.timeout_hours
@@ -3108,9 +3113,6 @@ class Study:
     def _own_running(self) -> list[FrozenTrial]:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
-
-    def _is_at_work(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
 
     def adopt(self) -> None:
         """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
@@ -3141,16 +3143,14 @@ class Study:
             if "output_dir" not in frozen.user_attrs and is_old:
                 # Another program may have closed it already.
                 with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                    self._close(optuna.Trial(self.study, frozen._trial_id), "its program died as it began")
+                    self._close(frozen, "its program died as it began")
 
-    def _close(self, trial: optuna.Trial, reason: str) -> None:
+    def _close(self, frozen: FrozenTrial, reason: str) -> None:
         """Close a trial that is not continued; a user's own parameters are enqueued again."""
-        say(f"Trial {trial.number} is closed: {reason}.")
-        self.finish(trial, INTERRUPTED, reason, TrialState.FAIL)
-        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        say(f"Trial {frozen.number} is closed: {reason}.")
+        self.finish(optuna.Trial(self.study, frozen._trial_id), INTERRUPTED, reason, TrialState.FAIL)
         if fixed := fixed_params(frozen):
-            mark = {name: value for name, value in frozen.user_attrs.items() if name == "enqueued"}
-            self.study.enqueue_trial(params=fixed, user_attrs=mark)
+            self.study.enqueue_trial(params=fixed, user_attrs={"enqueued": frozen.user_attrs.get("enqueued")})
 
     def enqueue(self, tables: Sequence[Params]) -> None:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
@@ -3172,7 +3172,7 @@ class Study:
             self.claim(trial)
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
-        return None if self._close_surplus(trial) else trial
+        return None if self.close_surplus(trial) else trial
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
@@ -3180,7 +3180,7 @@ class Study:
         was_paused = left_over.user_attrs.get("ended") in (INTERRUPTED, "returning")
         if was_paused:
             trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
-        if self._close_surplus(trial, was_paused=was_paused):
+        if self.close_surplus(trial, was_paused=was_paused):
             return None
         if was_paused:
             trial.set_user_attr("ended", "running")
@@ -3192,22 +3192,17 @@ class Study:
             self._add_lost_seconds(trial)
         return trial
 
-    def _close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
-        is_surplus = self.is_surplus(trial.number, was_paused=was_paused)
-        if is_surplus:
-            self._close(trial, "enough other trials are trained")
-        return is_surplus
-
-    def is_surplus(self, number: int, *, was_paused: bool = False) -> bool:
-        """Whether the other trials are enough: those trained, and those at work before this one began, or returned."""
+    def close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
+        """Close a trial if the others suffice: those trained, and those at work before this one began, or returned."""
         trials = self.study.get_trials(deepcopy=False)
-
-        def turn(trial: FrozenTrial) -> tuple[Any, int]:
-            return trial.datetime_start, trial.number  # an enqueued trial may begin after one with a higher number
-
-        others = [t for t in trials if t.number != number]
-        ahead = [t for t in others if self._is_at_work(t) and (was_paused or turn(t) < turn(trials[number]))]
-        return len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
+        own = trials[trial.number]
+        others = [other for other in trials if other.number != own.number]
+        turn = own.datetime_start, own.number  # an enqueued trial may begin after one with a higher number
+        ahead = [t for t in others if is_at_work(t) and (was_paused or (t.datetime_start, t.number) < turn)]
+        is_surplus = len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
+        if is_surplus:
+            self._close(own, "enough other trials are trained")
+        return is_surplus
 
     def _is_scored(self, trial: optuna.Trial) -> bool:
         """Whether all that is left to do is to tell the score."""
@@ -3343,8 +3338,8 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     if not scored:
         return None
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    running = [trial.user_attrs for trial in trials if trial.state == TrialState.RUNNING]
-    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs and attrs.get("ended") != INTERRUPTED]
+    running = [trial.user_attrs for trial in trials if is_at_work(trial)]
+    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
     return max(0.0, float(ahead)) / max(1, len(used))
 

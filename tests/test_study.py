@@ -958,7 +958,8 @@ def test_of_two_that_begin_at_once_the_later_one_is_surplus(tmp_path: Path) -> N
     fresh = optuna.Trial(study, study._storage.create_new_trial(study._study_id))
     late = study.ask()  # ... and one with a lower number than a trial that began before it
     assert late.number == enqueued.number < fresh.number
-    assert [ours.is_surplus(t.number) for t in (waiting, fresh, late)] == [False, False, True]
+    assert [ours.close_surplus(trial) for trial in (waiting, fresh, late)] == [False, False, True]
+    assert [state for state, _ in endings(study)] == [RUNNING, FAIL, RUNNING, WAITING]  # an enqueued one again
 
 
 def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_database(tmp_path: Path) -> None:
