@@ -3184,10 +3184,9 @@ class Study:
             return None
         if was_paused:
             trial.set_user_attr("ended", "running")
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        if trial.user_attrs.get("training_seconds") is None and has_finished_training(folder):
-            lora, config = (folder / name for name in (f"{LORA_NAME}.safetensors", "config.toml"))
-            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - config.stat().st_mtime, 1))
+        lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
+        if trial.user_attrs.get("training_seconds") is None and has_finished_training(lora.parent):
+            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - trial.user_attrs["began"], 1))
         if not self._is_scored(trial):
             self._add_lost_seconds(trial)
         return trial
@@ -3214,7 +3213,7 @@ class Study:
     def run_trial(self, trial: optuna.Trial) -> None:
         """Run one trial and tell the study how it ended, if it did."""
         self.show()
-        waited = (trial.user_attrs.get("waited_seconds") or 0.0) + time.monotonic() - self.idle_since
+        waited = trial.user_attrs.get("waited_seconds", 0.0) + time.monotonic() - self.idle_since
         trial.set_user_attr("waited_seconds", round(waited, 1))
         trial.set_user_attr("began", time.time())  # this attempt of it
         try:
@@ -3261,14 +3260,12 @@ class Study:
 
     def _add_lost_seconds(self, trial: optuna.Trial, more: float = 0.0) -> None:
         """Add what the last attempt wasted: from its start, or its training's end, to its newest file."""
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        config, lora = folder / "config.toml", folder / f"{LORA_NAME}.safetensors"
-        lost = (trial.user_attrs.get("lost_seconds") or 0.0) + more
-        if config.is_file():
-            since = config.stat().st_mtime
-            if trial.user_attrs.get("training_seconds") is not None and lora.is_file():
-                since = max(since, lora.stat().st_mtime)
-            lost += max(file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*"))) - since
+        folder, attrs = trial_folder(self.settings.output_dir, trial.number), trial.user_attrs
+        since, lora = attrs.get("began", math.inf), folder / f"{LORA_NAME}.safetensors"
+        if attrs.get("training_seconds") is not None and lora.is_file():
+            since = max(since, lora.stat().st_mtime)
+        newest = max((file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*"))), default=0.0)
+        lost = attrs.get("lost_seconds", 0.0) + more + max(0.0, newest - since)
         trial.set_user_attr("lost_seconds", round(lost, 1))
 
     def pause(self) -> None:
