@@ -3227,7 +3227,9 @@ class Study:
         else:
             self.failures.clear()
             self.study.tell(trial, value)
-            self._report(trial.number)
+            progress, done = self.progress()
+            said = f"Trial {trial.number} scored {value:.4f}, epoch {trial.user_attrs['best_epoch']}; {progress}"
+            say(said if screen.is_live else f"{said}, {done}")
         self.idle_since = time.monotonic()
 
     def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
@@ -3291,27 +3293,18 @@ class Study:
 
     # --- what is shown, and what is kept ---
 
-    def show(self) -> None:
-        """Show in the live region how far the study is."""
-        if not screen.is_live:
-            return
+    def progress(self) -> tuple[str, str]:
+        """How far the study is, with its best score; and when it will be done."""
         trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
         scores = (f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(self.study))
         left = seconds_left(trials, planned)
         end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
         done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
-        trained = f"{sum(map(is_trained, trials))}/{planned} trained"
-        screen.show("study", f"{trained}  {next(scores, 'no score yet')}  {done}")
+        return f"{sum(map(is_trained, trials))} of {planned} trained, {next(scores, 'no score yet')}", done
 
-    def _report(self, number: int) -> None:
-        """Print a scored trial's line, with the time to go where no live region shows when the study ends."""
-        trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
-        left = seconds_left(trials, planned)
-        ahead = f"; about {format_seconds(left)} to go" if left and not screen.is_live else ""
-        trial, best = trials[number], self.study.best_trial
-        scored = f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']}"
-        trained = f"{sum(map(is_trained, trials))} of {planned} trained"
-        say(f"{scored} (best: {best.value:.4f}, trial {best.number}); {trained}{ahead}")
+    def show(self) -> None:
+        """Show in the live region how far the study is."""
+        screen.show("study", ", ".join(self.progress()))
 
     def delete_spare_checkpoints(self) -> None:
         """Delete the checkpoints of trained trials in this folder, but keep the chosen ones of the ten best trials.
@@ -3339,11 +3332,6 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     used = [time.time() - attrs["began"] for attrs in running if "began" in attrs]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
     return max(0.0, float(ahead)) / max(1, len(used))
-
-
-def format_seconds(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 # ======================================================================================================
@@ -4121,7 +4109,7 @@ class CheckReport:
         seconds = self._scoring_seconds()
         if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
-            yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
+            yield f"scoring a trial takes about {seconds / 60:.0f} min on a 16 GB card; {remedy}"
         folder = self.settings.output_dir
         if (kind := Disk(folder).file_system) in NOT_LOCAL:
             said = f"{folder} is on {NOT_LOCAL[kind]} ({kind}), where a database is slow and its locks may fail"
