@@ -2954,39 +2954,34 @@ def refuse_foreign_study(study: optuna.Study) -> None:
         raise RefusedInput(f"--storage: study {study.study_name!r} is not this program's; give another --study-name")
 
 
-@dataclass(frozen=True)
-class FolderLock:
-    """An output folder belongs to one running program."""
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """An output folder belongs to one running program; RefusedInput names the one that holds it already."""
+    import fcntl  # not on native Windows, which is refused before
 
-    folder: Path
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """RefusedInput names the program that holds it already."""
-        import fcntl  # not on native Windows, which is refused before
-
-        with (self.folder / ".lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                in_use = f"{self.folder} is in use by {file.read().strip() or 'another program'}"
-                raise RefusedInput(f"{in_use}; wait for it, or give another folder") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-
-    def is_held(self) -> bool:
-        """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
-        import fcntl
-
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            with (self.folder / ".lock").open(encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except OSError as error:
-            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            in_use = f"{folder} is in use by {file.read().strip() or 'another program'}"
+            raise RefusedInput(f"{in_use}; wait for it, or give another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
+    import fcntl
+
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
 STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
@@ -3121,7 +3116,7 @@ class Study:
         """
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             made_in = frozen.user_attrs.get("output_dir")
-            was_moved = self.has_own_database and not (made_in and FolderLock(Path(made_in)).is_held())
+            was_moved = self.has_own_database and not (made_in and is_held(Path(made_in)))
             if made_in == str(self.settings.output_dir) or was_moved:
                 self.claim(optuna.Trial(self.study, frozen._trial_id))
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
@@ -4435,7 +4430,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         say(str(CheckReport(inputs)))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with FolderLock(settings.output_dir).held(), logging_to(settings.output_dir / LOG_NAME, settings.storage):
+    with holding(settings.output_dir), logging_to(settings.output_dir / LOG_NAME, settings.storage):
         say(str(CheckReport(inputs)))
         for folders in ("trial_*", "reference/**"):  # the lock says that whoever started it has ended
             for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
@@ -4560,7 +4555,7 @@ def run(args: argparse.Namespace) -> None:
             raise RefusedInput(wrong)
         folder = args.score.resolve()
         find_what_to_score(folder)  # before a lock is made where it has no place
-        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else FolderLock(folder.parent).held():
+        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else holding(folder.parent):
             score_folder(folder, args.device)
     elif args.report:
         run_report(args)
