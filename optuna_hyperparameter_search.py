@@ -3468,10 +3468,6 @@ class Results:
         """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
         config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         retrained = self.folder / f"retrained_{folder.name}"
-        for earlier in self.folder.glob("retrained_trial_*"):
-            with contextlib.suppress(OSError):  # somebody has trained in it
-                earlier.rmdir()
-        retrained.mkdir(exist_ok=True)
         data_set, path = self.folder / "dataset.toml", self.folder / "best_config.toml"
         if (dataset_config := folder.parent / "reference" / "dataset.toml").is_file():
             write_atomically(data_set, dataset_config.read_bytes())
@@ -3492,9 +3488,8 @@ class Results:
             header = read_safetensors_header(checkpoint)
         except ValueError as error:
             raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
-        metadata = header.pop("__metadata__", {}) | {
-            f"optuna_{name}": printable(value) for name, value in labels.items()
-        }
+        metadata = header.pop("__metadata__", {})
+        metadata |= {f"optuna_{name}": printable(value) for name, value in labels.items()}
         text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         data = checkpoint.read_bytes()

@@ -751,13 +751,3 @@ def test_the_time_is_shared_out_to_what_it_went_into(tmp_path: Path) -> None:
     total = sum(spent.values())
     assert shown == [(name, f"{value / 60:.1f}", f"{100 * value / total:.0f}") for name, value in spent.items()]
     assert spent["wasted"] >= 240
-
-
-def test_only_folders_of_an_earlier_best_that_were_used_are_kept(small: Path) -> None:
-    used, empty = (small / "results" / f"retrained_trial_{number}" for number in ("0098", "0099"))
-    used.mkdir()
-    empty.mkdir()
-    (used / "lora.safetensors").touch()
-    search.Results(study_in(small), small).write()
-    best = search.scored_trials(study_in(small))[0].user_attrs["folder"]
-    assert {path.name for path in used.parent.glob("retrained_*")} == {used.name, f"retrained_{best}"}
