@@ -2860,11 +2860,8 @@ class Storage:
         if self.file and not self.file.exists():
             return set()
         url, arguments = self._engine()
-        engine = sqlalchemy.create_engine(url, **arguments)
-        try:
-            return set(sqlalchemy.inspect(engine).get_table_names())
-        finally:
-            engine.dispose()
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **arguments)
+        return set(sqlalchemy.inspect(engine).get_table_names())
 
     def open(self) -> optuna.storages.BaseStorage:
         """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
@@ -3410,6 +3407,18 @@ def describe_study(study: optuna.Study) -> str:
     return "\n".join(lines)
 
 
+def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
+    """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
+    losses: dict[int, float | None] = {}
+    steps = 0
+    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    for line in re.split(r"[\r\n]", text):
+        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
+            steps = int(bar["steps"])
+            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
+    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
+
+
 class Results:
     """The files in results/, made anew from the study and the trials' folders."""
 
@@ -3425,7 +3434,7 @@ class Results:
                 self.write_best(self.ranked[0])
         finally:
             with only_warning(f"{self.folder / REPORT_NAME} is not written"):
-                Report(self.study, self.output_dir).write()
+                self.write_report()
 
     def describe_best(self) -> str:
         """Where the best trial's files are."""
@@ -3495,34 +3504,15 @@ class Results:
         data = checkpoint.read_bytes()
         return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
 
-
-def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
-    """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
-    losses: dict[int, float | None] = {}
-    steps = 0
-    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    for line in re.split(r"[\r\n]", text):
-        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
-            steps = int(bar["steps"])
-            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
-    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
-
-
-class Report:
-    """results/report.html: a page that needs no network. Its pictures stay where they are."""
-
-    def __init__(self, study: optuna.Study, output_dir: Path) -> None:
-        self.study, self.output_dir = study, output_dir
-        self.trials, self.ranked = study.get_trials(deepcopy=False), scored_trials(study)
-
-    def write(self) -> None:
+    def write_report(self) -> None:
+        """A page that needs no network. Its pictures stay where they are."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
-        results, reference = self.output_dir / "results", self.output_dir / "reference"
+        trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, results)))
+        environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, self.folder)))
         environment.filters |= {"toml": toml.dumps, "quote": shlex.quote}
         page = environment.get_template(REPORT_NAME).render(
             study_name=self.study.study_name,
@@ -3530,19 +3520,19 @@ class Report:
             written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
             optuna_version=optuna.__version__,
             terms=TERMS,
-            results=results,
+            results=self.folder,
             reference=reference,
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
             plan=read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS},
             first_seeds=first_seeds,
-            trained=sum(map(is_trained, self.trials)),
-            trials=[facts_of(trial) for trial in self.trials],
+            trained=sum(map(is_trained, trials)),
+            trials=[facts_of(trial) for trial in trials],
             entries=[self.entry(trial) for trial in self.ranked],
             plots=self.plots() if len(self.ranked) > 1 else {},
             improvements=measure_improvements(self.study),
             plotly_js=get_plotlyjs(),
         )
-        write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
+        write_atomically(self.folder / REPORT_NAME, page.encode(errors="replace"))
 
     def entry(self, trial: FrozenTrial) -> dict[str, Any]:
         """A scored trial: its row in the leaderboard, and its details."""
