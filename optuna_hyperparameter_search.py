@@ -2842,18 +2842,16 @@ class Storage:
     @property
     def file(self) -> Path | None:
         """The file of a URL such as sqlite:///study.db; None for a server, and for what is kept in memory."""
-        path = self.url.removeprefix("sqlite:///")
-        if path != self.url and path.endswith(f"/{DATABASE_NAME}"):  # the default, in a folder of any name
-            return Path(path)
-        found = re.fullmatch(r"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)([^?]+)", self.url)
+        default = rf".*/{DATABASE_NAME}"  # in a folder of any name, which may hold a ?
+        found = re.fullmatch(rf"sqlite(?:\+pysqlite)?:///(?!file:|:memory:)((?s:{default})|[^?]+)", self.url)
         return Path(found[1]) if found else None
 
     def _engine(self) -> tuple[str, dict[str, Any]]:
         """URL and arguments of an engine. SQLAlchemy and Optuna would misread %, ? and {} in a file's name."""
         if self.file is None:
             return self.url, {}
-        connect = functools.partial(sqlite3.connect, self.file, timeout=SQLITE_LOCK_SECONDS, check_same_thread=False)
-        return "sqlite:///study.db", {"creator": connect}
+        options = {"timeout": SQLITE_LOCK_SECONDS, "check_same_thread": False, "isolation_level": None}
+        return "sqlite:///study.db", {"creator": functools.partial(sqlite3.connect, self.file, **options)}
 
     def tables(self) -> set[str]:
         """The tables in the database. Makes none, and no file."""
@@ -2862,11 +2860,8 @@ class Storage:
         if self.file and not self.file.exists():
             return set()
         url, arguments = self._engine()
-        engine = sqlalchemy.create_engine(url, **arguments)
-        try:
-            return set(sqlalchemy.inspect(engine).get_table_names())
-        finally:
-            engine.dispose()
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, **arguments)
+        return set(sqlalchemy.inspect(engine).get_table_names())
 
     def open(self) -> optuna.storages.BaseStorage:
         """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
@@ -2878,18 +2873,8 @@ class Storage:
         is_made = "alembic_version" in self.tables()  # else Optuna would add tables to an older version's
         url, arguments = self._engine()
         storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments, skip_table_creation=is_made)
-        if self.file is None:
-            return storage
-
-        @event.listens_for(storage.engine, "connect")
-        def leave_transactions_to_us(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None
-
-        @event.listens_for(storage.engine, "begin")
-        def begin_immediate(connection: Any) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        storage.engine.dispose()  # connections made before the listeners
+        if self.file:
+            event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         return storage
 
     def describe_error(self, error: BaseException) -> str:
@@ -2966,39 +2951,34 @@ def refuse_foreign_study(study: optuna.Study) -> None:
         raise RefusedInput(f"--storage: study {study.study_name!r} is not this program's; give another --study-name")
 
 
-@dataclass(frozen=True)
-class FolderLock:
-    """An output folder belongs to one running program."""
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """An output folder belongs to one running program; RefusedInput names the one that holds it already."""
+    import fcntl  # not on native Windows, which is refused before
 
-    folder: Path
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """RefusedInput names the program that holds it already."""
-        import fcntl  # not on native Windows, which is refused before
-
-        with (self.folder / ".lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                in_use = f"{self.folder} is in use by {file.read().strip() or 'another program'}"
-                raise RefusedInput(f"{in_use}; wait for it, or give another folder") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-
-    def is_held(self) -> bool:
-        """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
-        import fcntl
-
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            with (self.folder / ".lock").open(encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except OSError as error:
-            return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            in_use = f"{folder} is in use by {file.read().strip() or 'another program'}"
+            raise RefusedInput(f"{in_use}; wait for it, or give another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
+    import fcntl
+
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
 STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
@@ -3041,6 +3021,11 @@ def is_trained(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE or has_diverged
 
 
+def is_at_work(trial: FrozenTrial) -> bool:
+    """Whether a program runs it: the RUNNING trial of one that was interrupted waits for the same command."""
+    return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
+
+
 def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials with a score, best first."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -3068,7 +3053,8 @@ class Study:
     before_trial: Callable[[], None] = lambda: None  # may raise SearchStopped
 
     def __post_init__(self) -> None:
-        self.idle_since, self.began = self.started, time.time()
+        self.idle_since = self.started
+        self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
     def run(self) -> None:
         """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier."""
@@ -3090,7 +3076,7 @@ class Study:
             left_over = next(iter(self._own_running()), None)
             trials = self.study.get_trials(deepcopy=False)
             trained = sum(map(is_trained, trials))
-            running = [trial.number for trial in trials if self._is_at_work(trial)]
+            running = [trial.number for trial in trials if is_at_work(trial)]
             if trained >= self.settings.n_trials and not left_over:
                 return
             hours = self.settings.timeout_hours
@@ -3120,9 +3106,6 @@ class Study:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
 
-    def _is_at_work(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
-
     def adopt(self) -> None:
         """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
 
@@ -3130,7 +3113,7 @@ class Study:
         """
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             made_in = frozen.user_attrs.get("output_dir")
-            was_moved = self.has_own_database and not (made_in and FolderLock(Path(made_in)).is_held())
+            was_moved = self.has_own_database and not (made_in and is_held(Path(made_in)))
             if made_in == str(self.settings.output_dir) or was_moved:
                 self.claim(optuna.Trial(self.study, frozen._trial_id))
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
@@ -3152,16 +3135,14 @@ class Study:
             if "output_dir" not in frozen.user_attrs and is_old:
                 # Another program may have closed it already.
                 with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                    self._close(optuna.Trial(self.study, frozen._trial_id), "its program died as it began")
+                    self._close(frozen, "its program died as it began")
 
-    def _close(self, trial: optuna.Trial, reason: str) -> None:
+    def _close(self, frozen: FrozenTrial, reason: str) -> None:
         """Close a trial that is not continued; a user's own parameters are enqueued again."""
-        say(f"Trial {trial.number} is closed: {reason}.")
-        self.finish(trial, INTERRUPTED, reason, TrialState.FAIL)
-        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        say(f"Trial {frozen.number} is closed: {reason}.")
+        self.finish(optuna.Trial(self.study, frozen._trial_id), INTERRUPTED, reason, TrialState.FAIL)
         if fixed := fixed_params(frozen):
-            mark = {name: value for name, value in frozen.user_attrs.items() if name == "enqueued"}
-            self.study.enqueue_trial(params=fixed, user_attrs=mark)
+            self.study.enqueue_trial(params=fixed, user_attrs={"enqueued": frozen.user_attrs.get("enqueued")})
 
     def enqueue(self, tables: Sequence[Params]) -> None:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
@@ -3183,7 +3164,7 @@ class Study:
             self.claim(trial)
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
-        return None if self._close_surplus(trial) else trial
+        return None if self.close_surplus(trial) else trial
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
@@ -3191,34 +3172,28 @@ class Study:
         was_paused = left_over.user_attrs.get("ended") in (INTERRUPTED, "returning")
         if was_paused:
             trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
-        if self._close_surplus(trial, was_paused=was_paused):
+        if self.close_surplus(trial, was_paused=was_paused):
             return None
         if was_paused:
             trial.set_user_attr("ended", "running")
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        if trial.user_attrs.get("training_seconds") is None and has_finished_training(folder):
-            lora, config = (folder / name for name in (f"{LORA_NAME}.safetensors", "config.toml"))
-            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - config.stat().st_mtime, 1))
+        lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
+        if trial.user_attrs.get("training_seconds") is None and has_finished_training(lora.parent):
+            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - trial.user_attrs["began"], 1))
         if not self._is_scored(trial):
             self._add_lost_seconds(trial)
         return trial
 
-    def _close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
-        is_surplus = self.is_surplus(trial.number, was_paused=was_paused)
-        if is_surplus:
-            self._close(trial, "enough other trials are trained")
-        return is_surplus
-
-    def is_surplus(self, number: int, *, was_paused: bool = False) -> bool:
-        """Whether the other trials are enough: those trained, and those at work before this one began, or returned."""
+    def close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
+        """Close a trial if the others suffice: those trained, and those at work before this one began, or returned."""
         trials = self.study.get_trials(deepcopy=False)
-
-        def turn(trial: FrozenTrial) -> tuple[Any, int]:
-            return trial.datetime_start, trial.number  # an enqueued trial may begin after one with a higher number
-
-        others = [t for t in trials if t.number != number]
-        ahead = [t for t in others if self._is_at_work(t) and (was_paused or turn(t) < turn(trials[number]))]
-        return len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
+        own = trials[trial.number]
+        others = [other for other in trials if other.number != own.number]
+        turn = own.datetime_start, own.number  # an enqueued trial may begin after one with a higher number
+        ahead = [t for t in others if is_at_work(t) and (was_paused or (t.datetime_start, t.number) < turn)]
+        is_surplus = len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
+        if is_surplus:
+            self._close(own, "enough other trials are trained")
+        return is_surplus
 
     def _is_scored(self, trial: optuna.Trial) -> bool:
         """Whether all that is left to do is to tell the score."""
@@ -3230,7 +3205,7 @@ class Study:
     def run_trial(self, trial: optuna.Trial) -> None:
         """Run one trial and tell the study how it ended, if it did."""
         self.show()
-        waited = (trial.user_attrs.get("waited_seconds") or 0.0) + time.monotonic() - self.idle_since
+        waited = trial.user_attrs.get("waited_seconds", 0.0) + time.monotonic() - self.idle_since
         trial.set_user_attr("waited_seconds", round(waited, 1))
         trial.set_user_attr("began", time.time())  # this attempt of it
         try:
@@ -3242,8 +3217,11 @@ class Study:
         except OSError as error:  # a full or vanished disk: not the parameters' fault
             raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
         else:
+            self.failures.clear()
             self.study.tell(trial, value)
-            self._report(trial.number)
+            progress, done = self.progress()
+            said = f"Trial {trial.number} scored {value:.4f}, epoch {trial.user_attrs['best_epoch']}; {progress}"
+            say(said if screen.is_live else f"{said}, {done}")
         self.idle_since = time.monotonic()
 
     def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
@@ -3252,18 +3230,20 @@ class Study:
         The sampler learns from divergence and from lack of memory (PRUNED), not from other failures (FAIL).
         """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
+        if isinstance(error, Diverged):
+            self.failures.clear()
+            self.finish(trial, error.ended, str(error), TrialState.PRUNED)
+            return
         was_trained = trial.user_attrs.get("training_seconds") is not None
-        kind = {"ended": error.ended, "trained": was_trained}
-        earlier = trial.user_attrs.get("failures", [])
-        if not isinstance(error, Diverged):
-            folder = trial_folder(self.settings.output_dir, trial.number)
-            (folder / "metrics.json").unlink(missing_ok=True)
-            if not was_trained:  # else the next start would take it for a finished training
-                (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
-            failure = {**kind, "reason": one_line(error), "when": time.time()}
-            trial.set_user_attr("failures", [*earlier, failure])
-        if isinstance(error, Diverged) or any(kind.items() <= failure.items() for failure in earlier):
-            is_learnt = isinstance(error, (Diverged, OutOfMemory))
+        folder = trial_folder(self.settings.output_dir, trial.number)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        if not was_trained:  # else the next start would take it for a finished training
+            (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
+        kind, earlier = {"ended": error.ended, "trained": was_trained}, trial.user_attrs.get("failures", [])
+        trial.set_user_attr("failures", [*earlier, {**kind, "reason": one_line(error)}])
+        self.failures.append((f"{error.ended}: {one_line(error)}", trial.params))
+        if any(kind.items() <= failure.items() for failure in earlier):
+            is_learnt = isinstance(error, OutOfMemory)
             self.finish(trial, error.ended, str(error), TrialState.PRUNED if is_learnt else TrialState.FAIL)
 
     def finish(self, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
@@ -3274,14 +3254,12 @@ class Study:
 
     def _add_lost_seconds(self, trial: optuna.Trial, more: float = 0.0) -> None:
         """Add what the last attempt wasted: from its start, or its training's end, to its newest file."""
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        config, lora = folder / "config.toml", folder / f"{LORA_NAME}.safetensors"
-        lost = (trial.user_attrs.get("lost_seconds") or 0.0) + more
-        if config.is_file():
-            since = config.stat().st_mtime
-            if trial.user_attrs.get("training_seconds") is not None and lora.is_file():
-                since = max(since, lora.stat().st_mtime)
-            lost += max(file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*"))) - since
+        folder, attrs = trial_folder(self.settings.output_dir, trial.number), trial.user_attrs
+        since, lora = attrs.get("began", math.inf), folder / f"{LORA_NAME}.safetensors"
+        if attrs.get("training_seconds") is not None and lora.is_file():
+            since = max(since, lora.stat().st_mtime)
+        newest = max((file.stat().st_mtime for file in (*folder.glob("*.*"), *folder.glob("scores/*"))), default=0.0)
+        lost = attrs.get("lost_seconds", 0.0) + more + max(0.0, newest - since)
         trial.set_user_attr("lost_seconds", round(lost, 1))
 
     def pause(self) -> None:
@@ -3299,43 +3277,26 @@ class Study:
 
         Equal: but for numbers, which are folders, steps and bytes.
         """
-        ends: list[tuple[float, str, str]] = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("output_dir") == str(self.settings.output_dir):
-                params = json.dumps(trial.params, sort_keys=True)
-                for failure in trial.user_attrs.get("failures", []):
-                    ends.append((failure["when"], f"{failure['ended']}: {failure['reason']}", params))
-                if is_trained(trial) and trial.datetime_complete:
-                    ends.append((trial.datetime_complete.timestamp(), "", params))
-        last = sorted(end for end in ends if end[0] >= self.began)[-EQUAL_FAILURES:]
-        alike = {re.sub(r"\d+", "#", reason) for _, reason, _ in last}
-        if len(last) == EQUAL_FAILURES and len(alike) == 1 and last[-1][1] and len({end[2] for end in last}) > 1:
+        alike = {re.sub(r"\d+", "#", reason) for reason, _ in self.failures}
+        have_differed = any(params != self.failures[0][1] for _, params in self.failures)
+        if len(self.failures) == EQUAL_FAILURES and len(alike) == 1 and have_differed:
             said = "three trials in a row ended alike, so it is the set-up and not the parameters"
-            raise SearchStopped(f"{said}: {last[-1][1]}; mend that and give the same command again")
+            raise SearchStopped(f"{said}: {self.failures[-1][0]}; mend that and give the same command again")
 
     # --- what is shown, and what is kept ---
 
-    def show(self) -> None:
-        """Show in the live region how far the study is."""
-        if not screen.is_live:
-            return
+    def progress(self) -> tuple[str, str]:
+        """How far the study is, with its best score; and when it will be done."""
         trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
         scores = (f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(self.study))
         left = seconds_left(trials, planned)
         end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
         done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
-        trained = f"{sum(map(is_trained, trials))}/{planned} trained"
-        screen.show("study", f"{trained}  {next(scores, 'no score yet')}  {done}")
+        return f"{sum(map(is_trained, trials))} of {planned} trained, {next(scores, 'no score yet')}", done
 
-    def _report(self, number: int) -> None:
-        """Print a scored trial's line, with the time to go where no live region shows when the study ends."""
-        trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
-        left = seconds_left(trials, planned)
-        ahead = f"; about {format_seconds(left)} to go" if left and not screen.is_live else ""
-        trial, best = trials[number], self.study.best_trial
-        scored = f"Trial {number} scored {trial.value:.4f}, epoch {trial.user_attrs['best_epoch']}"
-        trained = f"{sum(map(is_trained, trials))} of {planned} trained"
-        say(f"{scored} (best: {best.value:.4f}, trial {best.number}); {trained}{ahead}")
+    def show(self) -> None:
+        """Show in the live region how far the study is."""
+        screen.show("study", ", ".join(self.progress()))
 
     def delete_spare_checkpoints(self) -> None:
         """Delete the checkpoints of trained trials in this folder, but keep the chosen ones of the ten best trials.
@@ -3359,15 +3320,10 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
     if not scored:
         return None
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    running = [trial.user_attrs for trial in trials if trial.state == TrialState.RUNNING]
-    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs and attrs.get("ended") != INTERRUPTED]
+    running = [trial.user_attrs for trial in trials if is_at_work(trial)]
+    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
     return max(0.0, float(ahead)) / max(1, len(used))
-
-
-def format_seconds(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 # ======================================================================================================
@@ -3451,6 +3407,18 @@ def describe_study(study: optuna.Study) -> str:
     return "\n".join(lines)
 
 
+def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
+    """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
+    losses: dict[int, float | None] = {}
+    steps = 0
+    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    for line in re.split(r"[\r\n]", text):
+        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
+            steps = int(bar["steps"])
+            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
+    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
+
+
 class Results:
     """The files in results/, made anew from the study and the trials' folders."""
 
@@ -3466,7 +3434,7 @@ class Results:
                 self.write_best(self.ranked[0])
         finally:
             with only_warning(f"{self.folder / REPORT_NAME} is not written"):
-                Report(self.study, self.output_dir).write()
+                self.write_report()
 
     def describe_best(self) -> str:
         """Where the best trial's files are."""
@@ -3509,10 +3477,6 @@ class Results:
         """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
         config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         retrained = self.folder / f"retrained_{folder.name}"
-        for earlier in self.folder.glob("retrained_trial_*"):
-            with contextlib.suppress(OSError):  # somebody has trained in it
-                earlier.rmdir()
-        retrained.mkdir(exist_ok=True)
         data_set, path = self.folder / "dataset.toml", self.folder / "best_config.toml"
         if (dataset_config := folder.parent / "reference" / "dataset.toml").is_file():
             write_atomically(data_set, dataset_config.read_bytes())
@@ -3533,42 +3497,22 @@ class Results:
             header = read_safetensors_header(checkpoint)
         except ValueError as error:
             raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
-        metadata = header.pop("__metadata__", {}) | {
-            f"optuna_{name}": printable(value) for name, value in labels.items()
-        }
+        metadata = header.pop("__metadata__", {})
+        metadata |= {f"optuna_{name}": printable(value) for name, value in labels.items()}
         text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         data = checkpoint.read_bytes()
         return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
 
-
-def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
-    """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
-    losses: dict[int, float | None] = {}
-    steps = 0
-    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    for line in re.split(r"[\r\n]", text):
-        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
-            steps = int(bar["steps"])
-            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
-    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
-
-
-class Report:
-    """results/report.html: a page that needs no network. Its pictures stay where they are."""
-
-    def __init__(self, study: optuna.Study, output_dir: Path) -> None:
-        self.study, self.output_dir = study, output_dir
-        self.trials, self.ranked = study.get_trials(deepcopy=False), scored_trials(study)
-
-    def write(self) -> None:
+    def write_report(self) -> None:
+        """A page that needs no network. Its pictures stay where they are."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
 
-        results, reference = self.output_dir / "results", self.output_dir / "reference"
+        trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-        environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, results)))
+        environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, self.folder)))
         environment.filters |= {"toml": toml.dumps, "quote": shlex.quote}
         page = environment.get_template(REPORT_NAME).render(
             study_name=self.study.study_name,
@@ -3576,19 +3520,19 @@ class Report:
             written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
             optuna_version=optuna.__version__,
             terms=TERMS,
-            results=results,
+            results=self.folder,
             reference=reference,
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
             plan=read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS},
             first_seeds=first_seeds,
-            trained=sum(map(is_trained, self.trials)),
-            trials=[facts_of(trial) for trial in self.trials],
+            trained=sum(map(is_trained, trials)),
+            trials=[facts_of(trial) for trial in trials],
             entries=[self.entry(trial) for trial in self.ranked],
             plots=self.plots() if len(self.ranked) > 1 else {},
             improvements=measure_improvements(self.study),
             plotly_js=get_plotlyjs(),
         )
-        write_atomically(results / REPORT_NAME, page.encode(errors="replace"))
+        write_atomically(self.folder / REPORT_NAME, page.encode(errors="replace"))
 
     def entry(self, trial: FrozenTrial) -> dict[str, Any]:
         """A scored trial: its row in the leaderboard, and its details."""
@@ -4080,7 +4024,7 @@ class CheckReport:
         seconds = pixels / (512 * 512 * 25) * SECONDS_PER_IMAGE
         if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
-            yield f"scoring a trial takes about {format_seconds(seconds)} on a 16 GB card; {remedy}"
+            yield f"scoring a trial takes about {seconds / 60:.0f} min on a 16 GB card; {remedy}"
         if (kind := file_system(folder)) in NOT_LOCAL:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
@@ -4362,7 +4306,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         say(str(CheckReport(inputs)))
         return
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    with FolderLock(settings.output_dir).held():
+    with holding(settings.output_dir):
         screen.log_file = settings.output_dir / LOG_NAME
         say(str(CheckReport(inputs)))
         for folders in ("trial_*", "reference/**"):  # the lock says that whoever started it has ended
@@ -4472,7 +4416,7 @@ def run(args: argparse.Namespace) -> None:
         Problems(senseless_values(args)).refuse()
         folder = args.score.resolve()
         find_what_to_score(folder)  # before a lock is made where it has no place
-        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else FolderLock(folder.parent).held():
+        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else holding(folder.parent):
             score_folder(folder, args.device)
     elif args.report:
         run_report(args)

@@ -83,7 +83,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     best = search.scored_trials(study)[0]
     link_study(source, target, best)
     copy, trial_id = before_the_last(study, best, target)
-    search.Report(copy, target).write()
+    search.Results(copy, target).write_report()
     notes = search.Notes(copy)
     notes.write()
     folder = search.find_trial_folder(best, target)
@@ -93,7 +93,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     spent["upload"] = seconds(sheet.attach_to, trial)
     assert len(sheet.attached_to(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
-    spent["page"] = seconds(search.Report(copy, target).write)
+    spent["page"] = seconds(search.Results(copy, target).write_report)
     spent["notes"] = seconds(notes.write)
     return spent
 
@@ -103,7 +103,7 @@ def measure(output_dir: Path) -> None:
     with tempfile.TemporaryDirectory() as top:
         target = Path(top) / "whole"
         link_study(output_dir, target, search.scored_trials(study)[0])
-        written = seconds(search.Report(study, target).write)
+        written = seconds(search.Results(study, target).write_report)
         size = (target / "results" / search.REPORT_NAME).stat().st_size
         spent = one_more(study, output_dir, Path(top) / "one_more")
     total = sum(spent.values())

@@ -106,7 +106,7 @@ def make_study(
     all_ends = [ends.get(number, "scored") for number in range(trials)]
     with (
         quiet(Artist(picture_size, distinct=distinct_pictures)),
-        search.FolderLock(output_dir).held(),
+        search.holding(output_dir),
         mock.patch.object(search.screen, "log_file", output_dir / search.LOG_NAME),
     ):
         run_search(settings, all_ends)

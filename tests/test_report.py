@@ -187,7 +187,7 @@ def study_in(output_dir: Path, name: str = "made") -> optuna.Study:
 
 
 def rewritten(output_dir: Path) -> Shown:
-    search.Report(study_in(output_dir), output_dir).write()
+    search.Results(study_in(output_dir), output_dir).write_report()
     return Shown(page_of(output_dir))
 
 
@@ -551,7 +551,7 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study.set_user_attr("environment", {f"tool {EVIL}": EVIL})
     change_attrs(study, {"reason": EVIL, "rejection_reason": EVIL})
     changed = study_in(output_dir, EVIL_NAME)
-    search.Report(changed, output_dir).write()
+    search.Results(changed, output_dir).write_report()
     return output_dir
 
 
@@ -605,7 +605,7 @@ def test_before_the_first_trial(tmp_path: Path) -> None:
 def test_before_there_is_a_plan(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     study = optuna.create_study(direction="maximize", study_name="new")
-    search.Report(study, tmp_path).write()
+    search.Results(study, tmp_path).write_report()
     assert "No trial has a score yet." in Shown(page_of(tmp_path)).text
 
 
@@ -638,7 +638,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy = trials[number % 4]
         copy.value = 0.1 + number % 100 / 1000
         study.add_trial(copy)
-    search.Report(study, output_dir).write()
+    search.Results(study, output_dir).write_report()
     return output_dir
 
 
@@ -751,13 +751,3 @@ def test_the_time_is_shared_out_to_what_it_went_into(tmp_path: Path) -> None:
     total = sum(spent.values())
     assert shown == [(name, f"{value / 60:.1f}", f"{100 * value / total:.0f}") for name, value in spent.items()]
     assert spent["wasted"] >= 240
-
-
-def test_only_folders_of_an_earlier_best_that_were_used_are_kept(small: Path) -> None:
-    used, empty = (small / "results" / f"retrained_trial_{number}" for number in ("0098", "0099"))
-    used.mkdir()
-    empty.mkdir()
-    (used / "lora.safetensors").touch()
-    search.Results(study_in(small), small).write()
-    best = search.scored_trials(study_in(small))[0].user_attrs["folder"]
-    assert {path.name for path in used.parent.glob("retrained_*")} == {used.name, f"retrained_{best}"}

@@ -897,7 +897,7 @@ def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it
     output_dir: Path, anchors: dict[str, Any]
 ) -> None:
     folder = make_trial(output_dir, "trial_0004", [1.0], 2)
-    with search.FolderLock(output_dir).held():
+    with search.holding(output_dir):
         status, said = run_score(folder)
         assert status == 2 and said.count("\n") == 1 and f"{output_dir} is in use by process {os.getpid()} " in said
         assert not (folder / "metrics.json").exists()

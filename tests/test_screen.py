@@ -188,8 +188,8 @@ def test_the_live_region_tells_study_trial_training_and_scoring(whole: Session) 
     bar = "[━╸╺]{8}"
     training = rf"train {bar} epoch [3-9]/\d+  step \d+/\d+  [\d.]+ it/s  loss 0\.\d+  ETA \d\d:\d\d"
     scoring = rf"score {bar} [1-9]\d* of \d+ images"
-    first = r"study 0/2 trained  no score yet  end not known yet +0:0\d:\d\d"
-    later = r"study 1/2 trained  best 0\.\d{4} \(trial 0\)  done ~\w{3} \d\d:\d\d +0:\d\d:\d\d"
+    first = r"study 0 of 2 trained, no score yet, end not known yet +0:0\d:\d\d"
+    later = r"study 1 of 2 trained, best 0\.\d{4} \(trial 0\), done ~\w{3} \d\d:\d\d +0:\d\d:\d\d"
     for study, second, third, fourth in (
         (first, trial, training, f"score {bar} -"),
         (first, trial, rf"train {bar} epoch.*", scoring),
@@ -211,7 +211,7 @@ def test_one_line_stays_of_a_trial(whole: Session) -> None:
     lines = whole.terminal.all_lines()
     start = next(number for number, line in enumerate(lines) if line.startswith("Making the reference"))
     end = next(number for number, line in enumerate(lines) if line.startswith("Study '"))
-    scored = r"Trial {} scored 0\.\d{{4}}, epoch \d+ \(best: 0\.\d{{4}}, trial \d\); {} of 2 trained"
+    scored = r"Trial {} scored 0\.\d{{4}}, epoch \d+; {} of 2 trained, best 0\.\d{{4}} \(trial \d\)"
     wanted = (
         scored.format(0, 1),
         r"Trial 1 crashed: the trainer ended with status 1: RuntimeError: the worker has l\nost its mind",
@@ -256,7 +256,9 @@ def test_a_pipe_gets_plain_lines_whatever_is_forced(plain: str) -> None:
     assert re.search(r"^  epoch 2/\d+  step \d+/\d+ +\d+%  loss \S+  ETA \S+$", plain, re.MULTILINE)
     assert re.search(r"^  network_alpha: \d+ \(ratio: 0\.\d{3}\)$", plain, re.MULTILINE)
     assert re.search(r"^  epoch   5    score 0\.\d{4}  \(fidelity", plain, re.MULTILINE)
-    assert re.search(r"^Trial 2 scored .*; 3 of 3 trained$", plain, re.MULTILINE)
+    assert re.search(
+        r"^Trial 2 scored .*; 3 of 3 trained, best 0\.\d{4} \(trial \d\), done ~\w{3} \d\d:\d\d$", plain, re.MULTILINE
+    )
 
 
 # --- the screen alone --------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_no_row_is_longer_than_the_terminal_is_wide(columns: int, monkeypatch: p
     stdout, terminal = set_up(monkeypatch, columns), Terminal(columns)
     with search.screen.live():
         search.screen.begin("12", *search.brief_params(PARAMS))
-        search.screen.show("study", "12/20 trained  best 0.7315 (trial 12)  done ~Sat 07:41")
+        search.screen.show("study", "12 of 20 trained, best 0.7315 (trial 12), done ~Sat 07:41")
         show_a_long_training()
         search.screen.show("score", "37 of 148 images", 37, 148)
         redraw()
@@ -312,7 +314,7 @@ def test_no_row_is_longer_than_the_terminal_is_wide(columns: int, monkeypatch: p
         assert shown and not any(lines[4:])
         assert columns < 80 or not any("…" in shown[number] for number in (0, 2, 3))
     if columns == 80:
-        assert re.fullmatch(r"study 12/20 trained  best 0.7315 \(trial 12\)  done ~Sat 07:41 +0:00:\d\d", shown[0])
+        assert re.fullmatch(r"study 12 of 20 trained, best 0.7315 \(trial 12\), done ~Sat 07:41 +0:00:\d\d", shown[0])
         assert "12  dim 128  alpha 70 (ratio 0.550)  lr 1.0e-04/4.8e-05  AdamW8bit" in shown[1]
         steps = r"epoch 12/20  step 1240/4000  \d+(\.\d+)? it/s  loss 0.0862  ETA 1:02:11"
         assert re.fullmatch(rf"train [━╸╺]{{8}} {steps}", shown[2])

@@ -958,7 +958,8 @@ def test_of_two_that_begin_at_once_the_later_one_is_surplus(tmp_path: Path) -> N
     fresh = optuna.Trial(study, study._storage.create_new_trial(study._study_id))
     late = study.ask()  # ... and one with a lower number than a trial that began before it
     assert late.number == enqueued.number < fresh.number
-    assert [ours.is_surplus(t.number) for t in (waiting, fresh, late)] == [False, False, True]
+    assert [ours.close_surplus(trial) for trial in (waiting, fresh, late)] == [False, False, True]
+    assert [state for state, _ in endings(study)] == [RUNNING, FAIL, RUNNING, WAITING]  # an enqueued one again
 
 
 def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_database(tmp_path: Path) -> None:
@@ -967,7 +968,7 @@ def test_a_running_trial_of_a_locked_folder_is_left_alone_in_the_folders_own_dat
     with pytest.raises(Killed):
         run(guest, [failing(Killed())])
     ours = study_of(owner)
-    with search.FolderLock(guest.output_dir).held():
+    with search.holding(guest.output_dir):
         ours.adopt()
         assert ours.study.get_trials()[0].user_attrs["output_dir"] == str(guest.output_dir)
     ours.adopt()
@@ -1123,34 +1124,33 @@ def test_what_a_killed_program_had_not_committed_is_rolled_back(tmp_path: Path) 
 
 
 def test_asking_whether_a_folder_is_locked_only_looks(tmp_path: Path) -> None:
-    lock, nowhere = search.FolderLock(tmp_path), search.FolderLock(tmp_path / "nowhere")
-    assert not lock.is_held() and not nowhere.is_held()
+    assert not search.is_held(tmp_path) and not search.is_held(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
-    with lock.held():
-        assert lock.is_held()
+    with search.holding(tmp_path):
+        assert search.is_held(tmp_path)
     file = tmp_path / ".lock"
     file.write_text("process 7 on elsewhere")
     os.utime(file, (1, 1))
-    assert not lock.is_held()
+    assert not search.is_held(tmp_path)
     assert file.read_text() == "process 7 on elsewhere" and file.stat().st_mtime == 1
 
 
 def test_a_folder_belongs_to_one_program(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib, optuna_hyperparameter_search as s\n"
-        "with s.FolderLock(pathlib.Path(sys.argv[1])).held():\n    print('held', flush=True); sys.stdin.read()"
+        "with s.holding(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     holder = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with (
         pytest.raises(search.RefusedInput, match=f"in use by process {holder.pid} on "),
-        search.FolderLock(tmp_path).held(),
+        search.holding(tmp_path),
     ):
         pass
     holder.kill()
     holder.wait()
-    with search.FolderLock(tmp_path).held():
+    with search.holding(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
