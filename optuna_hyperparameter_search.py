@@ -1382,7 +1382,6 @@ _BAR = re.compile(  # tqdm's, with kohya's loss
     r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
     r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
 )
-_SAVE_LINE = re.compile(r"^saving checkpoint: (.+)$")
 _DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
@@ -1462,7 +1461,6 @@ class TrainingProgress(ProcessOutput):
         self.loss = self.device = ""
         self.first_nan_step: int | None = None
         self.saved = False
-        self.checkpoints: list[Path] = []  # whose saving has begun
         self._finite: set[Path] = set()  # checkpoints that were found to be finite
         self._said_slow = False
         screen.show("train", "starting: the model is loaded, latents are cached")
@@ -1485,8 +1483,6 @@ class TrainingProgress(ProcessOutput):
         if epoch := _EPOCH_LINE.match(line):
             self._end_epoch()
             self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
-        elif saving := _SAVE_LINE.match(line):
-            self.checkpoints.append(Path(saving[1]))
         elif device := _DEVICE_LINE.match(line):
             self.device = device[1]
         self.saved = self.saved or "model saved." in line
@@ -1499,43 +1495,39 @@ class TrainingProgress(ProcessOutput):
         if self.epoch:
             say(f"  {self.describe(f'{100 * self.step // max(1, self.steps):3d}%')}", detail=True)
 
-    def check(self, device: str, stall_minutes: float, usual_step: float | None) -> None:
-        """Judge a training while it runs, about every second; an error ends the trainer.
+    def check(self, folder: Path, device: str, stall_minutes: float, usual_step: float | None) -> None:
+        """Judge a training while it runs, about every second, and at its end; an error ends the trainer.
 
         `usual_step`: the usual seconds of a step in this study; None for the first training.
         """
-        self.check_device(device)
+        if device != "cpu" and self.device.startswith("cpu"):  # kohya does so without a warning
+            raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
         minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
         if self.is_silent(minutes):
             what = f"made no step after step {self.step}" if self.step else "printed nothing while it loaded"
             raise Hung(f"the trainer {what} for {minutes:g} minutes and was stopped (--stall-minutes)")
         if self.first_nan_step is not None:
-            self._check_weights()
+            self._check_weights(folder)
         now = self.seconds_per_step()
         if usual_step and now and now > SLOW_STEP * usual_step and not self._said_slow:
             self._said_slow = True
             why = "does another program use the card, or its driver spill into system memory (Windows)?"
             say(f"  warning: a step takes {now:.3g} s, in this study usually {usual_step:.3g} s; {why}")
 
-    def check_device(self, device: str) -> None:
-        """TrialFailed if kohya trains on the CPU instead. It does so without a warning."""
-        if device != "cpu" and self.device.startswith("cpu"):
-            raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
-
-    def _check_weights(self) -> None:
+    def _check_weights(self, folder: Path) -> None:
         """Diverged if a checkpoint is not finite. A loss of NaN is no proof: fp16 may skip the bad step."""
-        for path in set(self.checkpoints) - self._finite:
+        for path in set(checkpoint_files(folder)) - self._finite:
             try:
                 check_lora(path)
             except Diverged as error:
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
                 raise Diverged(f"{error}; {since}") from error
-            except TrialFailed:  # not yet whole
+            except TrialFailed:  # not there yet, or not yet whole
                 continue
             self._finite.add(path)
 
-    def judge_end(self, folder: Path, status: int, device: str) -> None:
-        """Raise why the trainer did not train to its end. kohya ends with status 0 when it finds no image, too."""
+    def judge_end(self, folder: Path, status: int, *, may_be_zero: bool = False) -> None:
+        """Raise why the training failed. kohya ends with status 0 when it finds no image, too."""
         if status != 0:
             self.refuse_full_disk()
             if status == -signal.SIGKILL:
@@ -1543,19 +1535,10 @@ class TrainingProgress(ProcessOutput):
             if any(_OUT_OF_MEMORY.search(line) for line in self.lines):
                 raise OutOfMemory(self.error())
             raise TrialFailed(f"the trainer ended with status {status}: {self.error()}")
-        self.check_device(device)
         if not (self.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
             raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {self.error()}")
-
-    def judge_training(self, folder: Path, status: int, device: str) -> None:
-        """Like judge_end, and Diverged or TrialFailed for the weights of any checkpoint."""
-        self.judge_end(folder, status, device)
-        try:
-            for path in checkpoint_files(folder):
-                check_lora(path)
-        except Diverged as error:
-            since = f"; loss was nan from step {self.first_nan_step}" if self.first_nan_step else ""
-            raise Diverged(f"{error}{since}") from error
+        for path in checkpoint_files(folder):
+            check_lora(path, may_be_zero=may_be_zero)
 
 
 @dataclass(frozen=True)
@@ -1567,32 +1550,23 @@ class KohyaTrainer:
     device: str
     stall_minutes: float = 30.0
 
-    def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float | None]:
+    def __call__(
+        self, config: Path, usual_step: float | None = None, *, may_be_zero: bool = False
+    ) -> tuple[float, float | None]:
         """Run the training of a config.toml. Raises TrialFailed.
 
         Returns the seconds of the training and of a step (None for very few steps). `usual_step`: the usual seconds of
-        a step in this study; a much slower one is warned of.
+        a step in this study; a much slower one is warned of. `may_be_zero`: fp16 may skip the first steps.
         """
-        started = time.monotonic()
-        status, progress = self._run(config, usual_step)
-        progress.judge_training(config.parent, status, self.device)
-        return time.monotonic() - started, progress.seconds_per_step()
-
-    def try_out(self, config: Path) -> None:
-        """Run a config of a step or two. Its weights may be zero, because fp16 may skip first steps."""
-        status, progress = self._run(config, None)
-        progress.judge_end(config.parent, status, self.device)
-
-    def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
-        progress = TrainingProgress()
+        started, folder, progress = time.monotonic(), config.parent, TrainingProgress()
         command = [self.python, str(self.script), "--config_file", str(config)]
-        watch = functools.partial(progress.check, self.device, self.stall_minutes, usual_step)
+        watch = functools.partial(progress.check, folder, self.device, self.stall_minutes, usual_step)
         try:
-            log = config.with_name("training.log")
-            status = ChildProcess(command, self.device).run(progress.read, log, watch)
+            status = ChildProcess(command, self.device).run(progress.read, folder / "training.log", watch)
         finally:
             progress.finish()
-        return status, progress
+        progress.judge_end(folder, status, may_be_zero=may_be_zero)
+        return time.monotonic() - started, progress.seconds_per_step()
 
 
 @dataclass(frozen=True)
@@ -4263,7 +4237,7 @@ class Reference:
                     folder.mkdir()
                     about = (self.inputs.options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
                     write_toml(folder / "config.toml", trial_config(FIRST_STEP_PARAMS, *about))
-                    trainer.try_out(folder / "config.toml")
+                    trainer(folder / "config.toml", may_be_zero=True)
                     shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
         except TrialFailed as error:
             raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error

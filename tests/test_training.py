@@ -121,7 +121,7 @@ def test_away_from_a_terminal_each_epoch_is_one_line(capsys: pytest.CaptureFixtu
 
 
 def test_a_good_training_passes(folder: Path) -> None:
-    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+    progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
 def test_weights_that_are_not_finite_are_diverged(folder: Path, value: float, dtype: type) -> None:
     save_lora(folder / "lora-000002.safetensors", value, dtype)
     with pytest.raises(search.Diverged, match=r"not finite in lora-000002\.safetensors"):
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
 def test_a_lora_that_learnt_nothing_is_the_set_ups_fault(folder: Path, zero: float) -> None:
     save_lora(folder / "lora.safetensors", zero)
     with pytest.raises(search.TrialFailed, match="moved from zero") as caught:
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
     assert caught.value.ended == "crashed"
 
 
 def test_an_early_checkpoint_may_be_zero_as_a_warm_up_begins(folder: Path) -> None:
     save_lora(folder / "lora-000002.safetensors", 0.0)
-    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+    progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_the_largest_finite_half_is_finite(folder: Path) -> None:
@@ -167,13 +167,13 @@ def test_the_largest_finite_half_is_finite(folder: Path) -> None:
 
 def test_a_file_without_the_trainers_word_is_not_enough(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="saved no LoRA"):
-        progress_of(OUTPUT.replace("model saved.", "")).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT.replace("model saved.", "")).judge_end(folder, 0)
 
 
 def test_a_full_disk_is_no_trials_fault(folder: Path) -> None:
     output = OUTPUT + "OSError: [Errno 28] No space left on device\n"
     with pytest.raises(OSError, match="No space left on device"):
-        progress_of(output).judge_training(folder, 1, "cpu")
+        progress_of(output).judge_end(folder, 1)
 
 
 def test_a_training_that_nobody_saw_the_end_of_is_known_by_its_log_and_files(folder: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
     whole = (folder / "lora.safetensors").read_bytes()
     (folder / "lora.safetensors").write_bytes(whole[:-1])
     with pytest.raises(search.TrialFailed, match="torn") as caught:
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
     assert caught.value.ended == "crashed"
 
 
@@ -214,13 +214,13 @@ def test_ends_are_told_apart(
     tmp_path: Path, status: int, output: str, kind: type[search.TrialFailed], ended: str, says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
-        progress_of(output).judge_training(tmp_path, status, "cpu")
+        progress_of(output).judge_end(tmp_path, status)
     assert caught.value.ended == ended
 
 
 def test_a_training_on_the_cpu_is_no_training_on_the_card(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="used the CPU instead of cuda"):
-        progress_of(OUTPUT).judge_training(folder, 0, "cuda")
+        progress_of(OUTPUT).check(folder, "cuda", 1, None)
 
 
 def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_
     search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
     started = time.monotonic()
     with pytest.raises(search.TrialFailed, match=r"used the CPU instead of cuda:0; its PyTorch does not see the card"):
-        search.KohyaTrainer(sys.executable, script, "cuda:0").try_out(tmp_path / "config.toml")
+        search.KohyaTrainer(sys.executable, script, "cuda:0")(tmp_path / "config.toml")
     assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(("device", "says"), [("cuda", "cuda"), ("cuda", "cuda:0"), ("cpu", "cpu"), ("cuda", "")])
-def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: str) -> None:
+def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: str, tmp_path: Path) -> None:
     progress = progress_of(f"accelerator device: {says}\n" if says else "loading\n")
-    progress.check(device, 1, None)
+    progress.check(tmp_path, device, 1, None)
 
 
 # --- the process -------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_a_hung_trainer_is_found_though_it_has_closed_its_output(tmp_path: Path)
     script.write_text("import os, time; os.close(1); os.close(2); time.sleep(60)")
     search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
     with pytest.raises(search.Hung, match="printed nothing while it loaded"):
-        search.KohyaTrainer(sys.executable, script, "cpu", stall_minutes=0.01).try_out(tmp_path / "config.toml")
+        search.KohyaTrainer(sys.executable, script, "cpu", stall_minutes=0.01)(tmp_path / "config.toml")
 
 
 @pytest.mark.parametrize("output", ["print('some output', flush=True)", "os.close(1); os.close(2)", ""])
