@@ -1331,37 +1331,29 @@ class Checkpoint:
         return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
 
 
-# The bits of the exponent: all are 1 in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
-_EXPONENT_BITS: dict[str, tuple[type, int]] = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
-}
+_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}  # of safetensors' names
 
 
 def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
     """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
 
-    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0. The bits are compared,
-    because NumPy does not know bfloat16.
+    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0.
     """
     try:
         header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(path, mode="r")
     except (ValueError, OSError) as error:
         raise TrialFailed(f"{path.name} can't be read: {error}") from error
     start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
     learnt = False
     for name, entry in header.items():
-        if entry["dtype"] not in _EXPONENT_BITS:
-            continue
-        kind, exponent = _EXPONENT_BITS[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
-        if np.any(bits & kind(exponent) == exponent):
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        values = np.frombuffer(data[begin:end].tobytes(), _DTYPES.get(entry["dtype"], np.uint8))
+        if entry["dtype"] == "BF16":  # the upper half of a float32, which NumPy does not know
+            values = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        if not np.isfinite(values).all():
             raise Diverged(f"weights that are not finite in {path.name} ({name})")
-        learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
+        learnt = learnt or (".lora_up." in name and bool(values.any()))
     if path.stem == LORA_NAME and not learnt and not may_be_zero:
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
