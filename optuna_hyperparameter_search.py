@@ -1596,24 +1596,23 @@ class Latents:
 
     def check(self) -> None:
         """RefusedInput if kohya would stop, or train the wrong latents without a warning."""
-        sizes: dict[Path, set[Any]] = {}
-        why, remedy = "", "set cache_latents_to_disk = false in the training config"
+        counts = Counter(path for path, _ in {(image.path, image.bucket) for image in self.images})
         for image in self.images:
-            state, folder = self.state(image), image.path.parent
-            sizes.setdefault(image.path, set()).add(image.bucket)
+            state, folder, why = self.state(image), image.path.parent, ""
             if state == "foreign":
-                why = f"{image.latents} is no cache of latents, but kohya would take it for one; move it away, or "
+                why = f"{image.latents} is no cache of latents, but kohya would take it for one; move it away"
             elif state == "wrong":
                 cached = [side * self.scale for side in (self.sizes(image.latents) or {})["latents"]]
                 size = "{} x {} instead of {} x {}".format(*cached, *image.bucket)
-                why = f"{image.latents} holds {size}, which kohya would train; delete all such files, or "
+                why = f"{image.latents} holds {size}, which kohya would train; delete all such files"
             elif state != "good" and not os.access(folder, os.W_OK):
-                why = f"{folder} can't be written, but kohya would cache latents there; make it writable, or "
-            elif len(sizes[image.path]) > 1 and not self.trusted["sized"]:
-                count = len({other.bucket for other in self.images if other.path == image.path})
-                why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2, or "
+                why = f"{folder} can't be written, but kohya would cache latents there; make it writable"
+            elif (count := counts[image.path]) > 1 and not self.trusted["sized"]:
+                why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2"
             if why:
-                raise RefusedInput(f"--dataset-config: {why}{remedy}")
+                raise RefusedInput(
+                    f"--dataset-config: {why}, or set cache_latents_to_disk = false in the training config"
+                )
 
     def prepare(self) -> bool:
         """Delete torn caches, which a killed trainer leaves, and return whether all are there. Needs the lock."""
@@ -1681,17 +1680,13 @@ class TrainerFacts:
 
     def can_train(self, params: Mapping[str, Any]) -> bool:
         """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
-        return params.get("optimizer_type") != "AdamW8bit" or (
-            self.answer["bitsandbytes"] and self.device_name != "cpu"
-        )
+        has_8bit = self.answer["bitsandbytes"] and self.device_name != "cpu"
+        return has_8bit or params.get("optimizer_type") != "AdamW8bit"
 
     def check_card(self, settings: Settings) -> None:
         if not self.device_name:
             why = f"PyTorch {self.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
             raise RefusedInput(f"--device: {why}; kohya would train on the CPU; correct it, or give --device cpu")
-
-    def remember(self, cache: Path, notes: Sequence[str] = ()) -> None:
-        write_json(cache, {"key": self.answer["key"], "answer": {**self.answer, "notes": list(notes)}})
 
 
 @dataclass(frozen=True)
@@ -1714,15 +1709,15 @@ class Probe:
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files()]
         key = digest(json.dumps(about, default=str))
-        known = read_json(cache) if cache else None
-        is_same = known and known["key"] == key and self._has_packages(*known["answer"]["packages"])
-        answer = known["answer"] if known and is_same else self._run(script)
+        answer = (read_json(cache) if cache else None) or {}
+        if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
+            answer = {**self._run(script), "key": key}
         if missing := ", ".join(answer["missing"]):
             raise RefusedInput(f"--trainer-python: {self.python} has no {missing}; give the Python of kohya")
         if "dataset_config" not in answer.get("options", {}):
             why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
-        return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", {**answer, "key": key})
+        return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", answer)
 
     def _version(self) -> str:
         """Git's description, and a digest of the trainer's files, which a user may have changed."""
@@ -4198,7 +4193,8 @@ class Reference:
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
         with only_warning("the report will show no pictures of the data set"):
             self._keep_pictures()
-        self.inputs.trainer.remember(self.folder / ANSWER_NAME, self.inputs.data_set.notes)
+        answer = {**self.inputs.trainer.answer, "notes": self.inputs.data_set.notes}
+        write_json(self.folder / ANSWER_NAME, answer)
 
     def _keep_pictures(self) -> None:
         """Copy a few pictures of the data set, since the report may be made on a machine without it."""
