@@ -329,13 +329,16 @@ def only_warning(what: str) -> Iterator[None]:
         say(f"warning: {what} ({type(error).__name__}: {one_line(error)})")
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write beside the file and rename into place, so that no reader ever sees half a file."""
+def write_atomically(path: Path, data: str | bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write (or let `data` write) beside the file and rename into place, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -2422,9 +2425,7 @@ class FolderScorer:
             self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
             self.anchors[stage] = made.anchors()
         bar.close()
-        stored = io.BytesIO()
-        np.savez(stored, **self.embeddings)
-        write_atomically(self.reference / "embeddings.npz", stored.getvalue())
+        write_atomically(self.reference / "embeddings.npz", functools.partial(np.savez, **self.embeddings))
         write_json(self.reference / "anchors.json", self.anchors)
 
     def _measure_data_set(self) -> None:
@@ -2454,9 +2455,7 @@ class FolderScorer:
         images = self.scorer.render(self.plan[stage], report)
         for job, image in zip(self.plan[stage], images, strict=True):
             if image is not None:
-                file = io.BytesIO()
-                image.save(file, format="PNG")
-                write_atomically(folder / f"{job['name']}.png", file.getvalue())
+                write_atomically(folder / f"{job['name']}.png", functools.partial(image.save, format="PNG"))
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
     def score_checkpoint(
@@ -2527,10 +2526,8 @@ class ContactSheet:
 
     def make(self) -> None:
         """A row a checkpoint, with one picture a prompt; then the best checkpoint's on the confirming prompts."""
-        plan, metrics = (
-            read_json(self.folder.parent / "reference" / "plan.json"),
-            read_json(self.folder / "metrics.json"),
-        )
+        files = (self.folder.parent / "reference" / "plan.json", self.folder / "metrics.json")
+        plan, metrics = map(read_json, files)
         if plan is None or metrics is None:
             raise FileNotFoundError(f"no whole plan.json and metrics.json for {self.folder}")
         scores, best, screened = self.folder / "scores", metrics["best_epoch"], []
@@ -2539,10 +2536,8 @@ class ContactSheet:
             label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
             screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
         label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-        content = io.BytesIO()
         sheet = self._draw(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
-        sheet.save(content, format="JPEG", quality=80)
-        write_atomically(self.file, content.getvalue())
+        write_atomically(self.file, functools.partial(sheet.save, format="JPEG", quality=80))
 
     def _draw(self, plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, bool]]]) -> Any:
         """Each stage's prompts, and below them its rows: folder of the pictures, label, whether it is the best one."""
@@ -4205,9 +4200,7 @@ class Reference:
             if not file.is_file():
                 with Image.open(image.path) as picture:
                     picture.thumbnail((512, 512))
-                    content = io.BytesIO()
-                    picture.convert("RGB").save(content, format="PNG")
-                write_atomically(file, content.getvalue())
+                    write_atomically(file, functools.partial(picture.convert("RGB").save, format="PNG"))
 
     def train_first_step(self, trainer: KohyaTrainer) -> Inputs:
         """Let kohya train one step: it shows that the trainer works, and caches the latents.
