@@ -1392,7 +1392,7 @@ class ProcessOutput:
         self.eta = ""
         self.lines: deque[str] = deque(maxlen=200)  # the last lines, without bars
         self.last_sign = time.monotonic()  # of progress: a step, or any output before the first and after the last
-        self._step_times: deque[tuple[float, int]] = deque(maxlen=51)  # (time, step)
+        self._step_seconds: deque[float] = deque(maxlen=50)
         self._unfinished = ""
 
     def read(self, text: str) -> None:
@@ -1415,10 +1415,12 @@ class ProcessOutput:
         return bool(bar)
 
     def read_bar(self, bar: re.Match[str]) -> None:
-        if int(bar["step"]) > self.step:
-            self.last_sign = time.monotonic()
-            self._step_times.append((self.last_sign, int(bar["step"])))
-        self.step, self.steps, self.eta = int(bar["step"]), int(bar["steps"]), bar["eta"]
+        step, now = int(bar["step"]), time.monotonic()
+        if step > self.step:
+            if self.step:
+                self._step_seconds.append((now - self.last_sign) / (step - self.step))
+            self.last_sign = now
+        self.step, self.steps, self.eta = step, int(bar["steps"]), bar["eta"]
 
     def read_line(self, line: str) -> None:
         """For subclasses: take what they need from a line."""
@@ -1428,9 +1430,7 @@ class ProcessOutput:
 
     def seconds_per_step(self) -> float | None:
         """The median of the last steps; None before there are five."""
-        pairs = list(itertools.pairwise(self._step_times))
-        times = [(later - earlier) / (step - before) for (earlier, before), (later, step) in pairs]
-        return float(np.median(times)) if len(times) >= 5 else None
+        return float(np.median(self._step_seconds)) if len(self._step_seconds) >= 5 else None
 
     def error(self) -> str:
         """The last line that names an error, else the last line."""
