@@ -1320,18 +1320,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A LoRA as it was saved at the end of an epoch."""
-
-    epoch: int
-    path: Path
-
-    @classmethod
-    def find(cls, folder: Path, epochs: int) -> list[Checkpoint]:
-        """All of a training of so many epochs, in order. Only the last one has no number in its name."""
-        *earlier, last = checkpoint_files(folder)
-        return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
+def checkpoints_by_epoch(folder: Path, epochs: int) -> dict[int, Path]:
+    """Those that are there of a training of so many epochs, in order. Only the last one has no number in its name."""
+    *earlier, last = checkpoint_files(folder)
+    found = {**{int(file.stem[-6:]): file for file in earlier}, epochs: last}
+    return {epoch: file for epoch, file in found.items() if file.is_file()}
 
 
 _DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}  # of safetensors' names
@@ -2307,8 +2300,8 @@ def score_folder(folder: Path, device: str) -> None:
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        for checkpoint in checkpoints:
-            check_lora(checkpoint.path)
+        for path in checkpoints.values():
+            check_lora(path)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
     except Diverged as error:
@@ -2329,21 +2322,22 @@ def score_folder(folder: Path, device: str) -> None:
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
-def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
-    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
+def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], dict[int, Path]]:
+    """The reference's folder, its plan, and a trial's checkpoints by epoch; RefusedInput for any other folder."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if is_reference:
-        return reference, plan, []
+        return reference, plan, {}
     params = read_json(folder / "params.json")
     if params is None:
         raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
-    checkpoints = [c for c in Checkpoint.find(folder, params["max_train_epochs"]) if c.path.is_file()]
+    epochs = params["max_train_epochs"]
+    checkpoints = checkpoints_by_epoch(folder, epochs)
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not checkpoints or not (scored or checkpoints[-1].path.stem == LORA_NAME):
+    if not checkpoints or not (scored or epochs in checkpoints):
         raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
     return reference, plan, checkpoints
 
@@ -2458,9 +2452,7 @@ class FolderScorer:
                 write_atomically(folder / f"{job['name']}.png", functools.partial(image.save, format="PNG"))
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
-    def score_checkpoint(
-        self, path: Path, stage: str, images: Path, report: Callable[[int], None] = lambda made: None
-    ) -> dict[str, Any]:
+    def score_checkpoint(self, path: Path, stage: str, images: Path, report: Callable[[int], Any]) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
         with self.scorer.lora(path):
             made = self._render(stage, images, report)
@@ -2468,7 +2460,7 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
+    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> Metrics:
         """Screen every checkpoint, then confirm the best one on other prompts and seeds."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
@@ -2476,14 +2468,13 @@ class FolderScorer:
         screened = []
         total = len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])
         bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for checkpoint in checkpoints:
-            images = folder / "scores" / f"epoch-{checkpoint.epoch:06d}"
-            result = self.score_checkpoint(checkpoint.path, "screen", images, bar.update)
-            screened.append({"epoch": checkpoint.epoch, "checkpoint": checkpoint.path.name, **result})
-            bar.write(f"  epoch {checkpoint.epoch:3d}    {self._describe(result)}")
+        for epoch, path in checkpoints.items():
+            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", bar.update)
+            screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+            bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
         best = max(screened, key=lambda result: result["score"])
-        path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
-        confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
+        best_path = checkpoints[best["epoch"]]
+        confirmed = self.score_checkpoint(best_path, "confirm", folder / "scores" / "confirm", bar.update)
         bar.close()
         print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
         limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]
