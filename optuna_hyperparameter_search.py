@@ -1205,9 +1205,6 @@ def when_started(pid: int) -> str | None:
     return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
 
 
-Watch = Callable[[], None]  # called about every second; an error ends what is watched
-
-
 class ChildProcess(subprocess.Popen[bytes]):
     """A program in a session of its own. It dies with this one, even by kill -9, so that it never keeps the card."""
 
@@ -1223,7 +1220,7 @@ class ChildProcess(subprocess.Popen[bytes]):
         if _libc is not None:
             _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
 
-    def run(self, on_text: Callable[[str], None], log: Path | None = None, watch: Watch = lambda: None) -> int:
+    def run(self, on_text: Callable[[str], Any], watch: Callable[[], Any], log: Path | None = None) -> int:
         """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
 
         `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends the whole
@@ -1243,7 +1240,7 @@ class ChildProcess(subprocess.Popen[bytes]):
                 on_text(decoder.decode(data))
             return self.wait()
 
-    def _read(self, watch: Watch) -> bytes:
+    def _read(self, watch: Callable[[], Any]) -> bytes:
         """The next piece of output; b"" once the process has ended, even if a child of its own holds the pipe open."""
         while True:
             ended = self.poll() is not None
@@ -1550,7 +1547,7 @@ class KohyaTrainer:
         command = [self.python, str(self.script), "--config_file", str(config)]
         watch = functools.partial(progress.check, folder, self.device, self.stall_minutes, usual_step)
         try:
-            status = ChildProcess(command, self.device).run(progress.read, folder / "training.log", watch)
+            status = ChildProcess(command, self.device).run(progress.read, watch, folder / "training.log")
         finally:
             progress.finish()
         progress.judge_end(folder, status, may_be_zero=may_be_zero)
@@ -1606,9 +1603,8 @@ class Latents:
             elif (count := counts[image.path]) > 1 and not self.trusted["sized"]:
                 why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2"
             if why:
-                raise RefusedInput(
-                    f"--dataset-config: {why}, or set cache_latents_to_disk = false in the training config"
-                )
+                remedy = "or set cache_latents_to_disk = false in the training config"
+                raise RefusedInput(f"--dataset-config: {why}, {remedy}")
 
     def prepare(self) -> bool:
         """Delete torn caches, which a killed trainer leaves, and return whether all are there. Needs the lock."""
@@ -1646,7 +1642,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
             raise RefusedInput(f"{why}; run it by hand to see why, or try again if the disk is slow")
 
     try:
-        status = ChildProcess(command, device).run(output.append, watch=watch)
+        status = ChildProcess(command, device).run(output.append, watch)
     except OSError as error:
         why = f"can't run {command[0]} ({error.strerror})"
         raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
@@ -2292,8 +2288,6 @@ class ImageScorer:
 
 # --- the child process: reference, screening, confirmation ---
 
-Metrics = dict[str, Any]  # the content of a trial's metrics.json
-
 
 def score_folder(folder: Path, device: str) -> None:
     """Write a trial's metrics.json, or make OUTPUT_DIR/reference; any other folder is a RefusedInput."""
@@ -2460,8 +2454,8 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> Metrics:
-        """Screen every checkpoint, then confirm the best one on other prompts and seeds."""
+    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> dict[str, Any]:
+        """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
@@ -2629,34 +2623,29 @@ class ScoringProgress(ProcessOutput):
             say(f"  images {self.step} of {self.steps}", detail=True)
 
     def read_line(self, line: str) -> None:
-        if line.startswith(("  ", "warning: ")):  # not a library's lines; ScoringProcess says why it stopped
+        if line.startswith(("  ", "warning: ")):  # not a library's lines; score_in_child says why it stopped
             say(line, detail=not line.startswith("  note: "))
 
 
-@dataclass(frozen=True)
-class ScoringProcess:
-    """Scores a folder in a child process, so that this program never touches CUDA."""
+def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> None:
+    """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference.
 
-    device: str
-    stall_minutes: float = 30.0
+    A child process does it, so that this program never touches CUDA.
+    """
+    progress = ScoringProgress()
 
-    def __call__(self, folder: Path) -> None:
-        """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference."""
-        # The child sees one card alone, whose number is then 0.
-        device = self.device.partition(":")[0]
-        command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
-        progress = ScoringProgress()
+    def watch() -> None:
+        minutes = STARTING_ALLOWANCE * stall_minutes  # a batch on the CPU may take half an hour
+        if progress.is_silent(minutes):
+            raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
-        def watch() -> None:
-            minutes = STARTING_ALLOWANCE * self.stall_minutes  # a batch on the CPU may take half an hour
-            if progress.is_silent(minutes):
-                raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
-
-        child = ChildProcess(command, self.device, **{PARENT_HOLDS_FOLDER: "1"})
-        status = child.run(progress.read, folder / "scoring.log", watch)
-        if status != 0:
-            progress.refuse_full_disk()
-            raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
+    command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder)]
+    command += ["--device", device.partition(":")[0]]  # the child sees one card alone, whose number is then 0
+    child = ChildProcess(command, device, **{PARENT_HOLDS_FOLDER: "1"})
+    status = child.run(progress.read, watch, folder / "scoring.log")
+    if status != 0:
+        progress.refuse_full_disk()
+        raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 
 @dataclass(frozen=True)
@@ -4423,7 +4412,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
             for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
                 ChildProcess.end_left_over(file.parent)
         study = open_study(inputs)
-        scorer = ScoringProcess(settings.device, settings.stall_minutes)
+        scorer = functools.partial(score_in_child, device=settings.device, stall_minutes=settings.stall_minutes)
         script = settings.sd_scripts / "train_network.py"
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
         notes = Notes(study)

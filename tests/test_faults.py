@@ -463,7 +463,7 @@ def test_pictures_that_find_no_room_are_no_trials_fault(night: Night) -> None:
         "import pathlib, resource, signal, sys, optuna_hyperparameter_search as s\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "try:\n    s.ScoringProcess('cpu')(pathlib.Path(sys.argv[1]))\n"
+        "try:\n    s.score_in_child(pathlib.Path(sys.argv[1]), 'cpu')\n"
         "except OSError as error:\n    print('OSError:', error)\n"
     )
     command = [sys.executable, "-c", code, str(night.folder(0))]

@@ -901,7 +901,7 @@ def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it
         status, said = run_score(folder)
         assert status == 2 and said.count("\n") == 1 and f"{output_dir} is in use by process {os.getpid()} " in said
         assert not (folder / "metrics.json").exists()
-        search.ScoringProcess("cpu")(folder)
+        search.score_in_child(folder, "cpu")
     assert search.read_json(folder / "metrics.json")["outcome"] == "scored"
     assert run_score(folder) == (0, "")
 

@@ -244,6 +244,9 @@ def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: s
 SLEEPER = "import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
 
 
+def unwatched() -> None: ...
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended but was not waited for (a zombie) does not."""
     try:
@@ -263,7 +266,7 @@ def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     seen: list[str] = []
     code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
     child = search.ChildProcess([sys.executable, "-c", code], "cpu")
-    status = child.run(seen.append, tmp_path / "log")
+    status = child.run(seen.append, unwatched, tmp_path / "log")
     assert status == 3 and "".join(seen) == "a\r指b"
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
 
@@ -285,7 +288,7 @@ def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
 
     code = SLEEPER + "import os; print(f'{os.getpid()} {p.pid}', flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt, unwatched)
     assert len(pids) == 2 and wait_until_dead(pids, 5)
 
 
@@ -299,7 +302,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt, unwatched)
     assert wait_until_dead(pids, 5)
 
 
@@ -313,7 +316,7 @@ def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
 
     code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
     with pytest.raises(search.Hung):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(print, watch=watch)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(print, watch)
     assert 1.5 < calls[-1] - calls[0] < 10  # about every second
 
 
@@ -322,7 +325,7 @@ def test_a_child_that_closes_its_output_ends_with_its_own_status() -> None:
     code = "import os, sys, time; print('x', flush=True); os.close(1); os.close(2); time.sleep(1.5); os._exit(7)"
     seen: list[str] = []
     command = [sys.executable, "-c", code]
-    assert search.ChildProcess(command, "cpu").run(seen.append) == 7
+    assert search.ChildProcess(command, "cpu").run(seen.append, unwatched) == 7
     assert "".join(seen) == "x\n" and 1.5 < time.monotonic() - started < 10
 
 
@@ -357,7 +360,7 @@ def test_a_killed_program_takes_its_trainer_along() -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "s.ChildProcess([sys.executable, '-c', child], 'cpu').run(lambda t: print(t, flush=True))\n"
+        "s.ChildProcess([sys.executable, '-c', child], 'cpu').run(lambda t: print(t, flush=True), lambda: None)\n"
     )
     program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
