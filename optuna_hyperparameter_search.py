@@ -329,13 +329,16 @@ def only_warning(what: str) -> Iterator[None]:
         say(f"warning: {what} ({type(error).__name__}: {one_line(error)})")
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write beside the file and rename into place, so that no reader ever sees half a file."""
+def write_atomically(path: Path, data: str | bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write (or let `data` write) beside the file and rename into place, so that no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -1202,9 +1205,6 @@ def when_started(pid: int) -> str | None:
     return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
 
 
-Watch = Callable[[], None]  # called about every second; an error ends what is watched
-
-
 class ChildProcess(subprocess.Popen[bytes]):
     """A program in a session of its own. It dies with this one, even by kill -9, so that it never keeps the card."""
 
@@ -1220,7 +1220,7 @@ class ChildProcess(subprocess.Popen[bytes]):
         if _libc is not None:
             _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
 
-    def run(self, on_text: Callable[[str], None], log: Path | None = None, watch: Watch = lambda: None) -> int:
+    def run(self, on_text: Callable[[str], Any], watch: Callable[[], Any], log: Path | None = None) -> int:
         """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
 
         `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends the whole
@@ -1240,7 +1240,7 @@ class ChildProcess(subprocess.Popen[bytes]):
                 on_text(decoder.decode(data))
             return self.wait()
 
-    def _read(self, watch: Watch) -> bytes:
+    def _read(self, watch: Callable[[], Any]) -> bytes:
         """The next piece of output; b"" once the process has ended, even if a child of its own holds the pipe open."""
         while True:
             ended = self.poll() is not None
@@ -1317,51 +1317,36 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A LoRA as it was saved at the end of an epoch."""
-
-    epoch: int
-    path: Path
-
-    @classmethod
-    def find(cls, folder: Path, epochs: int) -> list[Checkpoint]:
-        """All of a training of so many epochs, in order. Only the last one has no number in its name."""
-        *earlier, last = checkpoint_files(folder)
-        return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
+def checkpoints_by_epoch(folder: Path, epochs: int) -> dict[int, Path]:
+    """Those that are there of a training of so many epochs, in order. Only the last one has no number in its name."""
+    *earlier, last = checkpoint_files(folder)
+    found = {**{int(file.stem[-6:]): file for file in earlier}, epochs: last}
+    return {epoch: file for epoch, file in found.items() if file.is_file()}
 
 
-# The bits of the exponent: all are 1 in an infinity or a NaN (IEEE 754; bfloat16 is the upper half of a float32).
-_EXPONENT_BITS: dict[str, tuple[type, int]] = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
-}
+_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}  # of safetensors' names
 
 
 def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
     """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
 
-    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0. The bits are compared,
-    because NumPy does not know bfloat16.
+    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0.
     """
     try:
         header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(path, mode="r")
     except (ValueError, OSError) as error:
         raise TrialFailed(f"{path.name} can't be read: {error}") from error
     start = len(data) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
     learnt = False
     for name, entry in header.items():
-        if entry["dtype"] not in _EXPONENT_BITS:
-            continue
-        kind, exponent = _EXPONENT_BITS[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        bits = np.frombuffer(data[start + begin : start + end].tobytes(), dtype=kind)
-        if np.any(bits & kind(exponent) == exponent):
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        values = np.frombuffer(data[begin:end].tobytes(), _DTYPES.get(entry["dtype"], np.uint8))
+        if entry["dtype"] == "BF16":  # the upper half of a float32, which NumPy does not know
+            values = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        if not np.isfinite(values).all():
             raise Diverged(f"weights that are not finite in {path.name} ({name})")
-        learnt = learnt or (".lora_up." in name and bool(np.any(bits << kind(1))))
+        learnt = learnt or (".lora_up." in name and bool(values.any()))
     if path.stem == LORA_NAME and not learnt and not may_be_zero:
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
@@ -1382,7 +1367,6 @@ _BAR = re.compile(  # tqdm's, with kohya's loss
     r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
     r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
 )
-_SAVE_LINE = re.compile(r"^saving checkpoint: (.+)$")
 _DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
@@ -1398,7 +1382,7 @@ class ProcessOutput:
         self.eta = ""
         self.lines: deque[str] = deque(maxlen=200)  # the last lines, without bars
         self.last_sign = time.monotonic()  # of progress: a step, or any output before the first and after the last
-        self._step_times: deque[tuple[float, int]] = deque(maxlen=51)  # (time, step)
+        self._step_seconds: deque[float] = deque(maxlen=50)
         self._unfinished = ""
 
     def read(self, text: str) -> None:
@@ -1421,10 +1405,12 @@ class ProcessOutput:
         return bool(bar)
 
     def read_bar(self, bar: re.Match[str]) -> None:
-        if int(bar["step"]) > self.step:
-            self.last_sign = time.monotonic()
-            self._step_times.append((self.last_sign, int(bar["step"])))
-        self.step, self.steps, self.eta = int(bar["step"]), int(bar["steps"]), bar["eta"]
+        step, now = int(bar["step"]), time.monotonic()
+        if step > self.step:
+            if self.step:
+                self._step_seconds.append((now - self.last_sign) / (step - self.step))
+            self.last_sign = now
+        self.step, self.steps, self.eta = step, int(bar["steps"]), bar["eta"]
 
     def read_line(self, line: str) -> None:
         """For subclasses: take what they need from a line."""
@@ -1434,9 +1420,7 @@ class ProcessOutput:
 
     def seconds_per_step(self) -> float | None:
         """The median of the last steps; None before there are five."""
-        pairs = list(itertools.pairwise(self._step_times))
-        times = [(later - earlier) / (step - before) for (earlier, before), (later, step) in pairs]
-        return float(np.median(times)) if len(times) >= 5 else None
+        return float(np.median(self._step_seconds)) if len(self._step_seconds) >= 5 else None
 
     def error(self) -> str:
         """The last line that names an error, else the last line."""
@@ -1462,7 +1446,6 @@ class TrainingProgress(ProcessOutput):
         self.loss = self.device = ""
         self.first_nan_step: int | None = None
         self.saved = False
-        self.checkpoints: list[Path] = []  # whose saving has begun
         self._finite: set[Path] = set()  # checkpoints that were found to be finite
         self._said_slow = False
         screen.show("train", "starting: the model is loaded, latents are cached")
@@ -1485,8 +1468,6 @@ class TrainingProgress(ProcessOutput):
         if epoch := _EPOCH_LINE.match(line):
             self._end_epoch()
             self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
-        elif saving := _SAVE_LINE.match(line):
-            self.checkpoints.append(Path(saving[1]))
         elif device := _DEVICE_LINE.match(line):
             self.device = device[1]
         self.saved = self.saved or "model saved." in line
@@ -1499,43 +1480,39 @@ class TrainingProgress(ProcessOutput):
         if self.epoch:
             say(f"  {self.describe(f'{100 * self.step // max(1, self.steps):3d}%')}", detail=True)
 
-    def check(self, device: str, stall_minutes: float, usual_step: float | None) -> None:
-        """Judge a training while it runs, about every second; an error ends the trainer.
+    def check(self, folder: Path, device: str, stall_minutes: float, usual_step: float | None) -> None:
+        """Judge a training while it runs, about every second, and at its end; an error ends the trainer.
 
         `usual_step`: the usual seconds of a step in this study; None for the first training.
         """
-        self.check_device(device)
+        if device != "cpu" and self.device.startswith("cpu"):  # kohya does so without a warning
+            raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
         minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
         if self.is_silent(minutes):
             what = f"made no step after step {self.step}" if self.step else "printed nothing while it loaded"
             raise Hung(f"the trainer {what} for {minutes:g} minutes and was stopped (--stall-minutes)")
         if self.first_nan_step is not None:
-            self._check_weights()
+            self._check_weights(folder)
         now = self.seconds_per_step()
         if usual_step and now and now > SLOW_STEP * usual_step and not self._said_slow:
             self._said_slow = True
             why = "does another program use the card, or its driver spill into system memory (Windows)?"
             say(f"  warning: a step takes {now:.3g} s, in this study usually {usual_step:.3g} s; {why}")
 
-    def check_device(self, device: str) -> None:
-        """TrialFailed if kohya trains on the CPU instead. It does so without a warning."""
-        if device != "cpu" and self.device.startswith("cpu"):
-            raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
-
-    def _check_weights(self) -> None:
+    def _check_weights(self, folder: Path) -> None:
         """Diverged if a checkpoint is not finite. A loss of NaN is no proof: fp16 may skip the bad step."""
-        for path in set(self.checkpoints) - self._finite:
+        for path in set(checkpoint_files(folder)) - self._finite:
             try:
                 check_lora(path)
             except Diverged as error:
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
                 raise Diverged(f"{error}; {since}") from error
-            except TrialFailed:  # not yet whole
+            except TrialFailed:  # not there yet, or not yet whole
                 continue
             self._finite.add(path)
 
-    def judge_end(self, folder: Path, status: int, device: str) -> None:
-        """Raise why the trainer did not train to its end. kohya ends with status 0 when it finds no image, too."""
+    def judge_end(self, folder: Path, status: int, *, may_be_zero: bool = False) -> None:
+        """Raise why the training failed. kohya ends with status 0 when it finds no image, too."""
         if status != 0:
             self.refuse_full_disk()
             if status == -signal.SIGKILL:
@@ -1543,19 +1520,10 @@ class TrainingProgress(ProcessOutput):
             if any(_OUT_OF_MEMORY.search(line) for line in self.lines):
                 raise OutOfMemory(self.error())
             raise TrialFailed(f"the trainer ended with status {status}: {self.error()}")
-        self.check_device(device)
         if not (self.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
             raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {self.error()}")
-
-    def judge_training(self, folder: Path, status: int, device: str) -> None:
-        """Like judge_end, and Diverged or TrialFailed for the weights of any checkpoint."""
-        self.judge_end(folder, status, device)
-        try:
-            for path in checkpoint_files(folder):
-                check_lora(path)
-        except Diverged as error:
-            since = f"; loss was nan from step {self.first_nan_step}" if self.first_nan_step else ""
-            raise Diverged(f"{error}{since}") from error
+        for path in checkpoint_files(folder):
+            check_lora(path, may_be_zero=may_be_zero)
 
 
 @dataclass(frozen=True)
@@ -1567,32 +1535,23 @@ class KohyaTrainer:
     device: str
     stall_minutes: float = 30.0
 
-    def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float | None]:
+    def __call__(
+        self, config: Path, usual_step: float | None = None, *, may_be_zero: bool = False
+    ) -> tuple[float, float | None]:
         """Run the training of a config.toml. Raises TrialFailed.
 
         Returns the seconds of the training and of a step (None for very few steps). `usual_step`: the usual seconds of
-        a step in this study; a much slower one is warned of.
+        a step in this study; a much slower one is warned of. `may_be_zero`: fp16 may skip the first steps.
         """
-        started = time.monotonic()
-        status, progress = self._run(config, usual_step)
-        progress.judge_training(config.parent, status, self.device)
-        return time.monotonic() - started, progress.seconds_per_step()
-
-    def try_out(self, config: Path) -> None:
-        """Run a config of a step or two. Its weights may be zero, because fp16 may skip first steps."""
-        status, progress = self._run(config, None)
-        progress.judge_end(config.parent, status, self.device)
-
-    def _run(self, config: Path, usual_step: float | None) -> tuple[int, TrainingProgress]:
-        progress = TrainingProgress()
+        started, folder, progress = time.monotonic(), config.parent, TrainingProgress()
         command = [self.python, str(self.script), "--config_file", str(config)]
-        watch = functools.partial(progress.check, self.device, self.stall_minutes, usual_step)
+        watch = functools.partial(progress.check, folder, self.device, self.stall_minutes, usual_step)
         try:
-            log = config.with_name("training.log")
-            status = ChildProcess(command, self.device).run(progress.read, log, watch)
+            status = ChildProcess(command, self.device).run(progress.read, watch, folder / "training.log")
         finally:
             progress.finish()
-        return status, progress
+        progress.judge_end(folder, status, may_be_zero=may_be_zero)
+        return time.monotonic() - started, progress.seconds_per_step()
 
 
 @dataclass(frozen=True)
@@ -1630,24 +1589,22 @@ class Latents:
 
     def check(self) -> None:
         """RefusedInput if kohya would stop, or train the wrong latents without a warning."""
-        sizes: dict[Path, set[Any]] = {}
-        why, remedy = "", "set cache_latents_to_disk = false in the training config"
+        counts = Counter(path for path, _ in {(image.path, image.bucket) for image in self.images})
         for image in self.images:
-            state, folder = self.state(image), image.path.parent
-            sizes.setdefault(image.path, set()).add(image.bucket)
+            state, folder, why = self.state(image), image.path.parent, ""
             if state == "foreign":
-                why = f"{image.latents} is no cache of latents, but kohya would take it for one; move it away, or "
+                why = f"{image.latents} is no cache of latents, but kohya would take it for one; move it away"
             elif state == "wrong":
                 cached = [side * self.scale for side in (self.sizes(image.latents) or {})["latents"]]
                 size = "{} x {} instead of {} x {}".format(*cached, *image.bucket)
-                why = f"{image.latents} holds {size}, which kohya would train; delete all such files, or "
+                why = f"{image.latents} holds {size}, which kohya would train; delete all such files"
             elif state != "good" and not os.access(folder, os.W_OK):
-                why = f"{folder} can't be written, but kohya would cache latents there; make it writable, or "
-            elif len(sizes[image.path]) > 1 and not self.trusted["sized"]:
-                count = len({other.bucket for other in self.images if other.path == image.path})
-                why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2, or "
+                why = f"{folder} can't be written, but kohya would cache latents there; make it writable"
+            elif (count := counts[image.path]) > 1 and not self.trusted["sized"]:
+                why = f"{image.path} is trained at {count} sizes, and this sd-scripts caches one; take v0.10.2"
             if why:
-                raise RefusedInput(f"--dataset-config: {why}{remedy}")
+                remedy = "or set cache_latents_to_disk = false in the training config"
+                raise RefusedInput(f"--dataset-config: {why}, {remedy}")
 
     def prepare(self) -> bool:
         """Delete torn caches, which a killed trainer leaves, and return whether all are there. Needs the lock."""
@@ -1685,7 +1642,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
             raise RefusedInput(f"{why}; run it by hand to see why, or try again if the disk is slow")
 
     try:
-        status = ChildProcess(command, device).run(output.append, watch=watch)
+        status = ChildProcess(command, device).run(output.append, watch)
     except OSError as error:
         why = f"can't run {command[0]} ({error.strerror})"
         raise RefusedInput(f"--trainer-python: {why}; give kohya's python") from error
@@ -1715,17 +1672,13 @@ class TrainerFacts:
 
     def can_train(self, params: Mapping[str, Any]) -> bool:
         """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
-        return params.get("optimizer_type") != "AdamW8bit" or (
-            self.answer["bitsandbytes"] and self.device_name != "cpu"
-        )
+        has_8bit = self.answer["bitsandbytes"] and self.device_name != "cpu"
+        return has_8bit or params.get("optimizer_type") != "AdamW8bit"
 
     def check_card(self, settings: Settings) -> None:
         if not self.device_name:
             why = f"PyTorch {self.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
             raise RefusedInput(f"--device: {why}; kohya would train on the CPU; correct it, or give --device cpu")
-
-    def remember(self, cache: Path, notes: Sequence[str] = ()) -> None:
-        write_json(cache, {"key": self.answer["key"], "answer": {**self.answer, "notes": list(notes)}})
 
 
 @dataclass(frozen=True)
@@ -1748,15 +1701,15 @@ class Probe:
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files()]
         key = digest(json.dumps(about, default=str))
-        known = read_json(cache) if cache else None
-        is_same = known and known["key"] == key and self._has_packages(*known["answer"]["packages"])
-        answer = known["answer"] if known and is_same else self._run(script)
+        answer = (read_json(cache) if cache else None) or {}
+        if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
+            answer = {**self._run(script), "key": key}
         if missing := ", ".join(answer["missing"]):
             raise RefusedInput(f"--trainer-python: {self.python} has no {missing}; give the Python of kohya")
         if "dataset_config" not in answer.get("options", {}):
             why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
-        return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", {**answer, "key": key})
+        return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", answer)
 
     def _version(self) -> str:
         """Git's description, and a digest of the trainer's files, which a user may have changed."""
@@ -2335,16 +2288,14 @@ class ImageScorer:
 
 # --- the child process: reference, screening, confirmation ---
 
-Metrics = dict[str, Any]  # the content of a trial's metrics.json
-
 
 def score_folder(folder: Path, device: str) -> None:
     """Write a trial's metrics.json, or make OUTPUT_DIR/reference; any other folder is a RefusedInput."""
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        for checkpoint in checkpoints:
-            check_lora(checkpoint.path)
+        for path in checkpoints.values():
+            check_lora(path)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
     except Diverged as error:
@@ -2365,21 +2316,22 @@ def score_folder(folder: Path, device: str) -> None:
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
-def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
-    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
+def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], dict[int, Path]]:
+    """The reference's folder, its plan, and a trial's checkpoints by epoch; RefusedInput for any other folder."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if is_reference:
-        return reference, plan, []
+        return reference, plan, {}
     params = read_json(folder / "params.json")
     if params is None:
         raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
-    checkpoints = [c for c in Checkpoint.find(folder, params["max_train_epochs"]) if c.path.is_file()]
+    epochs = params["max_train_epochs"]
+    checkpoints = checkpoints_by_epoch(folder, epochs)
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not checkpoints or not (scored or checkpoints[-1].path.stem == LORA_NAME):
+    if not checkpoints or not (scored or epochs in checkpoints):
         raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
     return reference, plan, checkpoints
 
@@ -2461,9 +2413,7 @@ class FolderScorer:
             self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
             self.anchors[stage] = made.anchors()
         bar.close()
-        stored = io.BytesIO()
-        np.savez(stored, **self.embeddings)
-        write_atomically(self.reference / "embeddings.npz", stored.getvalue())
+        write_atomically(self.reference / "embeddings.npz", functools.partial(np.savez, **self.embeddings))
         write_json(self.reference / "anchors.json", self.anchors)
 
     def _measure_data_set(self) -> None:
@@ -2493,14 +2443,10 @@ class FolderScorer:
         images = self.scorer.render(self.plan[stage], report)
         for job, image in zip(self.plan[stage], images, strict=True):
             if image is not None:
-                file = io.BytesIO()
-                image.save(file, format="PNG")
-                write_atomically(folder / f"{job['name']}.png", file.getvalue())
+                write_atomically(folder / f"{job['name']}.png", functools.partial(image.save, format="PNG"))
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
-    def score_checkpoint(
-        self, path: Path, stage: str, images: Path, report: Callable[[int], None] = lambda made: None
-    ) -> dict[str, Any]:
+    def score_checkpoint(self, path: Path, stage: str, images: Path, report: Callable[[int], Any]) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
         with self.scorer.lora(path):
             made = self._render(stage, images, report)
@@ -2508,22 +2454,21 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
-        """Screen every checkpoint, then confirm the best one on other prompts and seeds."""
+    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> dict[str, Any]:
+        """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
         screened = []
         total = len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])
         bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for checkpoint in checkpoints:
-            images = folder / "scores" / f"epoch-{checkpoint.epoch:06d}"
-            result = self.score_checkpoint(checkpoint.path, "screen", images, bar.update)
-            screened.append({"epoch": checkpoint.epoch, "checkpoint": checkpoint.path.name, **result})
-            bar.write(f"  epoch {checkpoint.epoch:3d}    {self._describe(result)}")
+        for epoch, path in checkpoints.items():
+            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", bar.update)
+            screened.append({"epoch": epoch, "checkpoint": path.name, **result})
+            bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
         best = max(screened, key=lambda result: result["score"])
-        path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
-        confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
+        best_path = checkpoints[best["epoch"]]
+        confirmed = self.score_checkpoint(best_path, "confirm", folder / "scores" / "confirm", bar.update)
         bar.close()
         print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
         limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]
@@ -2566,10 +2511,8 @@ class ContactSheet:
 
     def make(self) -> None:
         """A row a checkpoint, with one picture a prompt; then the best checkpoint's on the confirming prompts."""
-        plan, metrics = (
-            read_json(self.folder.parent / "reference" / "plan.json"),
-            read_json(self.folder / "metrics.json"),
-        )
+        files = (self.folder.parent / "reference" / "plan.json", self.folder / "metrics.json")
+        plan, metrics = map(read_json, files)
         if plan is None or metrics is None:
             raise FileNotFoundError(f"no whole plan.json and metrics.json for {self.folder}")
         scores, best, screened = self.folder / "scores", metrics["best_epoch"], []
@@ -2578,10 +2521,8 @@ class ContactSheet:
             label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
             screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
         label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
-        content = io.BytesIO()
         sheet = self._draw(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
-        sheet.save(content, format="JPEG", quality=80)
-        write_atomically(self.file, content.getvalue())
+        write_atomically(self.file, functools.partial(sheet.save, format="JPEG", quality=80))
 
     def _draw(self, plan: Mapping[str, Any], rows: Mapping[str, Sequence[tuple[Path, str, bool]]]) -> Any:
         """Each stage's prompts, and below them its rows: folder of the pictures, label, whether it is the best one."""
@@ -2682,34 +2623,29 @@ class ScoringProgress(ProcessOutput):
             say(f"  images {self.step} of {self.steps}", detail=True)
 
     def read_line(self, line: str) -> None:
-        if line.startswith(("  ", "warning: ")):  # not a library's lines; ScoringProcess says why it stopped
+        if line.startswith(("  ", "warning: ")):  # not a library's lines; score_in_child says why it stopped
             say(line, detail=not line.startswith("  note: "))
 
 
-@dataclass(frozen=True)
-class ScoringProcess:
-    """Scores a folder in a child process, so that this program never touches CUDA."""
+def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> None:
+    """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference.
 
-    device: str
-    stall_minutes: float = 30.0
+    A child process does it, so that this program never touches CUDA.
+    """
+    progress = ScoringProgress()
 
-    def __call__(self, folder: Path) -> None:
-        """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference."""
-        # The child sees one card alone, whose number is then 0.
-        device = self.device.partition(":")[0]
-        command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder), "--device", device]
-        progress = ScoringProgress()
+    def watch() -> None:
+        minutes = STARTING_ALLOWANCE * stall_minutes  # a batch on the CPU may take half an hour
+        if progress.is_silent(minutes):
+            raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
-        def watch() -> None:
-            minutes = STARTING_ALLOWANCE * self.stall_minutes  # a batch on the CPU may take half an hour
-            if progress.is_silent(minutes):
-                raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
-
-        child = ChildProcess(command, self.device, **{PARENT_HOLDS_FOLDER: "1"})
-        status = child.run(progress.read, folder / "scoring.log", watch)
-        if status != 0:
-            progress.refuse_full_disk()
-            raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
+    command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder)]
+    command += ["--device", device.partition(":")[0]]  # the child sees one card alone, whose number is then 0
+    child = ChildProcess(command, device, **{PARENT_HOLDS_FOLDER: "1"})
+    status = child.run(progress.read, watch, folder / "scoring.log")
+    if status != 0:
+        progress.refuse_full_disk()
+        raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 
 @dataclass(frozen=True)
@@ -4083,7 +4019,8 @@ class Reference:
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
         with only_warning("the report will show no pictures of the data set"):
             self._keep_pictures()
-        self.inputs.trainer.remember(self.folder / ANSWER_NAME, self.inputs.data_set.notes)
+        answer = {**self.inputs.trainer.answer, "notes": self.inputs.data_set.notes}
+        write_json(self.folder / ANSWER_NAME, answer)
 
     def _keep_pictures(self) -> None:
         """Copy a few pictures of the data set, since the report may be made on a machine without it."""
@@ -4094,9 +4031,7 @@ class Reference:
             if not file.is_file():
                 with Image.open(image.path) as picture:
                     picture.thumbnail((512, 512))
-                    content = io.BytesIO()
-                    picture.convert("RGB").save(content, format="PNG")
-                write_atomically(file, content.getvalue())
+                    write_atomically(file, functools.partial(picture.convert("RGB").save, format="PNG"))
 
     def train_first_step(self, trainer: KohyaTrainer) -> Inputs:
         """Let kohya train one step: it shows that the trainer works, and caches the latents.
@@ -4114,7 +4049,7 @@ class Reference:
                     folder.mkdir()
                     about = (self.inputs.options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
                     write_toml(folder / "config.toml", trial_config(FIRST_STEP_PARAMS, *about))
-                    trainer.try_out(folder / "config.toml")
+                    trainer(folder / "config.toml", may_be_zero=True)
                     shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
         except TrialFailed as error:
             raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
@@ -4313,7 +4248,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
             for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
                 ChildProcess.end_left_over(file.parent)
         study = open_study(inputs)
-        scorer = ScoringProcess(settings.device, settings.stall_minutes)
+        scorer = functools.partial(score_in_child, device=settings.device, stall_minutes=settings.stall_minutes)
         script = settings.sd_scripts / "train_network.py"
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
         notes = Notes(study)

@@ -320,7 +320,9 @@ class MadeTrainer:
         self.device = device
         self.end = "scored"  # how the next training ends
 
-    def __call__(self, config: Path, usual_step: float | None = None) -> tuple[float, float]:
+    def __call__(
+        self, config: Path, usual_step: float | None = None, *, may_be_zero: bool = False
+    ) -> tuple[float, float]:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), self.end, self.clock.now)
         progress = self._write(config.parent, output)
         self.clock.spend(output.seconds)
@@ -333,14 +335,9 @@ class MadeTrainer:
             raise search.Hung(
                 f"the trainer made no step after step {progress.step} for 30 minutes and was stopped (--stall-minutes)"
             )
-        progress.judge_training(config.parent, output.status, self.device)
+        progress.check(config.parent, self.device, 30, usual_step)
+        progress.judge_end(config.parent, output.status, may_be_zero=may_be_zero)
         return output.seconds, output.batches * output.batch_seconds
-
-    def try_out(self, config: Path) -> None:
-        output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), "scored", self.clock.now)
-        progress = self._write(config.parent, output)
-        self.clock.spend(output.seconds)
-        progress.judge_end(config.parent, output.status, self.device)
 
     def _write(self, folder: Path, output: TrainerOutput) -> search.TrainingProgress:
         text = output.text()

@@ -221,10 +221,10 @@ def desk(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """An empty folder, in which the program runs; without hub, and without ever starting a training."""
     import huggingface_hub
 
-    def accept(_trainer: search.KohyaTrainer, config: Path) -> None:
+    def accept(_trainer: search.KohyaTrainer, config: Path, **_options: Any) -> None:
         raise Accepted(str(config))
 
-    monkeypatch.setattr(search.KohyaTrainer, "try_out", accept)
+    monkeypatch.setattr(search.KohyaTrainer, "__call__", accept)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
     here = tmp_path / "desk"

@@ -110,7 +110,7 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     killed.wait()
     assert "epoch 2/12" in said, said
     assert "no option" not in said and "does not say what it trains" not in said
-    answer = search.read_json(out / "reference" / "kohya_answer.json")["answer"]
+    answer = search.read_json(out / "reference" / "kohya_answer.json")
     for folder in ("reference/first_step", "trial_0000"):  # the probe's count is what kohya then prints
         assert answer["batches"] == search.printed_batches(out / folder / "training.log") == 1
     assert [Path(image["latents"]).is_file() for image in answer["images"]] == [True] * 4

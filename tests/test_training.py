@@ -121,11 +121,11 @@ def test_away_from_a_terminal_each_epoch_is_one_line(capsys: pytest.CaptureFixtu
 
 
 def test_a_good_training_passes(folder: Path) -> None:
-    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+    progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
-    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.Checkpoint.find(folder, 4)]
+    found = [(epoch, path.name) for epoch, path in search.checkpoints_by_epoch(folder, 4).items()]
     assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
 
 
@@ -134,7 +134,7 @@ def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
 def test_weights_that_are_not_finite_are_diverged(folder: Path, value: float, dtype: type) -> None:
     save_lora(folder / "lora-000002.safetensors", value, dtype)
     with pytest.raises(search.Diverged, match=r"not finite in lora-000002\.safetensors"):
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_bfloat16_is_read_by_its_bits(tmp_path: Path) -> None:
 def test_a_lora_that_learnt_nothing_is_the_set_ups_fault(folder: Path, zero: float) -> None:
     save_lora(folder / "lora.safetensors", zero)
     with pytest.raises(search.TrialFailed, match="moved from zero") as caught:
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
     assert caught.value.ended == "crashed"
 
 
 def test_an_early_checkpoint_may_be_zero_as_a_warm_up_begins(folder: Path) -> None:
     save_lora(folder / "lora-000002.safetensors", 0.0)
-    progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+    progress_of(OUTPUT).judge_end(folder, 0)
 
 
 def test_the_largest_finite_half_is_finite(folder: Path) -> None:
@@ -167,13 +167,13 @@ def test_the_largest_finite_half_is_finite(folder: Path) -> None:
 
 def test_a_file_without_the_trainers_word_is_not_enough(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="saved no LoRA"):
-        progress_of(OUTPUT.replace("model saved.", "")).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT.replace("model saved.", "")).judge_end(folder, 0)
 
 
 def test_a_full_disk_is_no_trials_fault(folder: Path) -> None:
     output = OUTPUT + "OSError: [Errno 28] No space left on device\n"
     with pytest.raises(OSError, match="No space left on device"):
-        progress_of(output).judge_training(folder, 1, "cpu")
+        progress_of(output).judge_end(folder, 1)
 
 
 def test_a_training_that_nobody_saw_the_end_of_is_known_by_its_log_and_files(folder: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
     whole = (folder / "lora.safetensors").read_bytes()
     (folder / "lora.safetensors").write_bytes(whole[:-1])
     with pytest.raises(search.TrialFailed, match="torn") as caught:
-        progress_of(OUTPUT).judge_training(folder, 0, "cpu")
+        progress_of(OUTPUT).judge_end(folder, 0)
     assert caught.value.ended == "crashed"
 
 
@@ -214,13 +214,13 @@ def test_ends_are_told_apart(
     tmp_path: Path, status: int, output: str, kind: type[search.TrialFailed], ended: str, says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
-        progress_of(output).judge_training(tmp_path, status, "cpu")
+        progress_of(output).judge_end(tmp_path, status)
     assert caught.value.ended == ended
 
 
 def test_a_training_on_the_cpu_is_no_training_on_the_card(folder: Path) -> None:
     with pytest.raises(search.TrialFailed, match="used the CPU instead of cuda"):
-        progress_of(OUTPUT).judge_training(folder, 0, "cuda")
+        progress_of(OUTPUT).check(folder, "cuda", 1, None)
 
 
 def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_path: Path) -> None:
@@ -229,19 +229,22 @@ def test_a_trainer_that_uses_the_cpu_instead_of_the_card_is_stopped_at_once(tmp_
     search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
     started = time.monotonic()
     with pytest.raises(search.TrialFailed, match=r"used the CPU instead of cuda:0; its PyTorch does not see the card"):
-        search.KohyaTrainer(sys.executable, script, "cuda:0").try_out(tmp_path / "config.toml")
+        search.KohyaTrainer(sys.executable, script, "cuda:0")(tmp_path / "config.toml")
     assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(("device", "says"), [("cuda", "cuda"), ("cuda", "cuda:0"), ("cpu", "cpu"), ("cuda", "")])
-def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: str) -> None:
+def test_a_trainer_on_the_device_that_was_asked_for_goes_on(device: str, says: str, tmp_path: Path) -> None:
     progress = progress_of(f"accelerator device: {says}\n" if says else "loading\n")
-    progress.check(device, 1, None)
+    progress.check(tmp_path, device, 1, None)
 
 
 # --- the process -------------------------------------------------------------------------------------
 
 SLEEPER = "import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+
+
+def unwatched() -> None: ...
 
 
 def is_alive(pid: int) -> bool:
@@ -263,7 +266,7 @@ def test_output_is_kept_unchanged_and_status_returned(tmp_path: Path) -> None:
     seen: list[str] = []
     code = "import sys; sys.stdout.write('a\\r'); sys.stderr.write('指b'); sys.exit(3)"
     child = search.ChildProcess([sys.executable, "-c", code], "cpu")
-    status = child.run(seen.append, tmp_path / "log")
+    status = child.run(seen.append, unwatched, tmp_path / "log")
     assert status == 3 and "".join(seen) == "a\r指b"
     assert (tmp_path / "log").read_bytes() == "a\r指b".encode()
 
@@ -285,7 +288,7 @@ def test_whatever_ends_the_call_ends_the_whole_process_tree() -> None:
 
     code = SLEEPER + "import os; print(f'{os.getpid()} {p.pid}', flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt, unwatched)
     assert len(pids) == 2 and wait_until_dead(pids, 5)
 
 
@@ -299,7 +302,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatc
 
     code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(interrupt, unwatched)
     assert wait_until_dead(pids, 5)
 
 
@@ -313,7 +316,7 @@ def test_a_child_that_closes_its_output_and_lives_on_is_still_watched() -> None:
 
     code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
     with pytest.raises(search.Hung):
-        search.ChildProcess([sys.executable, "-c", code], "cpu").run(print, watch=watch)
+        search.ChildProcess([sys.executable, "-c", code], "cpu").run(print, watch)
     assert 1.5 < calls[-1] - calls[0] < 10  # about every second
 
 
@@ -322,7 +325,7 @@ def test_a_child_that_closes_its_output_ends_with_its_own_status() -> None:
     code = "import os, sys, time; print('x', flush=True); os.close(1); os.close(2); time.sleep(1.5); os._exit(7)"
     seen: list[str] = []
     command = [sys.executable, "-c", code]
-    assert search.ChildProcess(command, "cpu").run(seen.append) == 7
+    assert search.ChildProcess(command, "cpu").run(seen.append, unwatched) == 7
     assert "".join(seen) == "x\n" and 1.5 < time.monotonic() - started < 10
 
 
@@ -331,7 +334,7 @@ def test_a_hung_trainer_is_found_though_it_has_closed_its_output(tmp_path: Path)
     script.write_text("import os, time; os.close(1); os.close(2); time.sleep(60)")
     search.write_toml(tmp_path / "config.toml", {"output_dir": str(tmp_path)})
     with pytest.raises(search.Hung, match="printed nothing while it loaded"):
-        search.KohyaTrainer(sys.executable, script, "cpu", stall_minutes=0.01).try_out(tmp_path / "config.toml")
+        search.KohyaTrainer(sys.executable, script, "cpu", stall_minutes=0.01)(tmp_path / "config.toml")
 
 
 @pytest.mark.parametrize("output", ["print('some output', flush=True)", "os.close(1); os.close(2)", ""])
@@ -357,7 +360,7 @@ def test_a_killed_program_takes_its_trainer_along() -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "s.ChildProcess([sys.executable, '-c', child], 'cpu').run(lambda t: print(t, flush=True))\n"
+        "s.ChildProcess([sys.executable, '-c', child], 'cpu').run(lambda t: print(t, flush=True), lambda: None)\n"
     )
     program = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
