@@ -493,9 +493,9 @@ class ScoringSettings:
     flat_std: float  # these three in units of 0..255
     black_p99: float
     white_p1: float
-    elsewhere: tuple[str, ...]
-    style: tuple[str, ...]
-    plain: tuple[str, ...]
+    elsewhere: list[str]
+    style: list[str]
+    plain: list[str]
 
     @classmethod
     def read(cls, path: Path) -> ScoringSettings:
@@ -508,38 +508,37 @@ class ScoringSettings:
             if not isinstance(found, dict):
                 problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
                 continue
-            for key in found.keys() - examples.keys():
-                problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
+            unknown = found.keys() - examples.keys()
+            problems += [f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}" for key in unknown]
             for key, example in examples.items():
-                kind = type(example).__name__
-                smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
-                wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
-                if wrong:
+                if wrong := cls._wrong_setting(table, key, found.get(key), example):
                     problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-        problems = problems or list(cls._odd_settings(path, given["images"], given["weights"], given["prompts"]))
-        if problems:
-            raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
+        if not problems and not any(given["weights"].values()):
+            problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
+        Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
         stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
-        prompts = {key: tuple(templates) for key, templates in given["prompts"].items()}
-        values = {**given["images"], **given["encoders"], **given["usable"], **stages, **prompts}
+        values = {**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **stages}
         return cls(weights=given["weights"], **values)
 
     @staticmethod
-    def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
-        """Problems with values whose kind is right."""
-        if images["resolution"] % 8 or images["resolution"] < 16:
-            yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
-        if images["steps"] > MAX_STEPS:
-            yield f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough"
-        if not any(weights.values()):
-            yield f"all weights of {path} are 0, so every trial would score 1; raise one"
-        for key, templates in prompts.items():
-            if not all(isinstance(text, str) and text.strip() for text in templates):
-                yield f"{key} in [prompts] of {path} must be a list of texts"
-                continue
-            for text in templates if key != "plain" else ():
-                if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
-                    yield f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
+    def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
+        """What is wrong with a value, or ''. None: it is missing."""
+        kind = type(example).__name__
+        smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
+        if value is None:
+            return "is missing"
+        if wrong := _wrong_value(value, kind, smallest):
+            return wrong
+        if key == "resolution" and (value % 8 or value < 16):
+            return "must be a multiple of 8 (the VAE's factor), from 16 on"
+        if key == "steps" and value > MAX_STEPS:
+            return f"must be at most {MAX_STEPS}"
+        templates = value if table == "prompts" else []
+        if not all(isinstance(text, str) and text.strip() for text in templates):
+            return "must be a list of texts"
+        named = [text for text in templates if key != "plain"]
+        odd = [text for text in named if "{subject}" not in text or set("{}") & set(text.replace("{subject}", ""))]
+        return f"must have {{subject}}, and no other braces, in {', '.join(map(repr, odd))}" if odd else ""
 
 
 # Options that a fixed training config must not hold, and why.
