@@ -564,7 +564,7 @@ def path_remedy(text: str) -> str:
     return "correct it there"
 
 
-def load_training_options(path: Path) -> dict[str, Any]:
+def read_training_options(path: Path) -> dict[str, Any]:
     """The fixed kohya options, unchecked and flattened by one level, as kohya does. Unset options are dropped."""
     given: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
@@ -578,18 +578,17 @@ def load_training_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """The fixed kohya options. `known` are those of the trainer's parser; RefusedInput lists all that are wrong."""
-    options, problems = load_training_options(path), []
+def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
+    """The options of that file. `known` are those of the trainer's parser, if any; RefusedInput lists what is wrong."""
+    problems = []
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
-        elif known is not None and key not in known:
+        elif known and key not in known:
             problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, known)}")
-        elif wrong := _wrong_option(key, value, known[key] if known else {}):
+        elif wrong := _wrong_option(key, value, known.get(key, {})):
             problems.append(f"{key} = {value!r} in {path} {wrong}")
-    if problems:
-        raise RefusedInput(*(f"--training-config: {problem}" for problem in problems))
+    Problems(f"--training-config: {problem}" for problem in problems).refuse()
     return options
 
 
@@ -3814,7 +3813,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
     """
     problems, checks = Problems(known_problems), InputChecks(settings)
-    raw = problems.of(load_training_options, settings.training_config)
+    raw = problems.of(read_training_options, settings.training_config)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
@@ -3822,7 +3821,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
-    options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
+    options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
     problems.of(checks.precision, options or {})
     if settings.eval_prompts:
