@@ -714,9 +714,8 @@ class DataSetReader:
     def read(self, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
         """The data set of sd-scripts' `answer`, else as it lies in its folders. RefusedInput lists all problems."""
         inherited = {"caption_extension": ".caption", **options, **self.config["general"]}
-        data_sets = [{**inherited, **data_set} for data_set in self.config["datasets"]]
-        subsets = [{**data_set, **subset} for data_set in data_sets for subset in data_set["subsets"]]
-        images = [image for settings in subsets for image in self._list_folder(settings)]
+        subsets = [{**inherited, **data, **subset} for data in self.config["datasets"] for subset in data["subsets"]]
+        images = [image for settings in subsets for image in self._list_subset(settings)]
         if "images" in answer:
             images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
         if "notes" not in answer:  # no earlier start has looked at these files
@@ -731,56 +730,55 @@ class DataSetReader:
         smallest = min((side for image in images for side in image.bucket or ()), default=8)
         if smallest < 8:  # pixels of one latent
             self.problems.append(f"{self.path}: a resolution of {smallest} pixels is too small; raise it")
-        if self.problems:
-            raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(self.problems)))
+        Problems(f"--dataset-config: {problem}" for problem in dict.fromkeys(self.problems)).refuse()
         tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
         class_tokens = tokens.pop() if len(tokens) == 1 else None
         notes = tuple(answer.get("notes", self.notes))
         return DataSet(self.config, tuple(images), answer.get("batches"), class_tokens, notes)
 
-    def _list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
+    def _list_subset(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
         """A subset's pictures as they lie in its folder, for an sd-scripts that does not say what it trains."""
-        place, has_metadata = settings.get("image_dir", ""), isinstance(settings.get("metadata_file"), str)
-        images = self._list_metadata(settings) if has_metadata else []
-        if not os.path.isdir(str(place)):  # noqa: PTH112 - Path raises
-            if isinstance(place, str) and place:
-                self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
-            elif place == "" and not has_metadata:
-                self.problems.append(f"image_dir is missing in a subset of {self.path}; give its folder")
-            return images
-        folder = Path(str(place))
-        try:
-            self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
-        except OSError as error:
-            self.problems.append(f"can't read image_dir {folder} ({error.strerror}); give yourself the right")
-            return []
-        if has_metadata:
-            return images
-        if not self._pictures_in(folder):
-            self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
-        extension = f".{settings['caption_extension']}".replace("..", ".")
+        place, metadata = str(settings.get("image_dir", "")), settings.get("metadata_file")
+        folder, captions = Path(place), {}
+        if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK):  # noqa: PTH112 - Path raises
+            self.folders[folder] = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+            captions = {} if metadata else self._read_captions(folder, settings)
+        elif place or not metadata:
+            why = f"image_dir {place!r} in {self.path} is no folder that this user can read"
+            self.problems.append(f"{why}; {path_remedy(place)}")
+        if isinstance(metadata, str):
+            captions = self._read_metadata(Path(metadata), folder)
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
-        for picture in [file for file in files if file.suffix in _ALWAYS_TRAINED]:
-            caption = self._read_caption(picture, extension)
-            images.append(TrainingImage(picture, (as_tags(caption or tokens),), caption is not None, is_reg))
-        without = [image.path.name for image in images if not image.has_caption]
-        if without and not tokens and not is_reg:
-            what = f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens"
-            self.problems.append(f"{what}, {without[0]} for one; write them, or set caption_extension or class_tokens")
-        return images
+        found = captions.items()
+        return [TrainingImage(path, (as_tags(said or tokens),), said is not None, is_reg) for path, said in found]
 
-    def _list_metadata(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
-        """The pictures of kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
-        file, folder = Path(settings["metadata_file"]), str(settings.get("image_dir", ""))
+    def _read_metadata(self, file: Path, folder: Path) -> dict[Path, str | None]:
+        """The captions in kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
         try:
             text = file.read_text(encoding="utf-8")
-            entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
-            named = entries.items() if isinstance(entries, dict) else [(one["image_path"], one) for one in entries]
-            pairs = [(Path(folder, name), (one.get("caption"), one.get("tags"))) for name, one in named]
-            return [TrainingImage(path, (as_tags(", ".join(filter(None, said))),), True) for path, said in pairs]
+            if file.suffix == ".jsonl":
+                entries = {line["image_path"]: line for line in map(json.loads, text.splitlines())}
+            else:
+                entries = json.loads(text)
+            said = {name: (entry.get("caption"), entry.get("tags")) for name, entry in entries.items()}
+            return {folder / name: ", ".join(filter(None, parts)) for name, parts in said.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.problems.append(f"can't use metadata_file {file} ({one_line(error)}); mend it")
-            return []
+            return {}
+
+    def _read_captions(self, folder: Path, settings: Mapping[str, Any]) -> dict[Path, str | None]:
+        """The caption of each picture in a folder; None if it has none."""
+        files, extension = self.folders[folder], f".{settings['caption_extension']}".replace("..", ".")
+        if not self._pictures_in(folder):
+            self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
+        captions = {file: self._read_caption(file, extension) for file in files if file.suffix in _ALWAYS_TRAINED}
+        without = [file.name for file, caption in captions.items() if caption is None]
+        if without and not settings.get("class_tokens") and settings.get("is_reg") is not True:
+            why = (
+                f"{len(without)} of {len(captions)} images in {folder} have no {extension} caption and no class_tokens"
+            )
+            self.problems.append(f"{why}, {without[0]} for one; write them, or set caption_extension or class_tokens")
+        return captions
 
     def _find_images(self, files: Sequence[Path]) -> str:
         """The remedy for a folder without pictures. Only kohya's command line takes the parent of `10_luca`."""
@@ -793,8 +791,7 @@ class DataSetReader:
 
     def _read_caption(self, picture: Path, extension: str) -> str | None:
         """The first line of a picture's caption; None if there is no file."""
-        parts = picture.stem.split("_")
-        stems = (picture.stem, "_".join(parts[:-4]) or picture.stem)  # a face crop ends in its place
+        stems = (picture.stem, re.sub(r"(?<=.)(_[^_]*){4}$", "", picture.stem))  # a face crop ends in its place
         file = next((file for stem in stems if (file := picture.with_name(stem + extension)).is_file()), None)
         try:
             text = file.read_text(encoding="utf-8") if file else None
@@ -854,10 +851,9 @@ class DataSetReader:
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
         for place, message in answer.get("stopped", []):
-            value: Any = self.config
+            value = None
             with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing
-                for part in place:
-                    value = value[part]
+                value = functools.reduce(lambda table, key: table[key], place, self.config)
             if "extra keys" in message:
                 known = ("general", "datasets", *answer.get("keys", ()))
                 self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
