@@ -237,8 +237,7 @@ class Screen:
 
     def wait(self, seconds: float) -> None:
         """Sleep, and keep the clock of the live region running."""
-        times = math.ceil(seconds)
-        for _ in range(times):
+        for _ in range(times := math.ceil(seconds)):
             self.refresh()
             time.sleep(seconds / times)
 
@@ -554,8 +553,8 @@ _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 
 def path_remedy(text: str) -> str:
     """The remedy for a path that does not exist. A drive or a backslash shows that it is one of Windows."""
-    for letter, typed in zip("\b\t\n\f\r", "btnfr", strict=True):  # TOML reads C:\new as C:, a line break, ew
-        text = text.replace(letter, f"\\{typed}")
+    # TOML reads C:\new as C:, a line break, ew.
+    text = text.translate({8: r"\b", 9: r"\t", 10: r"\n", 12: r"\f", 13: r"\r"})
     if drive := re.match(r"([A-Za-z]):(?=[\\/])", text):
         linux = text[2:].replace("\\", "/")
         return f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{linux}'"
@@ -596,11 +595,10 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
     """What is wrong with a fixed option's value, or ''. `option` describes it, as kohya's parser does."""
     if key in _SCORED and value != _SCORED[key]:
         return f"must be {_SCORED[key]!r}, or it can't be scored"
-    if key in _SMALLEST and (wrong := _wrong_value(value, "int", _SMALLEST[key])):
-        return wrong
+    kind = "int" if key in _SMALLEST else option.get("kind", "").replace("Path", "str")
     for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
         text = str(item)
-        if wrong := _wrong_value(item, option.get("kind", "").replace("Path", "str")):
+        if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
         if option.get("choices") and text not in option["choices"]:
             return f"must be one of {', '.join(option['choices'])}"
@@ -676,14 +674,13 @@ class DataSet:
 def read_data_set_file(path: Path) -> dict[str, Any]:
     """Read kohya's data set file. Relative paths are tried in the current folder, as by kohya, then beside the file."""
     config = read_toml(path, "--dataset-config")
-    if not isinstance(config.setdefault("general", {}), dict):
-        raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
     try:
         subsets = [subset for dataset in config["datasets"] for subset in dataset["subsets"]]
     except (KeyError, TypeError):
         subsets = []
-    if not subsets or not all(isinstance(subset, dict) for subset in subsets):
-        why = f"{path} has no [[datasets]] with [[datasets.subsets]]"
+    tables = [config.setdefault("general", {}), *subsets]
+    if not subsets or not all(isinstance(table, dict) for table in tables):
+        why = f"{path} has no [[datasets]] with [[datasets.subsets]], or [general] is no table"
         raise RefusedInput(f"--dataset-config: {why}; see configs/luca_human_dataset.toml")
     for subset, key in itertools.product(subsets, _FOLDERS):
         if subset.get(key) and isinstance(subset[key], str):
@@ -939,10 +936,9 @@ class BaseModel:
         if families:
             return f"is {families[0]}, which this search does not train"
         missing = []
-        for part, known in _MODELS["file"].items():
-            if counts[part] != known["tensors"]:
-                found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
-                missing.append(found if counts[part] else f"no {part}")
+        for part, count in counts.items():
+            if count != (wanted := _MODELS["file"][part]["tensors"]):
+                missing.append(f"{count} tensors of its {part} instead of {wanted}" if count else f"no {part}")
         return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
     @classmethod
