@@ -427,15 +427,6 @@ class Settings:
         return self.output_dir / "results"
 
 
-@dataclass(frozen=True)
-class SampleCounts:
-    """How many images a stage of scoring makes: prompts x seeds with the subject, plain_prompts without it."""
-
-    prompts: int
-    seeds: int
-    plain_prompts: int
-
-
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
     kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
@@ -483,8 +474,8 @@ class ScoringSettings:
     guidance_scale: float
     negative_prompt: str
     batch_size: int
-    screen: SampleCounts
-    confirm: SampleCounts
+    screen: dict[str, int]  # counts of a stage: prompts with the subject, seeds of each, plain_prompts without it
+    confirm: dict[str, int]
     weights: dict[str, float]  # exponent of each term
     dinov2: str
     clip: str
@@ -515,9 +506,8 @@ class ScoringSettings:
         if not problems and not any(given["weights"].values()):
             problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
         Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
-        stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
-        values = {**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **stages}
-        return cls(weights=given["weights"], **values)
+        whole = {table: given[table] for table in ("screen", "confirm", "weights")}
+        return cls(**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **whole)
 
     @staticmethod
     def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
@@ -1884,7 +1874,7 @@ class PromptChooser:
     def __init__(self, subject: str, settings: ScoringSettings) -> None:
         self.subject = Subject(subject)
         self.settings = settings
-        self.counts: dict[str, SampleCounts] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
+        self.counts: dict[str, dict[str, int]] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
 
     def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
         """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
@@ -1895,11 +1885,11 @@ class PromptChooser:
         )
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
-            texts = _evenly(named[number::2], counts.prompts // 4)
-            texts += itertools.islice(style, counts.prompts // 4)
-            texts += itertools.islice(elsewhere, counts.prompts - len(texts))  # and in place of missing captions
-            texts += itertools.islice(style, counts.prompts - len(texts))
-            missing += counts.prompts - len(texts)
+            texts = _evenly(named[number::2], counts["prompts"] // 4)
+            texts += itertools.islice(style, counts["prompts"] // 4)
+            texts += itertools.islice(elsewhere, counts["prompts"] - len(texts))  # and in place of missing captions
+            texts += itertools.islice(style, counts["prompts"] - len(texts))
+            missing += counts["prompts"] - len(texts)
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
         if missing:
             said = f"the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short"
@@ -1911,7 +1901,7 @@ class PromptChooser:
         # A template may happen to name the subject: "a dog running", where it is a dog.
         texts = (text for text in dict.fromkeys(self.settings.plain) if "{subject}" not in text)
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
-        chosen = {stage: list(itertools.islice(pool, counts.plain_prompts)) for stage, counts in self.counts.items()}
+        chosen = {stage: list(itertools.islice(pool, counts["plain_prompts"])) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
             said = f"the list 'plain' in [prompts] is too short: a stage needs two without {self.subject.name!r}"
             raise RefusedInput(f"--scoring-config: {said}; add some")
@@ -1932,7 +1922,7 @@ class PromptChooser:
 
     def image_jobs(self, prompts: Sequence[Prompt], stage: str, training_seed: int) -> list[dict[str, Any]]:
         """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
-        settings, seeds = self.settings, self.counts[stage].seeds
+        settings, seeds = self.settings, self.counts[stage]["seeds"]
         jobs = []
         for number, prompt in enumerate(prompts):
             # Screening begins at the prompt's own seed; confirmation is as far from it as the stages' first seeds are.
