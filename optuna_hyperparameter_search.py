@@ -731,8 +731,7 @@ class DataSetReader:
             self.folders[folder] = sorted(file for file in folder.iterdir() if file.name[0] != ".")
             captions = {} if metadata else self._read_captions(folder, settings)
         elif place or not metadata:
-            why = f"image_dir {place!r} in {self.path} is no folder that this user can read"
-            self.problems.append(f"{why}; {path_remedy(place)}")
+            self.problems.append(f"image_dir {place!r} in {self.path} is no folder you can read; {path_remedy(place)}")
         if isinstance(metadata, str):
             captions = self._read_metadata(Path(metadata), folder)
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
@@ -818,16 +817,16 @@ class DataSetReader:
 
     def _note_unused_files(self, images: Iterable[TrainingImage]) -> None:
         """Note how many files of the folders kohya does not use."""
-        has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
         trained = {image.path for image in images}
+        with_caption = {image.path.with_suffix("") for image in images if image.has_caption}
         for folder, files in self.folders.items():
             by_cache = folder / "metadata_cache.json" in files and "metadata_cache.json is read instead (cache_info)"
             pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file not in trained]
-            captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES]
-            unread = [file for file in captions if not has_caption.get(file.with_suffix(""))]
+            others = [file for file in files if file.with_suffix("") not in with_caption]
+            captions = [file for file in others if file.suffix in _CAPTION_SUFFIXES]
             for what, found, remedy in (
                 ("not trained", pictures, by_cache or "convert them, or leave them"),
-                ("captions that are not read", unread, "set caption_extension, rename them, or leave them"),
+                ("captions that are not read", captions, "set caption_extension, rename them, or leave them"),
             ):
                 counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
                 self.notes += [f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}"] if found else []
