@@ -160,13 +160,9 @@ class ScoringFailed(TrialFailed):
     """The training succeeded, and its scoring failed. Only the scoring is repeated."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP."""
-
-
 def interrupt(number: int, _frame: Any = None) -> None:
-    """The handler of signals, which names all but Ctrl-C. A second one cuts short what the first waits for."""
-    raise Interrupted(signal.Signals(number).name) if number != signal.SIGINT else Interrupted
+    """The handler of signals; its error names all but Ctrl-C. A second one cuts short what the first waits for."""
+    raise KeyboardInterrupt(signal.Signals(number).name) if number != signal.SIGINT else KeyboardInterrupt
 
 
 def printable(text: object) -> str:
@@ -859,8 +855,6 @@ class DataSetReader:
 
 # The tensors and files that identify a base model and that make it complete.
 _MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
-_TEXT_ENCODER = "cond_stage_model.transformer."
-_OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -899,17 +893,12 @@ class BaseModel:
             except (ValueError, OSError) as error:
                 raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
             if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-                headers.update({cls.name_in_file(key): entry for key, entry in header.items()})
+                headers.update(header)
         if wrong := cls._wrong_in_file(headers) if is_file else cls._wrong_in_folder(path):
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
         shapes = [entry["shape"] for key, entry in headers.items() if re.search(_MODELS["layers"]["lora"], key)]
         per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
         return cls(real, "SD1.x", digest("".join(map(quick_digest, files))), per_dim)
-
-    @staticmethod
-    def name_in_file(key: str) -> str:
-        """A tensor's name in a Stable Diffusion 1.x file. Old names of the text encoder become new, as in kohya."""
-        return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
 
     @staticmethod
     def _wrong_in_file(header: Mapping[str, Any]) -> str:
@@ -2163,13 +2152,14 @@ class ImageScorer:
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
-        """A single file's. Its tensors may have old names, which from_single_file does not know."""
+        """A single file's. Old names of its tensors lack `text_model.`, and from_single_file does not know them."""
         from safetensors import safe_open
         from transformers import CLIPTextConfig, CLIPTextModel
 
         with safe_open(name, "pt") as file:
-            keys = {BaseModel.name_in_file(key).removeprefix(_TEXT_ENCODER): key for key in file.keys()}  # noqa: SIM118
-            weights = {new: file.get_tensor(old) for new, old in keys.items() if new.startswith("text_model.")}
+            prefix = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?")
+            keys = [key for key in file.keys() if prefix.match(key)]  # noqa: SIM118
+            weights = {prefix.sub("text_model.", key, count=1): file.get_tensor(key) for key in keys}
         settings = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
         return CLIPTextModel.from_pretrained(None, config=settings, state_dict=weights, torch_dtype=self.dtype)
 
