@@ -160,13 +160,9 @@ class ScoringFailed(TrialFailed):
     """The training succeeded, and its scoring failed. Only the scoring is repeated."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP."""
-
-
 def interrupt(number: int, _frame: Any = None) -> None:
-    """The handler of signals, which names all but Ctrl-C. A second one cuts short what the first waits for."""
-    raise Interrupted(signal.Signals(number).name) if number != signal.SIGINT else Interrupted
+    """The handler of signals; its error names all but Ctrl-C. A second one cuts short what the first waits for."""
+    raise KeyboardInterrupt(signal.Signals(number).name) if number != signal.SIGINT else KeyboardInterrupt
 
 
 def printable(text: object) -> str:
@@ -237,8 +233,7 @@ class Screen:
 
     def wait(self, seconds: float) -> None:
         """Sleep, and keep the clock of the live region running."""
-        times = math.ceil(seconds)
-        for _ in range(times):
+        for _ in range(times := math.ceil(seconds)):
             self.refresh()
             time.sleep(seconds / times)
 
@@ -431,15 +426,6 @@ class Settings:
         return self.output_dir / "results"
 
 
-@dataclass(frozen=True)
-class SampleCounts:
-    """How many images a stage of scoring makes: prompts x seeds with the subject, plain_prompts without it."""
-
-    prompts: int
-    seeds: int
-    plain_prompts: int
-
-
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
     kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
@@ -487,8 +473,8 @@ class ScoringSettings:
     guidance_scale: float
     negative_prompt: str
     batch_size: int
-    screen: SampleCounts
-    confirm: SampleCounts
+    screen: dict[str, int]  # counts of a stage: prompts with the subject, seeds of each, plain_prompts without it
+    confirm: dict[str, int]
     weights: dict[str, float]  # exponent of each term
     dinov2: str
     clip: str
@@ -496,9 +482,9 @@ class ScoringSettings:
     flat_std: float  # these three in units of 0..255
     black_p99: float
     white_p1: float
-    elsewhere: tuple[str, ...]
-    style: tuple[str, ...]
-    plain: tuple[str, ...]
+    elsewhere: list[str]
+    style: list[str]
+    plain: list[str]
 
     @classmethod
     def read(cls, path: Path) -> ScoringSettings:
@@ -511,38 +497,36 @@ class ScoringSettings:
             if not isinstance(found, dict):
                 problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
                 continue
-            for key in found.keys() - examples.keys():
-                problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
+            unknown = found.keys() - examples.keys()
+            problems += [f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}" for key in unknown]
             for key, example in examples.items():
-                kind = type(example).__name__
-                smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
-                wrong = _wrong_value(found[key], kind, smallest) if key in found else "is missing"
-                if wrong:
+                if wrong := cls._wrong_setting(table, key, found.get(key), example):
                     problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-        problems = problems or list(cls._odd_settings(path, given["images"], given["weights"], given["prompts"]))
-        if problems:
-            raise RefusedInput(*sorted(f"--scoring-config: {problem}" for problem in problems))
-        stages = {stage: SampleCounts(**given[stage]) for stage in ("screen", "confirm")}
-        prompts = {key: tuple(templates) for key, templates in given["prompts"].items()}
-        values = {**given["images"], **given["encoders"], **given["usable"], **stages, **prompts}
-        return cls(weights=given["weights"], **values)
+        if not problems and not any(given["weights"].values()):
+            problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
+        Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
+        whole = {table: given[table] for table in ("screen", "confirm", "weights")}
+        return cls(**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **whole)
 
     @staticmethod
-    def _odd_settings(path: Path, images: Params, weights: Params, prompts: Params) -> Iterator[str]:
-        """Problems with values whose kind is right."""
-        if images["resolution"] % 8 or images["resolution"] < 16:
-            yield f"resolution in [images] of {path} must be a multiple of 8 (the VAE's factor), from 16 on"
-        if images["steps"] > MAX_STEPS:
-            yield f"steps in [images] of {path} must be at most {MAX_STEPS}; 25 are enough"
-        if not any(weights.values()):
-            yield f"all weights of {path} are 0, so every trial would score 1; raise one"
-        for key, templates in prompts.items():
-            if not all(isinstance(text, str) and text.strip() for text in templates):
-                yield f"{key} in [prompts] of {path} must be a list of texts"
-                continue
-            for text in templates if key != "plain" else ():
-                if "{subject}" not in text or set("{}") & set(text.replace("{subject}", "")):
-                    yield f"{text!r} in '{key}' of {path} needs {{subject}}, and no other braces"
+    def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
+        """What is wrong with a value, or ''. None: it is missing."""
+        kind = type(example).__name__
+        smallest = {"str": None, "float": 0, "list": 2, "int": 1 if table == "images" else 2}[kind]
+        if value is None:
+            return "is missing"
+        if wrong := _wrong_value(value, kind, smallest):
+            return wrong
+        if key == "resolution" and (value % 8 or value < 16):
+            return "must be a multiple of 8 (the VAE's factor), from 16 on"
+        if key == "steps" and value > MAX_STEPS:
+            return f"must be at most {MAX_STEPS}"
+        templates = value if table == "prompts" else []
+        if not all(isinstance(text, str) and text.strip() for text in templates):
+            return "must be a list of texts"
+        named = [text for text in templates if key != "plain"]
+        odd = [text for text in named if "{subject}" not in text or set("{}") & set(text.replace("{subject}", ""))]
+        return f"must have {{subject}}, and no other braces, in {', '.join(map(repr, odd))}" if odd else ""
 
 
 # Options that a fixed training config must not hold, and why.
@@ -558,8 +542,8 @@ _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 
 def path_remedy(text: str) -> str:
     """The remedy for a path that does not exist. A drive or a backslash shows that it is one of Windows."""
-    for letter, typed in zip("\b\t\n\f\r", "btnfr", strict=True):  # TOML reads C:\new as C:, a line break, ew
-        text = text.replace(letter, f"\\{typed}")
+    # TOML reads C:\new as C:, a line break, ew.
+    text = text.translate({8: r"\b", 9: r"\t", 10: r"\n", 12: r"\f", 13: r"\r"})
     if drive := re.match(r"([A-Za-z]):(?=[\\/])", text):
         linux = text[2:].replace("\\", "/")
         return f"Windows' drives are below /mnt in WSL2: give '/mnt/{drive[1].lower()}{linux}'"
@@ -568,7 +552,7 @@ def path_remedy(text: str) -> str:
     return "correct it there"
 
 
-def load_training_options(path: Path) -> dict[str, Any]:
+def read_training_options(path: Path) -> dict[str, Any]:
     """The fixed kohya options, unchecked and flattened by one level, as kohya does. Unset options are dropped."""
     given: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
@@ -582,18 +566,17 @@ def load_training_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def read_training_options(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """The fixed kohya options. `known` are those of the trainer's parser; RefusedInput lists all that are wrong."""
-    options, problems = load_training_options(path), []
+def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
+    """The options of that file. `known` are those of the trainer's parser, if any; RefusedInput lists what is wrong."""
+    problems = []
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
-        elif known is not None and key not in known:
+        elif known and key not in known:
             problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, known)}")
-        elif wrong := _wrong_option(key, value, known[key] if known else {}):
+        elif wrong := _wrong_option(key, value, known.get(key, {})):
             problems.append(f"{key} = {value!r} in {path} {wrong}")
-    if problems:
-        raise RefusedInput(*(f"--training-config: {problem}" for problem in problems))
+    Problems(f"--training-config: {problem}" for problem in problems).refuse()
     return options
 
 
@@ -601,11 +584,10 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
     """What is wrong with a fixed option's value, or ''. `option` describes it, as kohya's parser does."""
     if key in _SCORED and value != _SCORED[key]:
         return f"must be {_SCORED[key]!r}, or it can't be scored"
-    if key in _SMALLEST and (wrong := _wrong_value(value, "int", _SMALLEST[key])):
-        return wrong
+    kind = "int" if key in _SMALLEST else option.get("kind", "").replace("Path", "str")
     for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
         text = str(item)
-        if wrong := _wrong_value(item, option.get("kind", "").replace("Path", "str")):
+        if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
         if option.get("choices") and text not in option["choices"]:
             return f"must be one of {', '.join(option['choices'])}"
@@ -681,14 +663,13 @@ class DataSet:
 def read_data_set_file(path: Path) -> dict[str, Any]:
     """Read kohya's data set file. Relative paths are tried in the current folder, as by kohya, then beside the file."""
     config = read_toml(path, "--dataset-config")
-    if not isinstance(config.setdefault("general", {}), dict):
-        raise RefusedInput(f"--dataset-config: [general] in {path} must be a table")
     try:
         subsets = [subset for dataset in config["datasets"] for subset in dataset["subsets"]]
     except (KeyError, TypeError):
         subsets = []
-    if not subsets or not all(isinstance(subset, dict) for subset in subsets):
-        why = f"{path} has no [[datasets]] with [[datasets.subsets]]"
+    tables = [config.setdefault("general", {}), *subsets]
+    if not subsets or not all(isinstance(table, dict) for table in tables):
+        why = f"{path} has no [[datasets]] with [[datasets.subsets]], or [general] is no table"
         raise RefusedInput(f"--dataset-config: {why}; see configs/luca_human_dataset.toml")
     for subset, key in itertools.product(subsets, _FOLDERS):
         if subset.get(key) and isinstance(subset[key], str):
@@ -719,9 +700,8 @@ class DataSetReader:
     def read(self, options: Mapping[str, Any], answer: Mapping[str, Any]) -> DataSet:
         """The data set of sd-scripts' `answer`, else as it lies in its folders. RefusedInput lists all problems."""
         inherited = {"caption_extension": ".caption", **options, **self.config["general"]}
-        data_sets = [{**inherited, **data_set} for data_set in self.config["datasets"]]
-        subsets = [{**data_set, **subset} for data_set in data_sets for subset in data_set["subsets"]]
-        images = [image for settings in subsets for image in self._list_folder(settings)]
+        subsets = [{**inherited, **data, **subset} for data in self.config["datasets"] for subset in data["subsets"]]
+        images = [image for settings in subsets for image in self._list_subset(settings)]
         if "images" in answer:
             images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
         if "notes" not in answer:  # no earlier start has looked at these files
@@ -736,56 +716,54 @@ class DataSetReader:
         smallest = min((side for image in images for side in image.bucket or ()), default=8)
         if smallest < 8:  # pixels of one latent
             self.problems.append(f"{self.path}: a resolution of {smallest} pixels is too small; raise it")
-        if self.problems:
-            raise RefusedInput(*(f"--dataset-config: {problem}" for problem in dict.fromkeys(self.problems)))
+        Problems(f"--dataset-config: {problem}" for problem in dict.fromkeys(self.problems)).refuse()
         tokens = {str(known.get("class_tokens") or "") for known in subsets if not known.get("is_reg")} - {""}
         class_tokens = tokens.pop() if len(tokens) == 1 else None
         notes = tuple(answer.get("notes", self.notes))
         return DataSet(self.config, tuple(images), answer.get("batches"), class_tokens, notes)
 
-    def _list_folder(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
+    def _list_subset(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
         """A subset's pictures as they lie in its folder, for an sd-scripts that does not say what it trains."""
-        place, has_metadata = settings.get("image_dir", ""), isinstance(settings.get("metadata_file"), str)
-        images = self._list_metadata(settings) if has_metadata else []
-        if not os.path.isdir(str(place)):  # noqa: PTH112 - Path raises
-            if isinstance(place, str) and place:
-                self.problems.append(f"image_dir {place!r} in {self.path} is no folder; {path_remedy(place)}")
-            elif place == "" and not has_metadata:
-                self.problems.append(f"image_dir is missing in a subset of {self.path}; give its folder")
-            return images
-        folder = Path(str(place))
-        try:
-            self.folders[folder] = files = sorted(file for file in folder.iterdir() if file.name[0] != ".")
-        except OSError as error:
-            self.problems.append(f"can't read image_dir {folder} ({error.strerror}); give yourself the right")
-            return []
-        if has_metadata:
-            return images
-        if not self._pictures_in(folder):
-            self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
-        extension = f".{settings['caption_extension']}".replace("..", ".")
+        place, metadata = str(settings.get("image_dir", "")), settings.get("metadata_file")
+        folder, captions = Path(place), {}
+        if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK):  # noqa: PTH112 - Path raises
+            self.folders[folder] = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+            captions = {} if metadata else self._read_captions(folder, settings)
+        elif place or not metadata:
+            self.problems.append(f"image_dir {place!r} in {self.path} is no folder you can read; {path_remedy(place)}")
+        if isinstance(metadata, str):
+            captions = self._read_metadata(Path(metadata), folder)
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
-        for picture in [file for file in files if file.suffix in _ALWAYS_TRAINED]:
-            caption = self._read_caption(picture, extension)
-            images.append(TrainingImage(picture, (as_tags(caption or tokens),), caption is not None, is_reg))
-        without = [image.path.name for image in images if not image.has_caption]
-        if without and not tokens and not is_reg:
-            what = f"{len(without)} of {len(images)} images in {folder} have no {extension} caption and no class_tokens"
-            self.problems.append(f"{what}, {without[0]} for one; write them, or set caption_extension or class_tokens")
-        return images
+        found = captions.items()
+        return [TrainingImage(path, (as_tags(said or tokens),), said is not None, is_reg) for path, said in found]
 
-    def _list_metadata(self, settings: Mapping[str, Any]) -> list[TrainingImage]:
-        """The pictures of kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
-        file, folder = Path(settings["metadata_file"]), str(settings.get("image_dir", ""))
+    def _read_metadata(self, file: Path, folder: Path) -> dict[Path, str | None]:
+        """The captions in kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
         try:
             text = file.read_text(encoding="utf-8")
-            entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
-            named = entries.items() if isinstance(entries, dict) else [(one["image_path"], one) for one in entries]
-            pairs = [(Path(folder, name), (one.get("caption"), one.get("tags"))) for name, one in named]
-            return [TrainingImage(path, (as_tags(", ".join(filter(None, said))),), True) for path, said in pairs]
+            if file.suffix == ".jsonl":
+                entries = {line["image_path"]: line for line in map(json.loads, text.splitlines())}
+            else:
+                entries = json.loads(text)
+            said = {name: (entry.get("caption"), entry.get("tags")) for name, entry in entries.items()}
+            return {folder / name: ", ".join(filter(None, parts)) for name, parts in said.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.problems.append(f"can't use metadata_file {file} ({one_line(error)}); mend it")
-            return []
+            return {}
+
+    def _read_captions(self, folder: Path, settings: Mapping[str, Any]) -> dict[Path, str | None]:
+        """The caption of each picture in a folder; None if it has none."""
+        files, extension = self.folders[folder], f".{settings['caption_extension']}".replace("..", ".")
+        if not self._pictures_in(folder):
+            self.problems.append(f"image_dir {folder} has no images; {self._find_images(files)}")
+        captions = {file: self._read_caption(file, extension) for file in files if file.suffix in _ALWAYS_TRAINED}
+        without = [file.name for file, caption in captions.items() if caption is None]
+        if without and not settings.get("class_tokens") and settings.get("is_reg") is not True:
+            why = (
+                f"{len(without)} of {len(captions)} images in {folder} have no {extension} caption and no class_tokens"
+            )
+            self.problems.append(f"{why}, {without[0]} for one; write them, or set caption_extension or class_tokens")
+        return captions
 
     def _find_images(self, files: Sequence[Path]) -> str:
         """The remedy for a folder without pictures. Only kohya's command line takes the parent of `10_luca`."""
@@ -798,8 +776,7 @@ class DataSetReader:
 
     def _read_caption(self, picture: Path, extension: str) -> str | None:
         """The first line of a picture's caption; None if there is no file."""
-        parts = picture.stem.split("_")
-        stems = (picture.stem, "_".join(parts[:-4]) or picture.stem)  # a face crop ends in its place
+        stems = (picture.stem, re.sub(r"(?<=.)(_[^_]*){4}$", "", picture.stem))  # a face crop ends in its place
         file = next((file for stem in stems if (file := picture.with_name(stem + extension)).is_file()), None)
         try:
             text = file.read_text(encoding="utf-8") if file else None
@@ -839,16 +816,16 @@ class DataSetReader:
 
     def _note_unused_files(self, images: Iterable[TrainingImage]) -> None:
         """Note how many files of the folders kohya does not use."""
-        has_caption = {image.path.with_suffix(""): image.has_caption for image in images}
         trained = {image.path for image in images}
+        with_caption = {image.path.with_suffix("") for image in images if image.has_caption}
         for folder, files in self.folders.items():
             by_cache = folder / "metadata_cache.json" in files and "metadata_cache.json is read instead (cache_info)"
             pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file not in trained]
-            captions = [file for file in files if file.suffix in _CAPTION_SUFFIXES]
-            unread = [file for file in captions if not has_caption.get(file.with_suffix(""))]
+            others = [file for file in files if file.with_suffix("") not in with_caption]
+            captions = [file for file in others if file.suffix in _CAPTION_SUFFIXES]
             for what, found, remedy in (
                 ("not trained", pictures, by_cache or "convert them, or leave them"),
-                ("captions that are not read", unread, "set caption_extension, rename them, or leave them"),
+                ("captions that are not read", captions, "set caption_extension, rename them, or leave them"),
             ):
                 counts = ", ".join(f"{n} {suffix}" for suffix, n in Counter(file.suffix for file in found).items())
                 self.notes += [f"{what} in {folder}: {counts}, {found[0].name} for one; {remedy}"] if found else []
@@ -859,10 +836,9 @@ class DataSetReader:
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
         for place, message in answer.get("stopped", []):
-            value: Any = self.config
+            value = None
             with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing
-                for part in place:
-                    value = value[part]
+                value = functools.reduce(lambda table, key: table[key], place, self.config)
             if "extra keys" in message:
                 known = ("general", "datasets", *answer.get("keys", ()))
                 self.problems.append(f"unknown key {place[-1]!r} in {self.path}{nearest(place[-1], known)}")
@@ -882,8 +858,6 @@ class DataSetReader:
 
 # The tensors and files that identify a base model and that make it complete.
 _MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
-_TEXT_ENCODER = "cond_stage_model.transformer."
-_OLD_TEXT_ENCODER = re.compile(rf"^{re.escape(_TEXT_ENCODER)}(?=(embeddings|encoder|final_layer_norm)\.)")
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -922,17 +896,12 @@ class BaseModel:
             except (ValueError, OSError) as error:
                 raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
             if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-                headers.update({cls.name_in_file(key): entry for key, entry in header.items()})
+                headers.update(header)
         if wrong := cls._wrong_in_file(headers) if is_file else cls._wrong_in_folder(path):
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
         shapes = [entry["shape"] for key, entry in headers.items() if re.search(_MODELS["layers"]["lora"], key)]
         per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
         return cls(real, "SD1.x", digest("".join(map(quick_digest, files))), per_dim)
-
-    @staticmethod
-    def name_in_file(key: str) -> str:
-        """A tensor's name in a Stable Diffusion 1.x file. Old names of the text encoder become new, as in kohya."""
-        return _OLD_TEXT_ENCODER.sub(f"{_TEXT_ENCODER}text_model.", key)
 
     @staticmethod
     def _wrong_in_file(header: Mapping[str, Any]) -> str:
@@ -948,10 +917,9 @@ class BaseModel:
         if families:
             return f"is {families[0]}, which this search does not train"
         missing = []
-        for part, known in _MODELS["file"].items():
-            if counts[part] != known["tensors"]:
-                found = f"{counts[part]} tensors of its {part} instead of {known['tensors']}"
-                missing.append(found if counts[part] else f"no {part}")
+        for part, count in counts.items():
+            if count != (wanted := _MODELS["file"][part]["tensors"]):
+                missing.append(f"{count} tensors of its {part} instead of {wanted}" if count else f"no {part}")
         return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
 
     @classmethod
@@ -1847,7 +1815,7 @@ class PromptChooser:
     def __init__(self, subject: str, settings: ScoringSettings) -> None:
         self.subject = Subject(subject)
         self.settings = settings
-        self.counts: dict[str, SampleCounts] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
+        self.counts: dict[str, dict[str, int]] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
 
     def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
         """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
@@ -1858,11 +1826,11 @@ class PromptChooser:
         )
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
-            texts = _evenly(named[number::2], counts.prompts // 4)
-            texts += itertools.islice(style, counts.prompts // 4)
-            texts += itertools.islice(elsewhere, counts.prompts - len(texts))  # and in place of missing captions
-            texts += itertools.islice(style, counts.prompts - len(texts))
-            missing += counts.prompts - len(texts)
+            texts = _evenly(named[number::2], counts["prompts"] // 4)
+            texts += itertools.islice(style, counts["prompts"] // 4)
+            texts += itertools.islice(elsewhere, counts["prompts"] - len(texts))  # and in place of missing captions
+            texts += itertools.islice(style, counts["prompts"] - len(texts))
+            missing += counts["prompts"] - len(texts)
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
         if missing:
             said = f"the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short"
@@ -1874,7 +1842,7 @@ class PromptChooser:
         # A template may happen to name the subject: "a dog running", where it is a dog.
         texts = (text for text in dict.fromkeys(self.settings.plain) if "{subject}" not in text)
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
-        chosen = {stage: list(itertools.islice(pool, counts.plain_prompts)) for stage, counts in self.counts.items()}
+        chosen = {stage: list(itertools.islice(pool, counts["plain_prompts"])) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
             said = f"the list 'plain' in [prompts] is too short: a stage needs two without {self.subject.name!r}"
             raise RefusedInput(f"--scoring-config: {said}; add some")
@@ -1895,7 +1863,7 @@ class PromptChooser:
 
     def image_jobs(self, prompts: Sequence[Prompt], stage: str, training_seed: int) -> list[dict[str, Any]]:
         """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
-        settings, seeds = self.settings, self.counts[stage].seeds
+        settings, seeds = self.settings, self.counts[stage]["seeds"]
         jobs = []
         for number, prompt in enumerate(prompts):
             # Screening begins at the prompt's own seed; confirmation is as far from it as the stages' first seeds are.
@@ -2137,13 +2105,14 @@ class ImageScorer:
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
-        """A single file's. Its tensors may have old names, which from_single_file does not know."""
+        """A single file's. Old names of its tensors lack `text_model.`, and from_single_file does not know them."""
         from safetensors import safe_open
         from transformers import CLIPTextConfig, CLIPTextModel
 
         with safe_open(name, "pt") as file:
-            keys = {BaseModel.name_in_file(key).removeprefix(_TEXT_ENCODER): key for key in file.keys()}  # noqa: SIM118
-            weights = {new: file.get_tensor(old) for new, old in keys.items() if new.startswith("text_model.")}
+            prefix = re.compile(r"cond_stage_model\.transformer\.(text_model\.)?")
+            keys = [key for key in file.keys() if prefix.match(key)]  # noqa: SIM118
+            weights = {prefix.sub("text_model.", key, count=1): file.get_tensor(key) for key in keys}
         settings = CLIPTextConfig.from_pretrained(config, subfolder="text_encoder")
         return CLIPTextModel.from_pretrained(None, config=settings, state_dict=weights, torch_dtype=self.dtype)
 
@@ -3702,7 +3671,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
     """
     problems = Problems(known_problems)
-    raw = problems.of(load_training_options, settings.training_config)
+    raw = problems.of(read_training_options, settings.training_config)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
@@ -3710,7 +3679,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
-    options = raw and problems.of(read_training_options, settings.training_config, answer.get("options"))
+    options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
     if settings.device == "cpu" and (options or {}).get("mixed_precision") == "fp16":
         where = f"mixed_precision = 'fp16' in {settings.training_config}"

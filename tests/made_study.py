@@ -253,7 +253,7 @@ def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) ->
             if attempt > 0:
                 assert ours.resume(ours.study.get_trials()[number])
             ours.idle_since = time.monotonic() - 12
-            with contextlib.suppress(LeftRunning, search.Interrupted):
+            with contextlib.suppress(LeftRunning, KeyboardInterrupt):
                 ours.run_trial(trial)
         if end == "interrupted":
             trial.set_user_attr("ended", "interrupted")
@@ -329,7 +329,7 @@ class MadeTrainer:
         if self.end == "running":
             raise LeftRunning
         if self.end == "interrupted":
-            raise search.Interrupted
+            raise KeyboardInterrupt
         if self.end == "hung":
             self.clock.spend(1800)
             raise search.Hung(

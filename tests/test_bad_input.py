@@ -377,7 +377,7 @@ DATA_SET = [
     bad("batch_size -1", "batch_size", lambda d: d.data("dataset", batch_size=-1)),
     bad("num_repeats 1.5", "num_repeats = 1.5", lambda d: d.data("subset", num_repeats=1.5)),
     bad("image_dir a number", "image_dir = 3", lambda d: d.data("subset", image_dir=3)),
-    bad("image_dir empty", "image_dir is missing", lambda d: d.data("subset", image_dir="")),
+    bad("image_dir empty", "is no folder", lambda d: d.data("subset", image_dir="")),
     bad("image_dir a file", "is no folder", lambda d: d.data("subset", image_dir=str(d.file("file")))),
     bad("image_dir missing", "is no folder", lambda d: d.data("subset", image_dir="no/such")),
     bad("image_dir too long", "is no folder", lambda d: d.data("subset", image_dir="x" * 300)),

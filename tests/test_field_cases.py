@@ -566,8 +566,8 @@ def test_one_folder_at_two_sizes_needs_a_trainer_that_keeps_both(case: Case) -> 
 
 def test_a_folder_that_cannot_be_written_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.picture("a.png")
-    allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != case.images and allowed(path, mode))
+    allowed, refused = os.access, (case.images, os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != refused and allowed(path, mode))
     (problem,) = case.refusals()
     assert "can't be written" in problem and "cache_latents_to_disk = false" in problem
     case.training["cache_latents_to_disk"] = False

@@ -49,9 +49,15 @@ def the_refusal(read: Callable[..., Any], *args: Any) -> str:
 # Any TOML
 # ------------------------------------------------------------------------------------------------------
 
+
+def read_training_options(path: Path, known: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Read, and checked as options of a trainer that knows these."""
+    return search.check_training_options(search.read_training_options(path), path, known)
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "--dataset-config": search.read_data_set_file,
-    "--training-config": search.read_training_options,
+    "--training-config": read_training_options,
     "--scoring-config": search.ScoringSettings.read,
 }
 
@@ -106,7 +112,7 @@ def training(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_reads_the_training_options_that_come_with_the_program(repository: Path) -> None:
-    options = search.read_training_options(repository / "configs" / "training.toml")
+    options = read_training_options(repository / "configs" / "training.toml")
     v1 = {
         "network_module": "networks.lora",
         "mixed_precision": "fp16",
@@ -122,7 +128,7 @@ def test_reads_the_training_options_that_come_with_the_program(repository: Path)
 
 
 def test_flattens_one_level_of_tables(training: Callable[[str], Path]) -> None:
-    options = search.read_training_options(training('[model]\nsdpa = true\n[save]\nsave_precision = "bf16"\n'))
+    options = read_training_options(training('[model]\nsdpa = true\n[save]\nsave_precision = "bf16"\n'))
     assert options["sdpa"] is True
     assert options["save_precision"] == "bf16"
     assert not {"model", "save"} & options.keys()
@@ -150,7 +156,7 @@ def test_refuses_a_fixed_option_that_would_beat_the_search(
     key: str, table: str, training: Callable[[str], Path]
 ) -> None:
     path = training(f"{table}{key} = 1\nseed = 7\n")
-    problem = the_refusal(search.read_training_options, path)
+    problem = the_refusal(read_training_options, path)
     assert f"'{key}'" in problem
     assert str(path) in problem
 
@@ -159,25 +165,25 @@ def test_reports_all_forbidden_options_at_once(training: Callable[[str], Path]) 
     path = training(
         'learning_rate = 1e-4\nunet_lr = 1e-4\nwandb_api_key = "x"\nsave_model_as = "ckpt"\nclip_skip = 0\n'
     )
-    problems = "\n".join(refusal(search.read_training_options, path))
+    problems = "\n".join(refusal(read_training_options, path))
     for word in ("learning_rate", "unet_lr", "wandb_api_key", "save_model_as", "clip_skip"):
         assert word in problems
 
 
 @pytest.mark.parametrize("line", ["v2 = false", 'vae = ""', "save_state = false", 'wandb_api_key = ""'])
 def test_a_forbidden_option_at_kohyas_default_is_dropped(line: str, training: Callable[[str], Path]) -> None:
-    options = search.read_training_options(training(f"{line}\nsdpa = true\n"))
+    options = read_training_options(training(f"{line}\nsdpa = true\n"))
     assert line.split()[0] not in options and options["sdpa"] is True
 
 
 @pytest.mark.parametrize("line", ["learning_rate = 0", "v2 = true", 'vae = "vae.safetensors"', 'base_weights = ["a"]'])
 def test_a_forbidden_option_with_any_other_value_is_refused(line: str, training: Callable[[str], Path]) -> None:
-    assert line.split()[0] in the_refusal(search.read_training_options, training(line))
+    assert line.split()[0] in the_refusal(read_training_options, training(line))
 
 
 def test_trains_networks_lora_and_nothing_else(training: Callable[[str], Path]) -> None:
-    assert search.read_training_options(training(""))["network_module"] == "networks.lora"
-    assert "networks.oft" in the_refusal(search.read_training_options, training('network_module = "networks.oft"'))
+    assert read_training_options(training(""))["network_module"] == "networks.lora"
+    assert "networks.oft" in the_refusal(read_training_options, training('network_module = "networks.oft"'))
 
 
 def test_paths_become_absolute(
@@ -185,24 +191,24 @@ def test_paths_become_absolute(
 ) -> None:
     (tmp_path / "cache" / "tokenizers").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    options = search.read_training_options(training('tokenizer_cache_dir = "cache/tokenizers"\nmetadata_title = "a/b"'))
+    options = read_training_options(training('tokenizer_cache_dir = "cache/tokenizers"\nmetadata_title = "a/b"'))
     assert options["tokenizer_cache_dir"] == str(tmp_path / "cache" / "tokenizers")
     assert options["metadata_title"] == "a/b"
 
 
 def test_never_shows_a_secret(training: Callable[[str], Path]) -> None:
-    problem = the_refusal(search.read_training_options, training('wandb_api_key = "very-secret"\n'))
+    problem = the_refusal(read_training_options, training('wandb_api_key = "very-secret"\n'))
     assert "very-secret" not in problem
 
 
 @pytest.mark.parametrize("kind", ["ckpt", "pt", "diffusers"])
 def test_refuses_another_file_format_than_safetensors(kind: str, training: Callable[[str], Path]) -> None:
-    assert "save_model_as" in the_refusal(search.read_training_options, training(f'save_model_as = "{kind}"\n'))
+    assert "save_model_as" in the_refusal(read_training_options, training(f'save_model_as = "{kind}"\n'))
 
 
 @pytest.mark.parametrize("value", ['"vae.pt"', '"a/b.CKPT"', '["one.safetensors", "two.bin"]', '["x.pth"]'])
 def test_refuses_pickles_anywhere(value: str, training: Callable[[str], Path]) -> None:
-    problem = the_refusal(search.read_training_options, training(f"sample_prompts = {value}\n"))
+    problem = the_refusal(read_training_options, training(f"sample_prompts = {value}\n"))
     assert "pickle" in problem
     assert "sample_prompts" in problem
 
@@ -219,7 +225,7 @@ def test_refuses_pickles_anywhere(value: str, training: Callable[[str], Path]) -
     ],
 )
 def test_refuses_numbers_that_the_program_cannot_work_with(line: str, training: Callable[[str], Path]) -> None:
-    assert line.split()[0] in the_refusal(search.read_training_options, training(line))
+    assert line.split()[0] in the_refusal(read_training_options, training(line))
 
 
 @pytest.mark.parametrize(
@@ -247,15 +253,15 @@ def test_options_are_those_of_the_trainer_and_of_their_kinds(
 ) -> None:
     known = json.loads((Path(__file__).parent / "kohya" / "train_network_options.json").read_text(encoding="utf-8"))
     if not says:
-        assert line.split()[0] in search.read_training_options(training(line), known)
+        assert line.split()[0] in read_training_options(training(line), known)
     else:
-        problem = the_refusal(search.read_training_options, training(line), known)
+        problem = the_refusal(read_training_options, training(line), known)
         assert says in problem and line.split()[0] in problem
 
 
 def test_an_empty_list_is_unset(training: Callable[[str], Path]) -> None:
     """As kohya's GUI saves it."""
-    assert "optimizer_args" not in search.read_training_options(training("optimizer_args = []\nlr_scheduler_args = []"))
+    assert "optimizer_args" not in read_training_options(training("optimizer_args = []\nlr_scheduler_args = []"))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -281,8 +287,8 @@ def scoring(repository: Path, tmp_path: Path) -> ScoringFile:
 
 def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path) -> None:
     settings = search.ScoringSettings.read(repository / "configs" / "scoring.toml")
-    assert settings.screen == search.SampleCounts(prompts=8, seeds=2, plain_prompts=4)
-    assert settings.confirm == search.SampleCounts(prompts=16, seeds=3, plain_prompts=10)
+    assert settings.screen == {"prompts": 8, "seeds": 2, "plain_prompts": 4}
+    assert settings.confirm == {"prompts": 16, "seeds": 3, "plain_prompts": 10}
     assert settings.weights == {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
     assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
     assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)

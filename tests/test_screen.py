@@ -381,14 +381,14 @@ def test_a_signal_waits_for_a_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = search.signal.signal(search.signal.SIGTERM, search.interrupt)
     try:
-        with pytest.raises(search.Interrupted, match="SIGTERM"), search.screen.live():
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"), search.screen.live():
             monkeypatch.setattr(stdout, "write", interrupted)
             search.say("whole")
     finally:
         search.signal.signal(search.signal.SIGTERM, before)
     terminal.feed(stdout.take())
     assert [line for line in terminal.lines() if line] == ["whole"] and terminal.shows_cursor()
-    with pytest.raises(search.Interrupted, match=r"^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         search.interrupt(search.signal.SIGINT)
 
 
