@@ -1285,11 +1285,18 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
 
 
-def checkpoints_by_epoch(folder: Path, epochs: int) -> dict[int, Path]:
-    """Those that are there of a training of so many epochs, in order. Only the last one has no number in its name."""
-    *earlier, last = checkpoint_files(folder)
-    found = {**{int(file.stem[-6:]): file for file in earlier}, epochs: last}
-    return {epoch: file for epoch, file in found.items() if file.is_file()}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LoRA as it was saved at the end of an epoch."""
+
+    epoch: int
+    path: Path
+
+    @classmethod
+    def find(cls, folder: Path, epochs: int) -> list[Checkpoint]:
+        """All of a training of so many epochs, in order. Only the last one has no number in its name."""
+        *earlier, last = checkpoint_files(folder)
+        return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
 
 
 _DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}  # of safetensors' names
@@ -2263,8 +2270,8 @@ def score_folder(folder: Path, device: str) -> None:
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        for path in checkpoints.values():
-            check_lora(path)
+        for checkpoint in checkpoints:
+            check_lora(checkpoint.path)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
     except Diverged as error:
@@ -2285,22 +2292,21 @@ def score_folder(folder: Path, device: str) -> None:
     print(f"  scoring took {seconds:.0f} s", flush=True)
 
 
-def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], dict[int, Path]]:
-    """The reference's folder, its plan, and a trial's checkpoints by epoch; RefusedInput for any other folder."""
+def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
+    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if is_reference:
-        return reference, plan, {}
+        return reference, plan, []
     params = read_json(folder / "params.json")
     if params is None:
         raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
-    epochs = params["max_train_epochs"]
-    checkpoints = checkpoints_by_epoch(folder, epochs)
+    checkpoints = [c for c in Checkpoint.find(folder, params["max_train_epochs"]) if c.path.is_file()]
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not checkpoints or not (scored or epochs in checkpoints):
+    if not checkpoints or not (scored or checkpoints[-1].path.stem == LORA_NAME):
         raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
     return reference, plan, checkpoints
 
@@ -2415,7 +2421,9 @@ class FolderScorer:
                 write_atomically(folder / f"{job['name']}.png", functools.partial(image.save, format="PNG"))
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
-    def score_checkpoint(self, path: Path, stage: str, images: Path, report: Callable[[int], Any]) -> dict[str, Any]:
+    def score_checkpoint(
+        self, path: Path, stage: str, images: Path, report: Callable[[int], None] = lambda made: None
+    ) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
         with self.scorer.lora(path):
             made = self._render(stage, images, report)
@@ -2423,7 +2431,7 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> dict[str, Any]:
+    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
         """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
@@ -2431,13 +2439,14 @@ class FolderScorer:
         screened = []
         total = len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])
         bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for epoch, path in checkpoints.items():
-            result = self.score_checkpoint(path, "screen", folder / "scores" / f"epoch-{epoch:06d}", bar.update)
-            screened.append({"epoch": epoch, "checkpoint": path.name, **result})
-            bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
+        for checkpoint in checkpoints:
+            images = folder / "scores" / f"epoch-{checkpoint.epoch:06d}"
+            result = self.score_checkpoint(checkpoint.path, "screen", images, bar.update)
+            screened.append({"epoch": checkpoint.epoch, "checkpoint": checkpoint.path.name, **result})
+            bar.write(f"  epoch {checkpoint.epoch:3d}    {self._describe(result)}")
         best = max(screened, key=lambda result: result["score"])
-        best_path = checkpoints[best["epoch"]]
-        confirmed = self.score_checkpoint(best_path, "confirm", folder / "scores" / "confirm", bar.update)
+        path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
+        confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
         bar.close()
         print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
         limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]

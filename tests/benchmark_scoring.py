@@ -79,7 +79,7 @@ def score_one_in_this_process(trial: Path, checkpoint: str, stage: str) -> None:
     reference = trial.parent / "reference"
     scorer = search.FolderScorer(search.ImageScorer(search.read_json(reference / "plan.json"), "cpu"), reference)
     images = trial / "fresh" / Path(checkpoint).stem / stage
-    print(json.dumps(scorer.score_checkpoint(trial / checkpoint, stage, images, lambda made: None)))
+    print(json.dumps(scorer.score_checkpoint(trial / checkpoint, stage, images)))
 
 
 def timed(command: list[str]) -> tuple[float, str]:
@@ -105,7 +105,7 @@ def process_per_checkpoint(trial: Path) -> tuple[float, list[float]]:
         return seconds, result["score"]
 
     epochs = search.read_json(trial / "params.json")["max_train_epochs"]
-    names = [path.name for path in search.checkpoints_by_epoch(trial, epochs).values()]
+    names = [checkpoint.path.name for checkpoint in search.Checkpoint.find(trial, epochs)]
     screened = [score(name, "screen") for name in names]
     best = max(range(len(names)), key=lambda number: screened[number][1])
     times, scores = zip(*screened, score(names[best], "confirm"), strict=True)

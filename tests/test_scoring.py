@@ -746,7 +746,7 @@ def test_the_base_models_own_images_are_the_anchors(
 ) -> None:
     """A LoRA that does nothing has the base model's raw values, so fidelity 0 and preservation 1."""
     folder = make_trial(output_dir, "trial_nothing", [1e-12], 2)
-    result = folder_scorer.score_checkpoint(folder / "lora.safetensors", "screen", folder / "scores", print)
+    result = folder_scorer.score_checkpoint(folder / "lora.safetensors", "screen", folder / "scores")
     for name in ("q", "m", "spread"):
         assert result["raw"][name] == pytest.approx(anchors["screen"][name], abs=1e-4)
     assert result["terms"]["preservation"] == pytest.approx(1, abs=0.02)
@@ -774,7 +774,7 @@ def test_images_of_an_interrupted_scoring_do_not_stay(
     (tmp_path / "images" / "p99-s0.png").write_bytes(b"half an ima")
     write_lora(tmp_path / "lora.safetensors")
     monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: [None, *[noise(0, 256)] * (len(jobs) - 1)])
-    folder_scorer.score_checkpoint(tmp_path / "lora.safetensors", "screen", tmp_path / "images", print)
+    folder_scorer.score_checkpoint(tmp_path / "lora.safetensors", "screen", tmp_path / "images")
     names = {job["name"] for job in folder_scorer.plan["screen"][1:]}
     assert {path.stem for path in (tmp_path / "images").iterdir()} == names
 
@@ -797,7 +797,7 @@ def test_copies_of_the_data_set_are_flagged(
     shown = folder_scorer.scorer.through_vae([Image.open(path) for path in plan["images"]])
     copies = [shown[number % len(shown)] for number in range(len(plan["confirm"]))]
     monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: copies[: len(jobs)])
-    metrics = folder_scorer.score_trial(folder, {2: folder / "lora.safetensors"})
+    metrics = folder_scorer.score_trial(folder, [search.Checkpoint(2, folder / "lora.safetensors")])
     assert metrics["copies"]["images"] == [job["name"] for job in plan["confirm"] if job["subject"]]
 
 

@@ -459,11 +459,8 @@ def test_a_users_own_files_in_a_trials_folder_are_no_checkpoints_and_never_delet
     settings = settings_for(tmp_path, 2)
     with pytest.raises(Killed):  # the first trial has finished its training
         run(settings, [save_own_files_too], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
-    found = search.checkpoints_by_epoch(settings.output_dir / "trial_0000", 16)
-    assert [(epoch, path.name) for epoch, path in found.items()] == [
-        (6, "lora-000006.safetensors"),
-        (16, "lora.safetensors"),
-    ]
+    found = search.Checkpoint.find(settings.output_dir / "trial_0000", 16)
+    assert [(c.epoch, c.path.name) for c in found] == [(6, "lora-000006.safetensors"), (16, "lora.safetensors")]
     run(settings, [save_own_files_too])
     own = [name for name in kept(settings) if name.rpartition("/")[2] in OWN]
     assert own == sorted(f"trial_{number:04d}/{name}" for number in (0, 1) for name in OWN)

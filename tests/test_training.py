@@ -125,7 +125,7 @@ def test_a_good_training_passes(folder: Path) -> None:
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
-    found = [(epoch, path.name) for epoch, path in search.checkpoints_by_epoch(folder, 4).items()]
+    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.Checkpoint.find(folder, 4)]
     assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
 
 

@@ -243,11 +243,11 @@ def test_scored_trials_were_trained_and_their_loras_can_be_loaded(night: Path) -
     for trial in search.scored_trials(study_in(night)):
         folder = search.find_trial_folder(trial, night)
         assert search.has_finished_training(folder)
-        for epoch, path in search.checkpoints_by_epoch(folder, trial.params["max_train_epochs"]).items():
-            search.check_lora(path, may_be_zero=path.stem != "lora")
-            header = search.read_safetensors_header(path)
-            assert header["__metadata__"]["ss_epoch"] == str(epoch)
-        weights = search.ImageScorer._read_lora(path)
+        for checkpoint in search.Checkpoint.find(folder, trial.params["max_train_epochs"]):
+            search.check_lora(checkpoint.path, may_be_zero=checkpoint.path.stem != "lora")
+            header = search.read_safetensors_header(checkpoint.path)
+            assert header["__metadata__"]["ss_epoch"] == str(checkpoint.epoch)
+        weights = search.ImageScorer._read_lora(checkpoint.path)
         assert len(weights) == 4 and not any(name.endswith(".alpha") for name in weights)
     assert not search.has_finished_training(night / "trial_0002")
     assert not search.has_finished_training(night / "trial_0014")
