@@ -2431,7 +2431,7 @@ class FolderScorer:
         terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
         return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
 
-    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> Metrics:
+    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
