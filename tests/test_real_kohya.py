@@ -72,6 +72,12 @@ def make_sd15(folder: Path) -> tuple[Path, Path]:
     return file, configs
 
 
+def weights_of(lora: Path) -> bytes:
+    """All of a LoRA file but its header."""
+    content = lora.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
 def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_set_file: DataSetFile) -> None:
     base_model, configs = make_sd15(tmp_path)
     tokenizers = tmp_path / "tokenizers" / "openai_clip-vit-large-patch14"
@@ -142,3 +148,9 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "Trial 1" not in again.stdout
+
+    config = out / "results" / "best_config.toml"
+    retrain = [PYTHON, "train_network.py", "--config_file", str(config)]
+    subprocess.run(retrain, cwd=SD_SCRIPTS, check=True, env=search.ChildProcess.environment("cpu"))
+    repeated = Path(toml.loads(config.read_text())["output_dir"]) / trial.user_attrs["checkpoint"]
+    assert weights_of(repeated) == weights_of(out / "results" / "best_lora.safetensors")  # bit for bit
