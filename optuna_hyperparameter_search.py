@@ -475,6 +475,7 @@ class ScoringSettings:
     batch_size: int
     screen: dict[str, int]  # counts of a stage: prompts with the subject, seeds of each, plain_prompts without it
     confirm: dict[str, int]
+    final: dict[str, int]  # of each round
     weights: dict[str, float]  # exponent of each term
     dinov2: str
     clip: str
@@ -505,7 +506,7 @@ class ScoringSettings:
         if not problems and not any(given["weights"].values()):
             problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
         Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
-        whole = {table: given[table] for table in ("screen", "confirm", "weights")}
+        whole = {table: given[table] for table in ("screen", "confirm", "final", "weights")}
         return cls(**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **whole)
 
     @staticmethod
@@ -1740,7 +1741,8 @@ class Probe:
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
-FIRST_SEEDS = {"screen": 1001, "confirm": 2001}  # the two stages, under their names in all files
+FINAL_ROUNDS = {"final-1": 3001, "final-2": 4001, "final-3": 5001}  # of the same prompts, with other seeds
+FIRST_SEEDS = {"screen": 1001, "confirm": 2001, **FINAL_ROUNDS}  # of the stages, under their names in all files
 # Tags of quality, rating, number, view and looks: none of them is a name.
 _COMMON_LINES = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
 COMMON_TAGS = re.compile("|".join(fnmatch.translate(line) for line in _COMMON_LINES if line and line[0] != "#"))
@@ -1817,23 +1819,26 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 
 class PromptChooser:
-    """Chooses prompts and seeds: screening and confirmation share none, and no seed is the training's."""
+    """Chooses prompts and seeds: screening, confirmation and final share none, and no seed is the training's."""
 
-    def __init__(self, subject: str, settings: ScoringSettings) -> None:
+    def __init__(self, subject: str, captions: Sequence[str], settings: ScoringSettings) -> None:
         self.subject = Subject(subject)
+        self.captions = dict.fromkeys(captions)
         self.settings = settings
-        self.counts: dict[str, dict[str, int]] = {stage: getattr(settings, stage) for stage in FIRST_SEEDS}
+        self.counts: dict[str, dict[str, int]] = {
+            stage: getattr(settings, stage) for stage in ("screen", "confirm", "final")
+        }
 
-    def from_captions(self, captions: Sequence[str]) -> dict[str, list[Prompt]]:
+    def from_captions(self) -> dict[str, list[Prompt]]:
         """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
-        named = [c for c in dict.fromkeys(captions) if self.subject.is_in(c) and self.subject.removed_from(c)]
+        named = [c for c in self.captions if self.subject.is_in(c) and self.subject.removed_from(c)]
         elsewhere, style = (
             iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
             for templates in (self.settings.elsewhere, self.settings.style)
         )
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
-            texts = _evenly(named[number::2], counts["prompts"] // 4)
+            texts = _evenly(named[number :: len(self.counts)], counts["prompts"] // 4)
             texts += itertools.islice(style, counts["prompts"] // 4)
             texts += itertools.islice(elsewhere, counts["prompts"] - len(texts))  # and in place of missing captions
             texts += itertools.islice(style, counts["prompts"] - len(texts))
@@ -1841,7 +1846,9 @@ class PromptChooser:
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
         if missing:
             said = f"the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short"
-            raise RefusedInput(f"--scoring-config: {said}; add some, or lower prompts in [screen] or [confirm]")
+            raise RefusedInput(
+                f"--scoring-config: {said}; add some, or lower prompts in [screen], [confirm] or [final]"
+            )
         return chosen
 
     def _plain(self) -> dict[str, list[Prompt]]:
@@ -1856,24 +1863,24 @@ class PromptChooser:
         return chosen
 
     def from_file(self, path: Path) -> dict[str, list[Prompt]]:
-        """The user's prompts, half for screening, half for confirmation; those without the subject are plain ones."""
+        """The user's prompts, dealt to the three stages; those without the subject are plain ones."""
         lines = [{**line, "subject": self.subject.is_in(line["prompt"])} for line in read_eval_prompts(path)]
         about, plain = ([line for line in lines if line["subject"] is kind] for kind in (True, False))
         bare = [line["prompt"] for line in about if not self.subject.removed_from(line["prompt"])]
         said = [f"'{prompt}' in {path} is nothing but the subject's name; say what it shows" for prompt in bare]
-        if len(about) < 4:  # two a stage: pictures are compared with the other prompts, too
-            said.append(f"{path} has {len(about)} prompts with {self.subject.name!r}; write at least four")
+        if len(about) < 6:  # two a stage: pictures are compared with the other prompts, too
+            said.append(f"{path} has {len(about)} prompts with {self.subject.name!r}; write at least six")
         Problems(f"--eval-prompts: {problem}" for problem in said).refuse()
         # An anchor needs two plain ones a stage; with fewer, those of scoring.toml are used.
-        others = {"screen": plain[0::2], "confirm": plain[1::2]} if len(plain) >= 4 else self._plain()
-        return {"screen": about[0::2] + others["screen"], "confirm": about[1::2] + others["confirm"]}
+        others = {stage: plain[n::3] for n, stage in enumerate(self.counts)} if len(plain) >= 6 else self._plain()
+        return {stage: about[number::3] + others[stage] for number, stage in enumerate(self.counts)}
 
     def image_jobs(self, prompts: Sequence[Prompt], stage: str, training_seed: int) -> list[dict[str, Any]]:
         """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
-        settings, seeds = self.settings, self.counts[stage]["seeds"]
+        settings, seeds = self.settings, self.counts[stage.partition("-")[0]]["seeds"]
         jobs = []
         for number, prompt in enumerate(prompts):
-            # Screening begins at the prompt's own seed; confirmation is as far from it as the stages' first seeds are.
+            # Screening begins at the prompt's own seed; a later stage is as far from it as the stages' first seeds are.
             start = prompt.get("seed", FIRST_SEEDS["screen"]) + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
             unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
             for count, seed in enumerate(unused[: seeds if prompt["subject"] else 1]):
@@ -1889,6 +1896,7 @@ class PromptChooser:
                         "steps": prompt.get("steps", settings.steps),
                         "cfg": prompt.get("cfg", settings.guidance_scale),
                         "subject": prompt["subject"],
+                        "caption": prompt["prompt"] in self.captions,  # a copy is what it asks for
                     }
                 )
         return jobs
@@ -1904,9 +1912,8 @@ def build_scoring_plan(
     eval_prompts: Path | None,
 ) -> dict[str, Any]:
     """All that the scoring process needs, as JSON: models, settings, and the image jobs of both stages."""
-    chooser = PromptChooser(subject, settings)
-    captions = [caption for _, caption in images]
-    prompts = chooser.from_file(eval_prompts) if eval_prompts else chooser.from_captions(captions)
+    chooser = PromptChooser(subject, [caption for _, caption in images], settings)
+    prompts = chooser.from_file(eval_prompts) if eval_prompts else chooser.from_captions()
     return {
         "base_model": base_model,
         "pipeline_config": settings.pipeline_config,
@@ -1918,7 +1925,7 @@ def build_scoring_plan(
         "resolution": settings.resolution,
         "weights": settings.weights,
         "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
-        **{stage: chooser.image_jobs(prompts[stage], stage, training_seed) for stage in FIRST_SEEDS},
+        **{stage: chooser.image_jobs(prompts[stage.partition("-")[0]], stage, training_seed) for stage in FIRST_SEEDS},
     }
 
 
@@ -1957,10 +1964,12 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
 
-SCORE_DEFINITION = 2  # one more whenever a term changes its meaning; part of a study's fingerprint
+SCORE_DEFINITION = 3  # one more whenever a term changes its meaning; part of a study's fingerprint
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
 MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # the least from 0 to 1 of a term; less would magnify noise
+NEAR_DUPLICATE = 0.95  # cosine of two pictures' pixels; above it they count as one, as two frames of a film do
+RESAMPLES = 1000  # of the prompts, for a standard error
 
 
 def self_similarity(x: np.ndarray) -> float:
@@ -1969,15 +1978,35 @@ def self_similarity(x: np.ndarray) -> float:
     return float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))) if n > 1 else 1.0
 
 
-def subject_similarity(x: np.ndarray, data: np.ndarray) -> float:
-    """q(X) = mean cos(X, data) / sqrt(max(s(X), s(data)) s(data)); about 1 for the data set itself.
+def subject_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """q of each image of X: mean cos(x, data) / sqrt(max(s(X), s(data)) s(data)); on average about 1 for the data set.
 
     The division (from CyberHarem) takes away what images gain by being all alike. They gain nothing by being less alike
     than the data set, hence the maximum: without it a LoRA that got the subject right in one image of two had 0.95
     (`tests/small_world/benchmark.py`).
     """
     s_data = max(self_similarity(data), SIMILARITY_FLOOR)
-    return float((x @ data.T).mean() / math.sqrt(max(self_similarity(x), s_data) * s_data))
+    return (x @ data.T).mean(axis=1) / math.sqrt(max(self_similarity(x), s_data) * s_data)
+
+
+def copy_limit(data: np.ndarray, pixels: np.ndarray) -> float:
+    """The similarity to its nearest neighbour that 95% of the data set's images stay under; 1 for a single image.
+
+    Of near-duplicates in `pixels` only the first counts, because two frames of a film would push the limit to 1.
+    """
+    kept: list[int] = []
+    for number, row in enumerate(pixels @ pixels.T):
+        if not np.any(row[kept] > NEAR_DUPLICATE):
+            kept.append(number)
+    nearest = (data[kept] @ data[kept].T - 2 * np.eye(len(kept))).max(axis=1)  # an image is not its own neighbour
+    return float(np.percentile(nearest, 95)) if len(kept) > 1 else 1.0
+
+
+def pixel_vectors(images: Sequence[Any]) -> np.ndarray:
+    """Unit vectors of PIL images' own pixels, 16 x 16 of each, without their mean."""
+    small = [np.asarray(image.convert("RGB").resize((16, 16)), dtype=np.float64).ravel() for image in images]
+    centred = np.stack([pixels - pixels.mean() for pixels in small])
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
 def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
@@ -1999,24 +2028,73 @@ def spread_within(x: np.ndarray, labels: Sequence[str] | np.ndarray) -> float:
     return float((1 - x @ x.T)[alike].mean()) if alike.any() else 0.0
 
 
-def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, float]:
-    """The five terms in [0, 1]: a stage's raw values between its anchors; 0 for None, where no image was usable."""
+def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, Any]:
+    """The terms in [0, 1]: a stage's raw values between its anchors; 0 for None, where no image was usable.
+
+    Raw values may be arrays, with one value a resampling; then the terms are arrays, too.
+    """
     scaled = {
         "fidelity": (raw["q"], anchors["q"], 1.0, MIN_HEADROOM["fidelity"]),
         "text": (raw["m"], anchors["m_crossed"], anchors["m"], MIN_HEADROOM["text"]),
         "preservation": (raw["plain"], anchors["plain_crossed"], 1.0, 1e-6),
+        "originality": (1 - np.nan_to_num(np.array(raw["copies"], float)), 0.0, 1.0, 1.0),
         "variety": (raw["spread"], 0.0, min(anchors["spread"], anchors["data_spread"]), 1e-6),
+        "usable": (raw["usable"], 0.0, 1.0, 1.0),
     }
-    terms = {
-        name: 0.0 if value is None else float(np.clip((value - zero) / max(one - zero, headroom), 0.0, 1.0))
+    return {
+        name: np.nan_to_num(np.clip((np.array(value, float) - zero) / max(one - zero, headroom), 0.0, 1.0))
         for name, (value, zero, one, headroom) in scaled.items()
     }
-    return {**terms, "usable": raw["usable"]}
 
 
-def combine(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
+def combine(terms: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
     """The score in [0, 1]: product of term ** weight, so that no term can buy back another."""
-    return math.prod(max(terms[name], TERM_FLOOR) ** weight for name, weight in weights.items())
+    return math.prod(np.maximum(terms[name], TERM_FLOOR) ** weight for name, weight in weights.items())
+
+
+def with_error(found: Mapping[str, Any]) -> str:
+    """A score and its standard error, in ASCII, since not every terminal knows more. Earlier versions have none."""
+    error = found["standard_error"]
+    return f"{found['score']:.3f}" + (f" +-{error:.3f}" if math.isfinite(error) else "")
+
+
+AVERAGED = ("q", "m", "plain", "copies", "usable")  # raw values that are means over a stage's images
+
+
+def average(images: Sequence[Mapping[str, Any]], times: np.ndarray | None = None) -> dict[str, Any]:
+    """Means of the images' own values, None where no image has one.
+
+    `times`, shape (draws, images): how often each draw takes each image. Then the means have shape (draws,).
+    """
+    found = {}
+    for name in AVERAGED:
+        values = np.array([image.get(name, math.nan) for image in images], dtype=float)
+        known = np.isfinite(values)
+        taken = np.ones(len(images)) if times is None else times
+        with np.errstate(invalid="ignore"):
+            mean = taken[..., known] @ values[known] / taken[..., known].sum(axis=-1)
+        found[name] = mean if times is not None else float(mean) if known.any() else None
+    return found
+
+
+def resampled_scores(raw: Mapping[str, Any], anchors: Mapping[str, Any], weights: Mapping[str, float]) -> np.ndarray:
+    """Scores of a stage with its prompts drawn anew, with replacement (bootstrap); shape (RESAMPLES,).
+
+    The images of one prompt stay together. Prompts with and without the subject are drawn apart. Two stages with the
+    same prompts get the same draws, so the difference of their scores is one in pairs. Draws from n prompts spread too
+    little by sqrt((n - 1) / n), which is put right.
+    """
+    names = np.array([image["name"].partition("-")[0] for image in raw["images"]])
+    about = np.array([image["subject"] for image in raw["images"]])
+    times, rng = np.zeros((RESAMPLES, len(names))), np.random.default_rng(0)
+    for kind in (True, False):
+        prompts = np.unique(names[about == kind])
+        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / max(1, len(prompts))), size=RESAMPLES)
+        for count, prompt in zip(drawn.T, prompts, strict=True):
+            times[:, names == prompt] = count[:, None]
+    scores = combine(terms_of({**raw, **average(raw["images"], times)}, anchors), weights)
+    n = max(2, len(np.unique(names[about])))
+    return scores.mean() + (scores - scores.mean()) * math.sqrt(n / (n - 1))
 
 
 def grey_statistics(image: Any) -> dict[str, float]:
@@ -2133,10 +2211,10 @@ class ImageScorer:
         return model.to(self.device).eval(), processor
 
     @contextlib.contextmanager
-    def lora(self, path: Path) -> Iterator[None]:
-        """With a kohya LoRA at weight 1; afterwards the pipeline is bit for bit as before."""
+    def lora(self, path: Path, strength: float = 1.0) -> Iterator[None]:
+        """With a kohya LoRA; afterwards the pipeline is bit for bit as before."""
         try:
-            self.pipeline.load_lora_weights(self._read_lora(path), adapter_name="trial")
+            self.pipeline.load_lora_weights(self._read_lora(path, strength), adapter_name="trial")
         except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
@@ -2146,7 +2224,7 @@ class ImageScorer:
             self.pipeline.unload_lora_weights()
 
     @staticmethod
-    def _read_lora(path: Path) -> dict[str, Any]:
+    def _read_lora(path: Path, strength: float) -> dict[str, Any]:
         """A kohya LoRA for diffusers, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
         from safetensors.torch import load_file
 
@@ -2154,7 +2232,9 @@ class ImageScorer:
         for key in [key for key in weights if key.endswith(".alpha")]:
             alpha, module = float(weights.pop(key)), key.removesuffix(".alpha")
             rank = weights[f"{module}.lora_down.weight"].shape[0]
-            weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (alpha / rank)
+            weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (
+                strength * alpha / rank
+            )
         return weights
 
     def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda made: None) -> list[Any]:
@@ -2229,7 +2309,8 @@ class ImageScorer:
 
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
         """DINOv2 unit vectors (n, d): the normed class token."""
-        return self._embed(images, self.dinov2_processor, lambda pixels: self.dinov2(pixels).pooler_output)
+        side = self.dinov2.config.image_size  # 518 pixels, as DINOv2 was trained
+        return self._embed(images, side, self.dinov2_processor, lambda pixels: self.dinov2(pixels).pooler_output)
 
     def embed_images_for_text(self, images: Sequence[Any]) -> np.ndarray:
         """CLIP unit vectors (n, d) of images."""
@@ -2237,11 +2318,18 @@ class ImageScorer:
         def project(pixels: Any) -> Any:
             return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
 
-        return self._embed(images, self.clip_processor, project)
+        return self._embed(images, self.clip.config.vision_config.image_size, self.clip_processor, project)
 
-    def _embed(self, images: Sequence[Any], processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
+    def _embed(self, images: Sequence[Any], side: int, processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
+        """Unit vectors of whole images, padded to a square: the processor alone would crop, and cut off heads."""
+        from PIL import ImageOps
+
+        grey = tuple(round(255 * mean) for mean in processor.image_mean)
+
         def work(batch: Sequence[Any]) -> np.ndarray:
-            pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt")["pixel_values"]
+            squares = [ImageOps.pad(image.convert("RGB"), (side, side), color=grey) for image in batch]
+            options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+            pixels = processor(images=squares, **options)["pixel_values"]
             with self.torch.inference_mode():
                 return self._unit_vectors(model(pixels.to(self.device, self.dtype)))
 
@@ -2264,16 +2352,24 @@ class ImageScorer:
 
 # --- the child process: reference, screening, confirmation ---
 
+FINAL = "final"  # in the output folder
+FINALISTS = "finalists.json"  # in final/: the finalists' checkpoints, by trial number
 
-def score_folder(folder: Path, device: str) -> None:
-    """Write a trial's metrics.json, or make OUTPUT_DIR/reference; any other folder is a RefusedInput."""
+
+def score_folder(folder: Path, device: str, *, weights_checked: bool = False) -> None:
+    """Write a trial's metrics.json, make OUTPUT_DIR/reference or run the final stage in OUTPUT_DIR/final.
+
+    Any other folder is a RefusedInput. `weights_checked`: the search has done it when the training ended.
+    """
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder)
     try:
-        for checkpoint in checkpoints:
+        for checkpoint in () if weights_checked else checkpoints:
             check_lora(checkpoint.path)
         scorer = FolderScorer(ImageScorer(plan, device), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints else None
+        if (folder / FINALISTS).is_file():
+            FinalStage(scorer, folder).run()
     except Diverged as error:
         print(f"  diverged: {error}", flush=True)
         metrics = dict.fromkeys(("score", "best_epoch", "checkpoint", "device"))  # the same keys as of a scored trial
@@ -2299,7 +2395,7 @@ def find_what_to_score(folder: Path) -> tuple[Path, dict[str, Any], list[Checkpo
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
-    if is_reference:
+    if is_reference or (folder / FINALISTS).is_file():
         return reference, plan, []
     params = read_json(folder / "params.json")
     if params is None:
@@ -2330,34 +2426,50 @@ class StageImages:
         self.vectors = np.zeros((len(images), data.shape[1]))
         if len(usable):
             self.vectors[usable] = scorer.embed_images([images[n] for n in usable])
-        self.averages: dict[str, float | None] = dict.fromkeys(("q", "m", "spread"))
+        self.pictures = self.texts = np.zeros((0, 1))
         if self.about:
             self.pictures = scorer.embed_images_for_text([images[n] for n in self.about])
             self.texts = scorer.embed_texts([jobs[n]["text"] for n in self.about])
-            self.averages["q"] = subject_similarity(self.vectors[self.about], data)
-            self.averages["m"] = paired_similarity(self.pictures, self.texts)
-            self.averages["spread"] = spread_within(self.vectors[self.about], self.prompts[self.about])
 
     def anchors(self) -> dict[str, float]:
         """What the base model reaches on this stage's prompts and seeds; terms_of() says where a term is 0 and 1."""
         about, plain = self.prompts[self.about], self.prompts[self.plain]
-        m_crossed = crossed_similarity(self.pictures, self.texts, about)
-        plain_crossed = crossed_similarity(self.vectors[self.plain], self.vectors[self.plain], plain)
-        return {**self.averages, "m_crossed": m_crossed, "plain_crossed": plain_crossed}
+        reached = self.raw_values(self.vectors, self.usable, 1.0)
+        return {
+            **{name: reached[name] for name in ("q", "m", "spread")},
+            "m_crossed": crossed_similarity(self.pictures, self.texts, about),
+            "plain_crossed": crossed_similarity(self.vectors[self.plain], self.vectors[self.plain], plain),
+        }
 
-    def raw_values(self, base: np.ndarray, base_usable: np.ndarray) -> dict[str, Any]:
-        """Averages over the usable images, None where there is none; `base` holds the base model's vectors."""
-        both = [n for n in self.plain if base_usable[n]]
-        plain = paired_similarity(self.vectors[both], base[both]) if both else None
-        per_image = [{"name": job["name"], "usable": bool(ok)} for job, ok in zip(self.jobs, self.usable, strict=True)]
+    def raw_values(self, base: np.ndarray, base_usable: np.ndarray, limit: float) -> dict[str, Any]:
+        """Values of each image and their averages, None where no image is usable.
+
+        `base` holds the base model's vectors. An image more similar than `limit` to one of the data set is a copy,
+        unless its prompt is a caption of the data set.
+        """
+        images: list[dict[str, Any]] = [
+            {"name": job["name"], "subject": job["subject"], "usable": bool(ok)}
+            for job, ok in zip(self.jobs, self.usable, strict=True)
+        ]
+        shown, spread = self.vectors[self.about], None
         if self.about:
-            nearest = (self.vectors[self.about] @ self.data.T).max(axis=1)
-            for number, text, near in zip(self.about, (self.pictures * self.texts).sum(axis=1), nearest, strict=True):
-                to_data = float((self.vectors[number] @ self.data.T).mean())
-                per_image[number].update(data=to_data, nearest=float(near), text=float(text))
+            similar, texts = subject_similarity(shown, self.data), (self.pictures * self.texts).sum(axis=1)
+            nearest, spread = (shown @ self.data.T).max(axis=1), spread_within(shown, self.prompts[self.about])
+            for number, q, m, near in zip(self.about, similar, texts, nearest, strict=True):
+                images[number].update(q=float(q), m=float(m), nearest=float(near))
+                if not self.jobs[number]["caption"]:
+                    images[number]["copies"] = bool(near > limit)
+        for number in self.plain:
+            if base_usable[number]:
+                images[number]["plain"] = float(self.vectors[number] @ base[number])
         grey = brightness_and_contrast([self.images[n] for n in np.flatnonzero(self.usable)])
-        share = float(self.usable.mean())
-        return {**self.averages, "plain": plain, "usable": share, **grey, "images": per_image}
+        return {**average(images), "spread": spread, **grey, "images": images}
+
+    def keep(self, folder: Path) -> None:
+        """Keep what the encoders saw, so that another way to judge needs no rendering."""
+        seen = {"dinov2": self.vectors, "clip_images": self.pictures, "clip_texts": self.texts}
+        half = {name: vectors.astype(np.float16) for name, vectors in seen.items()}
+        write_atomically(folder / "embeddings.npz", functools.partial(np.savez_compressed, **half))
 
 
 class FolderScorer:
@@ -2380,14 +2492,21 @@ class FolderScorer:
         self._measure_data_set()
         total = len(self.plan["screen"]) + len(self.plan["confirm"])
         bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for stage in FIRST_SEEDS:
-            made = self._render(stage, self.reference / stage, bar.update)
-            if not (made.about and made.plain):
-                said = f"the base model's images in {self.reference / stage}, with or without the subject"
-                raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
-            self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
-            self.anchors[stage] = made.anchors()
+        for stage in ("screen", "confirm"):
+            self._measure_base(stage, bar.update)
         bar.close()
+        self._keep_anchors()
+
+    def _measure_base(self, stage: str, report: Callable[[int], None]) -> None:
+        """Render the base model's own images of a stage, which give its anchors."""
+        made = self._render(stage, self.reference / stage, report)
+        if not (made.about and made.plain):
+            said = f"the base model's images in {self.reference / stage}, with or without the subject"
+            raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
+        self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
+        self.anchors[stage] = made.anchors()
+
+    def _keep_anchors(self) -> None:
         write_atomically(self.reference / "embeddings.npz", functools.partial(np.savez, **self.embeddings))
         write_json(self.reference / "anchors.json", self.anchors)
 
@@ -2402,12 +2521,11 @@ class FolderScorer:
             said = f"{len(unusable)} images of the data set look flat, black or white ({unusable[0]})"
             print(f"  note: {said}; the limits are widened to include them", flush=True)
         data = self.scorer.embed_images(shown)
-        cosines = data @ data.T - 2 * np.eye(len(data))  # an image is not its own neighbour
         self.embeddings = {"data": data}
         self.anchors = {
             "usable": widen_limits(limits, shown),
             "data_spread": 1 - self_similarity(data),
-            "copy": float(np.percentile(cosines.max(axis=1), 95)) if len(data) > 1 else 1.0,
+            "copy": copy_limit(data, pixel_vectors(shown)),
             "data": brightness_and_contrast(shown),
         }
 
@@ -2422,14 +2540,38 @@ class FolderScorer:
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
     def score_checkpoint(
-        self, path: Path, stage: str, images: Path, report: Callable[[int], None] = lambda made: None
+        self,
+        path: Path,
+        stage: str,
+        images: Path,
+        report: Callable[[int], None] = lambda made: None,
+        strength: float = 1.0,
     ) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
-        with self.scorer.lora(path):
+        if stage not in self.anchors:
+            self._measure_base(stage, report)
+            self._keep_anchors()
+        with self.scorer.lora(path, strength):
             made = self._render(stage, images, report)
-        raw = made.raw_values(self.embeddings[stage], self.embeddings[f"{stage}_usable"])
-        terms = terms_of(raw, {**self.anchors, **self.anchors[stage]})
-        return {"score": combine(terms, self.plan["weights"]), "terms": terms, "raw": raw}
+        made.keep(images)
+        base = (self.embeddings[stage], self.embeddings[f"{stage}_usable"])
+        return self.judge(made.raw_values(*base, self.anchors["copy"]), stage)
+
+    def judge(self, raw: Mapping[str, Any], *stages: str) -> dict[str, Any]:
+        """Score, its standard error and terms from the raw values of one stage, or of several together."""
+        anchors = self._anchors_of(stages)
+        terms = {name: float(value) for name, value in terms_of(raw, anchors).items()}
+        error = float(np.std(resampled_scores(raw, anchors, self.plan["weights"])))
+        score = float(combine(terms, self.plan["weights"]))
+        return {"score": score, "standard_error": error, "terms": terms, "raw": raw}
+
+    def resampled(self, raw: Mapping[str, Any], *stages: str) -> np.ndarray:
+        return resampled_scores(raw, self._anchors_of(stages), self.plan["weights"])
+
+    def _anchors_of(self, stages: Sequence[str]) -> dict[str, Any]:
+        """The study's anchors, and the means of the stages' own."""
+        own = [self.anchors[stage] for stage in stages]
+        return {**self.anchors, **{name: float(np.mean([one[name] for one in own])) for name in own[0]}}
 
     def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
@@ -2449,7 +2591,7 @@ class FolderScorer:
         confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
         bar.close()
         print(f"  epoch {best['epoch']:3d} is {self._describe(confirmed)}   on other prompts and seeds", flush=True)
-        limit, looked_at = self.anchors["copy"], confirmed["raw"]["images"]
+        copies = [image["name"] for image in confirmed["raw"]["images"] if image.get("copies")]
         return {
             "outcome": "scored",
             "reason": "",
@@ -2457,14 +2599,117 @@ class FolderScorer:
             "best_epoch": best["epoch"],
             "checkpoint": best["checkpoint"],
             "screen": sorted(deleted + screened, key=lambda result: result["epoch"]),
-            "copies": {"limit": limit, "images": [i["name"] for i in looked_at if i.get("nearest", -1.0) > limit]},
+            "copies": {"limit": self.anchors["copy"], "images": copies},
             "device": self.scorer.device,
         }
 
     @staticmethod
     def _describe(result: Mapping[str, Any]) -> str:
         terms = "  ".join(f"{name} {value:.3f}" for name, value in result["terms"].items())
-        return f"score {result['score']:.4f}  ({terms})"
+        return f"score {with_error(result)}  ({terms})"
+
+
+# --- the child process: the final stage ---
+
+# A finalist is dropped if this percentile of its lead over the leader is below 0. Of equal trials 97.5 would drop every
+# fifth one: each round has several comparisons, with a leader that was chosen for being the highest.
+LOSES_SURELY = 99.5
+ENOUGH_PROMPTS = 8  # fewer can't show that a trial loses
+STRENGTHS = (0.6, 0.8, 1.2)  # of the winner, besides 1
+
+
+class FinalStage:
+    """Compares a study's best trials on fresh prompts and seeds, in rounds. A clear loser is dropped after each.
+
+    Each round of each finalist is a file in final/, so an interrupted stage goes on where it was.
+    """
+
+    def __init__(self, scorer: FolderScorer, folder: Path) -> None:
+        self.scorer, self.folder = scorer, folder
+        finalists = read_json(folder / FINALISTS) or {}
+        self.checkpoints = {number: Path(path) for number, path in finalists.items()}
+        self.rounds: dict[str, list[str]] = {number: [] for number in finalists}
+        self.results: dict[tuple[str, str, float], dict[str, Any]] = {}  # by trial, round and strength
+        self.first = next(iter(FINAL_ROUNDS))
+        about = {job["prompt"] for job in scorer.plan[self.first] if job["subject"]}
+        self.may_drop = len(about) >= ENOUGH_PROMPTS
+        self.bar = tqdm(total=1, file=sys.stdout, **IMAGE_BAR)
+
+    def run(self) -> None:
+        left, rounds = list(self.checkpoints), list(FINAL_ROUNDS)
+        while rounds and (len(left) > 1 or len(rounds) == len(FINAL_ROUNDS)):
+            self._expect(len(left), rounds)
+            stage = rounds.pop(0)
+            for number in left:
+                self._score(number, stage)
+                self.rounds[number].append(stage)
+            judged = {number: self._judge(number) for number in left}
+            said = ", ".join(f"trial {number} {with_error(found)}" for number, found in judged.items())
+            self.bar.write(f"  round {stage[-1]}: {said}")
+            left = self._without_losers(left, max(left, key=lambda number: judged[number]["score"]))
+        self._expect(0, [])
+        ranked = sorted(self.checkpoints, key=lambda number: (number in left, self._judge(number)["score"]))[::-1]
+        found = [{**self._summary_of(number, ranked[0]), "dropped": number not in left} for number in ranked]
+        write_json(self.folder / "result.json", {"finalists": found, **self._strengths(ranked[0])})
+        self.bar.close()
+
+    def _expect(self, finalists: int, rounds: Sequence[str]) -> None:
+        """Set the bar's total: what is drawn already, by so many finalists in these rounds, and at other strengths."""
+        plan, base = self.scorer.plan, self.scorer.anchors
+        images = sum(len(plan[stage]) * (finalists + (stage not in base)) for stage in rounds)
+        self.bar.total = self.bar.n + images + len(STRENGTHS) * len(plan[self.first])
+        self.bar.refresh()
+
+    def _without_losers(self, left: Sequence[str], leader: str) -> list[str]:
+        ahead = {number: np.percentile(self._ahead(number, leader), LOSES_SURELY) for number in left}
+        return [number for number in left if ahead[number] >= 0 or not self.may_drop]
+
+    def _score(self, number: str, stage: str, strength: float = 1.0) -> dict[str, Any]:
+        """A round of a finalist, from its file if it was made before."""
+        key, path = (number, stage, strength), self.checkpoints[number]
+        if key not in self.results:
+            images = self.folder / path.parent.name / (stage if strength == 1 else f"strength-{strength}")
+            known = read_json(images / "metrics.json")
+            if known is None or known["checkpoint"] != path.name:
+                result = self.scorer.score_checkpoint(path, stage, images, self.bar.update, strength)
+                known = {"checkpoint": path.name, **result}
+                write_json(images / "metrics.json", known)
+            else:
+                self.bar.update(len(self.scorer.plan[stage]))
+            self.results[key] = known
+        return self.results[key]
+
+    def _raw(self, number: str, stages: Sequence[str]) -> dict[str, Any]:
+        """The raw values of several rounds together."""
+        rounds = [self._score(number, stage)["raw"] for stage in stages]
+        images = [image for raw in rounds for image in raw["images"]]
+        spreads = [raw["spread"] for raw in rounds if raw["spread"] is not None]
+        return {**average(images), "spread": float(np.mean(spreads)) if spreads else None, "images": images}
+
+    def _judge(self, number: str) -> dict[str, Any]:
+        return self.scorer.judge(self._raw(number, self.rounds[number]), *self.rounds[number])
+
+    def _ahead(self, number: str, other: str) -> np.ndarray:
+        """Resampled differences of two scores, on the rounds that both have."""
+        stages = min(self.rounds[number], self.rounds[other], key=len)
+        one, two = (self.scorer.resampled(self._raw(n, stages), *stages) for n in (number, other))
+        return one - two
+
+    def _summary_of(self, number: str, winner: str) -> dict[str, Any]:
+        """A finalist's values, and the 95% interval of how far it is ahead of the winner."""
+        judged, interval = self._judge(number), np.percentile(self._ahead(number, winner), (2.5, 97.5))
+        about = {name: judged[name] for name in ("score", "standard_error", "terms")}
+        rounds = len(self.rounds[number])
+        return {"trial": int(number), **about, "rounds": rounds, "ahead_of_winner": list(map(float, interval))}
+
+    def _strengths(self, winner: str) -> dict[str, Any]:
+        """The winner's score at several strengths, and the best one, if it is surely better than 1."""
+        found = {strength: self._score(winner, self.first, strength) for strength in sorted((1.0, *STRENGTHS))}
+        best = max(found, key=lambda strength: found[strength]["score"])
+        one, two = (self.scorer.resampled(found[strength]["raw"], self.first) for strength in (best, 1.0))
+        is_better = self.may_drop and np.percentile(one - two, 100 - LOSES_SURELY) > 0
+        scores = {str(strength): result["score"] for strength, result in found.items()}
+        return {"strengths": scores, "strength": best if is_better else 1.0}
 
 
 # --- the contact sheet of a trial ---
@@ -2496,9 +2741,9 @@ class ContactSheet:
         scores, best, screened = self.folder / "scores", metrics["best_epoch"], []
         for result in metrics["screen"]:
             is_best = result["epoch"] == best
-            label = f"epoch {result['epoch']}  score {result['score']:.4f}" + "  best" * is_best
+            label = f"epoch {result['epoch']}  score {result['score']:.3f}" + "  best" * is_best
             screened.append((scores / f"epoch-{result['epoch']:06d}", label, is_best))
-        label = f"epoch {best}  score {metrics['score']:.4f}  on other prompts and seeds: the trial's score"
+        label = f"epoch {best}  score {with_error(metrics)}  on other prompts and seeds: the trial's score"
         sheet = self._draw(plan, {"screen": screened, "confirm": [(scores / "confirm", label, True)]})
         write_atomically(self.file, functools.partial(sheet.save, format="JPEG", quality=80))
 
@@ -2708,7 +2953,7 @@ class LoraObjective:
             raise Diverged(metrics["reason"])
         if not math.isfinite(metrics["score"]):  # Optuna would make a failure of it, without a reason
             raise ScoringFailed(f"the score is {metrics['score']}; check [encoders] in the scoring config")
-        for name in ("best_epoch", "checkpoint", "terms"):
+        for name in ("best_epoch", "checkpoint", "terms", "standard_error"):
             trial.set_user_attr(name, metrics[name])
         trial.set_user_attr("ended", "scored")
         with only_warning(f"trial {trial.number} has no contact sheet in optuna-dashboard"):
@@ -2733,6 +2978,7 @@ UNCLAIMED_SECONDS = 600  # claiming takes milliseconds; clocks of machines that 
 KEPT_TRIALS = 10  # whose best checkpoint is kept
 ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by less
 GREY_TOLERANCE = 1.0  # and one in 0..255
+FINALISTS_AT_LEAST, FINALISTS_AT_MOST = 3, 5
 
 
 def default_storage(output_dir: Path) -> str:
@@ -2946,6 +3192,43 @@ def scored_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
+def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials with a score, best first; where the final stage has decided, its order comes before the values."""
+    scored, places = scored_trials(study), final_places(study)
+    return sorted(scored, key=lambda trial: places[trial.number]["place"] if trial.number in places else len(places))
+
+
+def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """What the final stage found of each finalist, by trial; {} before it, and while trials were scored since."""
+    final = study.user_attrs.get("final", {})
+    if final.get("scored") != len(scored_trials(study)):
+        return {}
+    return {found["trial"]: {**found, "place": place} for place, found in enumerate(final["finalists"])}
+
+
+def may_be_best(places: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """The finalists that can't be told apart from the winner, which comes first."""
+    return [number for number, found in places.items() if not found["dropped"]]
+
+
+def choose_finalists(study: optuna.Study, output_dir: Path) -> dict[str, str]:
+    """The finalists' checkpoints, by trial number: the three best, and the next two if they may be as good as the best.
+
+    A trial may be as good if it is within two standard errors of the difference. Only trials whose checkpoint is at
+    hand count. An earlier winner takes part again.
+    """
+    earlier = [found["trial"] for found in study.user_attrs.get("final", {}).get("finalists", [])[:1]]
+    scored = [(t, find_trial_folder(t, output_dir) / t.user_attrs["checkpoint"]) for t in scored_trials(study)]
+    found = [(trial, path) for trial, path in scored if path.is_file()]
+    chosen = {}
+    for place, (trial, path) in enumerate(found):
+        errors = [one.user_attrs["standard_error"] for one in (found[0][0], trial)]
+        is_close = found[0][0].value - trial.value <= 2 * math.hypot(*errors) and place < FINALISTS_AT_MOST
+        if place < FINALISTS_AT_LEAST or is_close or trial.number in earlier:
+            chosen[str(trial.number)] = str(path)
+    return chosen
+
+
 def find_trial_folder(trial: FrozenTrial, output_dir: Path) -> Path:
     """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
     here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
@@ -3134,7 +3417,8 @@ class Study:
             self.failures.clear()
             self.study.tell(trial, value)
             progress, done = self.progress()
-            said = f"Trial {trial.number} scored {value:.4f}, epoch {trial.user_attrs['best_epoch']}; {progress}"
+            scored = with_error({**trial.user_attrs, "score": value})
+            said = f"Trial {trial.number} scored {scored}, epoch {trial.user_attrs['best_epoch']}; {progress}"
             say(said if screen.is_live else f"{said}, {done}")
         self.idle_since = time.monotonic()
 
@@ -3197,12 +3481,37 @@ class Study:
             said = "three trials in a row ended alike, so it is the set-up and not the parameters"
             raise SearchStopped(f"{said}: {self.failures[-1][0]}; mend that and give the same command again")
 
+    def decide(self, scorer: Callable[[Path], None]) -> None:
+        """Run the final stage between the best trials, unless it has compared these already. It needs at least two.
+
+        Of programs that share a study, the one in whose folder the best trial is does it.
+        """
+        scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
+        finalists = choose_finalists(self.study, self.settings.output_dir)
+        is_ours = scored and (
+            self.has_own_database or scored[0].user_attrs["output_dir"] == str(self.settings.output_dir)
+        )
+        known = self.study.user_attrs.get("final", {})
+        if len(finalists) < 2 or not is_ours or (known.get("scored"), known.get("chosen")) == (len(scored), finalists):
+            return
+        if read_json(folder / FINALISTS) != finalists or read_json(folder / "result.json") is None:
+            screen.begin("final stage:", *finalists)
+            say(f"The final stage: trials {', '.join(finalists)} once more, on fresh prompts and seeds ...")
+            (folder / "result.json").unlink(missing_ok=True)
+            write_json(folder / FINALISTS, finalists)
+            try:
+                scorer(folder)
+            except ScoringFailed as error:
+                raise SearchStopped(f"the final stage failed: {error}; the same command tries it again") from error
+        about = {"scored": len(scored), "chosen": finalists}
+        self.study.set_user_attr("final", {**about, **read_json(folder / "result.json")})
+
     # --- what is shown, and what is kept ---
 
     def progress(self) -> tuple[str, str]:
         """How far the study is, with its best score; and when it will be done."""
         trials, planned = self.study.get_trials(deepcopy=False), self.settings.n_trials
-        scores = (f"best {trial.value:.4f} (trial {trial.number})" for trial in scored_trials(self.study))
+        scores = (f"best {trial.value:.3f} (trial {trial.number})" for trial in scored_trials(self.study))
         left = seconds_left(trials, planned)
         end = datetime.datetime.now() + datetime.timedelta(seconds=left or 0)
         done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
@@ -3244,7 +3553,7 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
 # 11. Results: tables, the best LoRA, the report, the dashboard's notes. Writes results/ and artifacts/.
 # ======================================================================================================
 
-TERMS = ("fidelity", "text", "preservation", "variety", "usable")
+TERMS = ("fidelity", "text", "preservation", "originality", "variety", "usable")
 OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the best score
 QUALITY_FAILURE_BELOW = 0.9  # share of usable images
 ALPHA_BANDS = {  # the guide's, with the shares of the trials that it expects
@@ -3254,10 +3563,11 @@ ALPHA_BANDS = {  # the guide's, with the shares of the trials that it expects
 }
 # The table's columns: the head, and how a trial's facts are formatted below it.
 TABLE = """
-    trial={trial:5d} score={score:.4f} fidel.={fidelity:6.3f} text={text:.3f} pres.={preservation:.3f}
-    var.={variety:.3f} usable={usable:6.3f} epoch={best_epoch:2d}/{max_train_epochs} learning_rate={learning_rate:13.2e}
-    te_lr={text_encoder_lr:.1e} dim={network_dim:3d} alpha={network_alpha:5d} optimizer={optimizer_type}
-    scheduler={lr_scheduler} accum={gradient_accumulation_steps:5d} warmup={lr_warmup_steps:6d} minutes={minutes:7.1f}
+    trial={trial:5d} final={final} score={score:.3f} +-={standard_error:.3f} fidel.={fidelity:6.3f} text={text:.3f}
+    pres.={preservation:.3f} orig.={originality:.3f} usable={usable:6.3f} epoch={best_epoch:2d}/{max_train_epochs}
+    learning_rate={learning_rate:13.2e} te_lr={text_encoder_lr:.1e} dim={network_dim:3d} alpha={network_alpha:5d}
+    optimizer={optimizer_type} scheduler={lr_scheduler} accum={gradient_accumulation_steps:5d}
+    warmup={lr_warmup_steps:6d} minutes={minutes:7.1f}
 """
 REPORT_NAME = "report.html"
 DATA_SET_PICTURES = "data_set"  # in reference/
@@ -3265,10 +3575,17 @@ SHOWN_PICTURES = 8
 CURVE_POINTS = 100
 
 
-def facts_of(trial: FrozenTrial) -> dict[str, Any]:
-    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names."""
-    attrs = trial.user_attrs
+def facts_of(trial: FrozenTrial, places: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names.
+
+    `places`: what final_places() tells.
+    """
+    attrs, found = trial.user_attrs, (places or {}).get(trial.number, {})
     return {
+        **dict.fromkeys((*TERMS, "standard_error"), math.nan),  # an earlier version has not measured all
+        "final": with_error(found) if found else "-",
+        "final_score": found.get("score"),
+        "final_standard_error": found.get("standard_error"),
         "trial": trial.number,
         "state": trial.state.name,
         "score": trial.value,
@@ -3304,7 +3621,8 @@ def describe_study(study: optuna.Study) -> str:
     """The table of the trials, best first, how the others ended, and the measured improvements."""
     others = [facts_of(t) for t in study.get_trials(deepcopy=False) if t.state != TrialState.COMPLETE]
     ended = ", ".join(f"{count} {name}" for name, count in Counter(facts["outcome"] for facts in others).items())
-    ranked = [facts_of(trial) for trial in scored_trials(study)]
+    places = final_places(study)
+    ranked = [facts_of(trial, places) for trial in ranked_trials(study)]
     if not ranked:
         reasons = [facts["why"] for facts in others if facts["why"]]
         last = f" The last one: {reasons[-1]}" if reasons else ""
@@ -3319,6 +3637,110 @@ def describe_study(study: optuna.Study) -> str:
     for name, part, whole, target in measure_improvements(study):
         lines.append(f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})")
     return "\n".join(lines)
+
+
+def describe_rescored(study: optuna.Study, weights: Mapping[str, float]) -> str:
+    """The trials' scores under other weights, best first, from the terms of the pictures that were judged."""
+    scored = scored_trials(study)
+    known = {name: w for name, w in weights.items() if all(name in trial.user_attrs["terms"] for trial in scored)}
+    found = [(float(combine(facts_of(trial), known)), trial) for trial in scored]
+    lines = [
+        f"  trial {trial.number:5d}  {score:.3f}  (was {trial.value:.3f})"
+        for score, trial in sorted(found, key=lambda one: -one[0])
+    ]
+    return "\n".join(["", "With the weights of --scoring-config:", *lines])
+
+
+# --- the blind comparison in the report, and what its votes say ---
+
+VOTES_NAME = "votes.json"  # in results/, where the user puts what the report saved
+COMPARED_TRIALS = 8  # 28 pairs
+VOTES = {"left": 1, "equal": 0, "right": -1}  # a vote as the sign of left minus right
+Z_95 = 1.96  # 95% of a normal distribution are within so many standard deviations
+Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells
+Vote = Mapping[str, Any]  # "left" and "right": numbers of trials; "vote": one of VOTES
+
+
+def values_of_pair(pair: Sequence[FrozenTrial], places: Places) -> list[dict[str, Any]]:
+    """Score and terms of two trials: of the final stage if both were in it, else of the confirmation."""
+    if all(trial.number in places for trial in pair):
+        final = [places[trial.number] for trial in pair]
+        return [{**found["terms"], "score": found["score"]} for found in final]
+    return [facts_of(trial) for trial in pair]
+
+
+def pairs_to_compare(trials: Iterable[FrozenTrial], places: Places) -> list[list[int]]:
+    """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
+
+    def gap(pair: Sequence[FrozenTrial]) -> float:
+        one, two = values_of_pair(pair, places)
+        return abs(one["score"] - two["score"])
+
+    in_order = sorted(trials, key=lambda trial: trial.number)
+    pairs = [[trial.number for trial in pair] for pair in sorted(itertools.combinations(in_order, 2), key=gap)]
+    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in pairs]
+
+
+def read_votes(path: Path, study: optuna.Study) -> list[Vote]:
+    """The votes of a file, [] if there is none. ValueError if it is damaged or not on this study's scored trials."""
+    known = {trial.number for trial in scored_trials(study)}
+
+    def is_vote(vote: Any) -> bool:
+        trials = [vote.get("left"), vote.get("right")] if isinstance(vote, dict) else []
+        are_known = all(type(trial) is int and trial in known for trial in trials) and len(set(trials)) == 2
+        return are_known and vote.get("vote") in list(VOTES)
+
+    found = read_json(path) or {} if path.exists() else {"study": study.study_name, "votes": []}
+    votes = found.get("votes")
+    if found.get("study") != study.study_name or not isinstance(votes, list) or not all(map(is_vote, votes)):
+        raise ValueError(f"it is damaged, or not on scored trials of study {study.study_name!r}")
+    return votes
+
+
+def agreement_with(votes: Iterable[Vote], trials: Iterable[FrozenTrial], places: Places) -> dict[str, list[float]]:
+    """For score and terms: 1 for a vote for the higher value, 0 for the lower. Draws and equal values are left out."""
+    by_number = {trial.number: trial for trial in trials}
+    agreed: dict[str, list[float]] = {name: [] for name in ("score", *TERMS)}
+    for vote in votes:
+        left, right = values_of_pair([by_number[vote["left"]], by_number[vote["right"]]], places)
+        for name, found in agreed.items():
+            sign = (left[name] > right[name]) - (left[name] < right[name])  # 0 for NaN, too
+            if sign and VOTES[vote["vote"]]:
+                found.append(float(sign == VOTES[vote["vote"]]))
+    return agreed
+
+
+def ranking_by(votes: Iterable[Vote]) -> dict[str, list[float]]:
+    """For each trial, the best first: 1 for a comparison that it won, 0.5 for a draw, 0 for a loss."""
+    won: dict[str, list[float]] = {}
+    for vote in votes:
+        for side, sign in (("left", 1), ("right", -1)):
+            won.setdefault(f"trial {vote[side]}", []).append((1 + sign * VOTES[vote["vote"]]) / 2)
+    return dict(sorted(won.items(), key=lambda one: -float(np.mean(one[1]))))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% (Wilson 1927, which holds for few votes, too)."""
+    spread = Z_95**2 / count
+    middle, reach = share + spread / 2, math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
+
+
+def describe_share(name: str, won: Sequence[float]) -> str:
+    if not won:
+        return f"  {name:14s}   -"
+    share = sum(won) / len(won)
+    low, high = wilson_interval(share, len(won))
+    return f"  {name:14s}{share:4.0%}  ({low:.0%} to {high:.0%}; {sum(won):g} of {len(won)})"
+
+
+def describe_votes(votes: Sequence[Vote], trials: Iterable[FrozenTrial], places: Places) -> str:
+    """What the user's votes say, and their 95% intervals."""
+    lines = [f"Your eye against the score: {len(votes)} votes, with 95% intervals", "Decided votes that agree with"]
+    lines += itertools.starmap(describe_share, agreement_with(votes, trials, places).items())
+    return "\n".join(
+        [*lines, "Comparisons won (a draw is half)", *itertools.starmap(describe_share, ranking_by(votes).items())]
+    )
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
@@ -3338,7 +3760,11 @@ class Results:
 
     def __init__(self, study: optuna.Study, output_dir: Path) -> None:
         self.study, self.output_dir, self.folder = study, output_dir, output_dir / "results"
-        self.ranked = scored_trials(study)
+        self.ranked, self.places = ranked_trials(study), final_places(study)
+        self.votes = ""
+        with only_warning(f"{self.folder / VOTES_NAME} is left out"):
+            if votes := read_votes(self.folder / VOTES_NAME, study):
+                self.votes = describe_votes(votes, self.ranked, self.places)
 
     def write(self) -> None:
         """SearchStopped if the best trial's files are gone; all else is written before."""
@@ -3353,8 +3779,10 @@ class Results:
     def describe_best(self) -> str:
         """Where the best trial's files are."""
         best = self.ranked[0]
+        facts = facts_of(best, self.places)
+        scores = f"score {with_error(facts)}" + (f", final {facts['final']}" if self.places else "")
         return (
-            f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, score {best.value:.4f}\n"
+            f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, {scores}\n{self._describe_doubt()}"
             f"  the LoRA        {self.folder / 'best_lora.safetensors'}\n"
             f"  its settings    {self.folder / 'best_config.toml'}\n"
             f"  its pictures    {find_trial_folder(best, self.output_dir) / 'scores' / 'confirm'}\n"
@@ -3363,13 +3791,24 @@ class Results:
             f"  why, to look at {self.folder / REPORT_NAME}"
         )
 
+    def _describe_doubt(self) -> str:
+        """Which finalists may be as good as the best one, and its strength; nothing before the final stage."""
+        if not self.places:
+            return ""
+        others = ", ".join(str(number) for number in may_be_best(self.places)[1:])
+        doubt = f"  trials that may be as good: {others}; compare their pictures\n" if others else ""
+        return f"{doubt}  use it at       strength {self.study.user_attrs['final']['strength']}\n"
+
     def write_trials_csv(self) -> None:
-        about = "trial state score ended best_epoch training_seconds scoring_seconds rejection_reason reason folder"
+        about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
+        about += "scoring_seconds rejection_reason reason folder"
         columns = [*about.split(), *TERMS, *SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(map(facts_of, self.study.get_trials(deepcopy=False)))
+        for trial in self.study.get_trials(deepcopy=False):
+            facts = facts_of(trial, self.places)
+            writer.writerow({name: facts.get(name) for name in columns if facts.get(name) == facts.get(name)})  # no NaN
         write_atomically(self.folder / "trials.csv", file.getvalue())
 
     def write_best(self, best: FrozenTrial) -> None:
@@ -3379,6 +3818,10 @@ class Results:
         if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
             raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
         about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
+        about |= {name: attrs[name] for name in ("standard_error",) if name in attrs}  # not in an earlier version's
+        if self.places:
+            about |= {f"final_{name}": self.places[best.number][name] for name in ("score", "standard_error")}
+            about["strength"] = self.study.user_attrs["final"]["strength"]
         lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
         copy = self.folder / "best_lora.safetensors"
         if not (copy.is_file() and copy.read_bytes() == lora):
@@ -3398,7 +3841,7 @@ class Results:
         config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
         epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
         comment = (
-            f"# Trial {best.number}, score {best.value:.4f}. Train it again:\n"
+            f"# Trial {best.number}, score {best.value:.3f}. Train it again:\n"
             f"#     python train_network.py --config_file {shlex.quote(str(path))}\n"
             f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
         )
@@ -3424,10 +3867,12 @@ class Results:
         from plotly.offline import get_plotlyjs
 
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
+        pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         environment.filters["link"] = lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, self.folder)))
         environment.filters |= {"toml": toml.dumps, "quote": shlex.quote}
+        environment.filters["value"] = lambda found: with_error(found).replace("+-", "±")
         page = environment.get_template(REPORT_NAME).render(
             study_name=self.study.study_name,
             attrs=self.study.user_attrs,
@@ -3441,9 +3886,14 @@ class Results:
             first_seeds=first_seeds,
             trained=sum(map(is_trained, trials)),
             trials=[facts_of(trial) for trial in trials],
+            rivals=may_be_best(self.places)[1:],
+            final=self.study.user_attrs.get("final", {}) if self.places else {},
+            final_folder=self.output_dir / FINAL,
             entries=[self.entry(trial) for trial in self.ranked],
             plots=self.plots() if len(self.ranked) > 1 else {},
             improvements=measure_improvements(self.study),
+            pairs=pairs_to_compare(pictured[:COMPARED_TRIALS], self.places),
+            votes=self.votes,
             plotly_js=get_plotlyjs(),
         )
         write_atomically(self.folder / REPORT_NAME, page.encode(errors="replace"))
@@ -3456,11 +3906,17 @@ class Results:
         loss = loss_curve(folder / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
         lines = [
             {"name": "loss", "x": [epoch for epoch, _ in loss], "y": [value for _, value in loss], "yaxis": "y2"},
-            *({"name": name, "y": [one["terms"][name] for one in epochs], "line": {"width": 1}} for name in TERMS),
+            *({"name": name, "y": [one["terms"].get(name) for one in epochs], "line": {"width": 1}} for name in TERMS),
             {"name": "score", "y": [one["score"] for one in epochs], "line": {"width": 4}},
         ]
         curves = [{"x": [one["epoch"] for one in epochs], **line} for line in lines]
-        return {**facts_of(trial), "folder": folder, "copies": len(copies), "epochs": epochs, "curves": curves}
+        return {
+            **facts_of(trial, self.places),
+            "folder": folder,
+            "copies": len(copies),
+            "epochs": epochs,
+            "curves": curves,
+        }
 
     def plots(self) -> dict[str, Any]:
         """Plotly figures by title: Optuna's own where they can be drawn, and two for the guide's questions."""
@@ -3529,7 +3985,7 @@ class Notes:
         lines = [f"**{self._as_markdown(facts['outcome'])}**"]
         if trial.state == TrialState.COMPLETE:
             terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
-            lines = ["**Score {score:.4f}**, epoch {best_epoch} of {max_train_epochs}".format(**facts)]
+            lines = [f"**Score {with_error(facts)}**, epoch {facts['best_epoch']} of {facts['max_train_epochs']}"]
             lines.append("| term | |\n|---|---|" + terms)
         if facts["why"]:
             lines.append(self._as_markdown(facts["why"]))
@@ -3542,11 +3998,13 @@ class Notes:
         planned, command = self.study.user_attrs.get("n_trials"), self.study.user_attrs.get("command")
         lines = [
             f"{trained}{f' of {planned}' if planned else ''} trials trained.",
-            "A trial's score is a product of five terms in 0 to 1, each to the power of its weight: fidelity (does it "
-            "look like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), "
-            "variety (do seeds differ?) and usable (no broken pictures). The best checkpoint is scored on other "
-            "prompts and seeds than those it was chosen by.",
+            "A trial's score is a product of terms in 0 to 1, each to the power of its weight: fidelity (does it look "
+            "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), "
+            "originality (is it more than a copy?) and usable (no broken pictures). The best checkpoint is scored on "
+            "other prompts and seeds than those it was chosen by; its standard error follows.",
         ]
+        for number, found in final_places(self.study).items():
+            lines.append(f"Final stage: trial {number}, {with_error(found)}.")
         if command:
             lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
         return "\n\n".join(lines)
@@ -3603,7 +4061,7 @@ class Inputs:
         captions = digest(json.dumps([(image.path.name, *image.captions) for image in images]))
         pictures = digest(json.dumps([(image.path.name, quick_digest(image.path)) for image in images]))
         scoring = {key: self.plan[key] for key in ("clip_skip", "resolution", "subject", "usable", "weights")}
-        for stage in FIRST_SEEDS:  # by name, so that a difference can be named
+        for stage in ("screen", "confirm", "final-1"):  # by name; the other rounds follow from the first
             names = ("prompt", "negative", "seed", "width", "height", "steps", "cfg")
             scoring[stage] = {name: list(dict.fromkeys(job[name] for job in self.plan[stage])) for name in names}
             scoring[stage][TOGETHER] = digest(json.dumps(self.plan[stage]))[:16]
@@ -3648,9 +4106,11 @@ class Inputs:
         dim, epochs = (choose(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
         checkpoints = math.ceil(epochs / self.options["save_every_n_epochs"])
         halves = 1 if self.options.get("save_precision") in ("fp16", "bf16") else 2
-        pixels = {stage: sum(job["width"] * job["height"] for job in self.plan[stage]) for stage in FIRST_SEEDS}
-        pictures = (checkpoints * pixels["screen"] + pixels["confirm"]) * PNG_BYTES_PER_PIXEL
+        pictures = checkpoints * self.stage_bytes("screen") + self.stage_bytes("confirm")
         return checkpoints, self.base_model.lora_bytes_per_dim * dim * halves, pictures
+
+    def stage_bytes(self, stage: str) -> float:
+        return sum(job["width"] * job["height"] for job in self.plan[stage]) * PNG_BYTES_PER_PIXEL
 
     def largest_trial_bytes(self) -> float:
         """On disk while a trial runs: all checkpoints of the largest network_dim, and its pictures."""
@@ -3661,7 +4121,8 @@ class Inputs:
         """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
         left, (checkpoints, each, pictures) = self.trials_left, self.trial_size(np.mean)
         kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * checkpoints
-        return kept * each + left * pictures + (self.largest_trial_bytes() if left else 0)
+        final = (2 + FINALISTS_AT_MOST) * sum(map(self.stage_bytes, FINAL_ROUNDS))  # with base model and strengths
+        return kept * each + left * pictures + (final + self.largest_trial_bytes() if left else 0)
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(nearest_folder(self.settings.output_dir)).free
@@ -4069,7 +4530,7 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
     """Keep the anchors in the study; RefusedInput if it has others, by which its scores are not comparable."""
     stored, moved = study.user_attrs.get("anchors", anchors), []
     study.set_user_attr("anchors", stored)
-    for name in {**stored, **anchors}:
+    for name in stored:  # the final stage adds its own later
         tolerance = GREY_TOLERANCE if name == "usable" else ANCHOR_TOLERANCE
         if name != "data":  # no score depends on it
             moved += fingerprint_differences(stored.get(name), anchors.get(name), name, tolerance=tolerance)
@@ -4151,7 +4612,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("instead of searching").add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="check all inputs, say what was found, and stop")
-    add("--report", action="store_true", help="write results/ and show the trials of --output-dir")
+    add(
+        "--report",
+        action="store_true",
+        help="write results/ and show the trials; with --scoring-config, under its weights",
+    )
     add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
     parser.set_defaults(command="")  # main() sets it
@@ -4222,7 +4687,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
     with holding(settings.output_dir):
         screen.log_file = settings.output_dir / LOG_NAME
         say(str(CheckReport(inputs)))
-        for folders in ("trial_*", "reference/**"):  # the lock says that whoever started it has ended
+        for folders in ("trial_*", "reference/**", FINAL):  # the lock says that whoever started it has ended
             for file in settings.output_dir.glob(f"{folders}/{PROCESS_FILE}"):
                 ChildProcess.end_left_over(file.parent)
         study = open_study(inputs)
@@ -4249,6 +4714,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         try:
             with screen.live():
                 ours.run()
+                ours.decide(scorer)
         finally:
             show_results(study, settings.output_dir)
 
@@ -4282,13 +4748,18 @@ def run_report(args: argparse.Namespace) -> None:
     if study is None:
         remedy = "check --output-dir, --study-name and --storage"
         raise RefusedInput(f"--report: no study {name!r} in {output_dir}; {remedy}")
+    weights = ScoringSettings.read(args.scoring_config).weights if args.scoring_config else None
     show_results(study, output_dir)
+    if weights:
+        say(describe_rescored(study, weights))
 
 
 def show_results(study: optuna.Study, output_dir: Path) -> None:
     """The table comes first: a full disk must hide neither it nor why the search ended."""
     say(describe_study(study))
     results = Results(study, output_dir)
+    if results.votes:
+        say(f"\n{results.votes}")
     with only_warning(f"not all of {results.folder} is written"):
         results.write()
         if results.ranked:
@@ -4329,8 +4800,9 @@ def run(args: argparse.Namespace) -> None:
         Problems(senseless_values(args)).refuse()
         folder = args.score.resolve()
         find_what_to_score(folder)  # before a lock is made where it has no place
-        with contextlib.nullcontext() if os.environ.get(PARENT_HOLDS_FOLDER) else holding(folder.parent):
-            score_folder(folder, args.device)
+        is_ours = bool(os.environ.get(PARENT_HOLDS_FOLDER))
+        with contextlib.nullcontext() if is_ours else holding(folder.parent):
+            score_folder(folder, args.device, weights_checked=is_ours)
     elif args.report:
         run_report(args)
     else:

@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SUBJECT = "luca"
 MODELS = ("base_model", "clip", "dinov2")
 DONE = "complete"  # a file that says what of this version is whole, and where its paths lead
-VERSION = "2"
+VERSION = "3"
 
 
 def make_demo_world(folder: Path) -> None:
@@ -51,6 +51,7 @@ def make_demo_world(folder: Path) -> None:
         counts = {
             "screen": {"prompts": 4, "seeds": 2, "plain_prompts": 2},
             "confirm": {"prompts": 8, "seeds": 3, "plain_prompts": 4},
+            "final": {"prompts": 8, "seeds": 2, "plain_prompts": 2},
         }
         write_settings(folder, dataset, images, counts, {"prompts": make_prompts()})
 
@@ -69,6 +70,7 @@ def make_tiny_world(folder: Path) -> None:
         counts = {
             "screen": {"prompts": 4, "seeds": 2, "plain_prompts": 2},
             "confirm": {"prompts": 4, "seeds": 3, "plain_prompts": 4},
+            "final": {"prompts": 4, "seeds": 2, "plain_prompts": 2},
         }
         write_settings(folder, {"resolution": 64, "batch_size": 2, "num_repeats": 2}, images, counts, {})
 
@@ -166,7 +168,7 @@ def make_prompts() -> dict[str, list[str]]:
         if scenes.is_held_out(scene)
     ]
     return {
-        "elsewhere": rng.sample(others, 12),
-        "style": rng.sample(short, 6),
+        "elsewhere": rng.sample(others, 16),
+        "style": rng.sample(short, 8),
         "plain": list(dict.fromkeys(plain))[:12],
     }

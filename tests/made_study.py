@@ -100,6 +100,7 @@ def make_study(
         {
             "screen": {"prompts": prompts, "seeds": 2, "plain_prompts": plain_prompts},
             "confirm": {"prompts": confirm_prompts, "seeds": 3, "plain_prompts": confirm_plain},
+            "final": {"prompts": 8, "seeds": 2, "plain_prompts": 2},
         },
     )  # fmt: skip
     settings = dataclasses.replace(settings, keep_checkpoints=keep_checkpoints)
@@ -214,6 +215,8 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     ours = search.Study(study, settings, objective, time.monotonic())
     times = run_trials(ours, trainer, ends)
     ours.delete_spare_checkpoints()
+    if sum(map(search.is_trained, study.get_trials())) >= settings.n_trials:
+        ours.decide(scorer)
     search.show_results(study, settings.output_dir)
     set_times(study, times)
     engine_of(study).dispose()
@@ -591,8 +594,11 @@ class MadeImageScorer:
         self.learnt = Learnt()
 
     @contextlib.contextmanager
-    def lora(self, path: Path) -> Iterator[None]:
-        self.learnt = learn(path)
+    def lora(self, path: Path, strength: float = 1.0) -> Iterator[None]:
+        learnt = learn(path)
+        self.learnt = dataclasses.replace(
+            learnt, subject=strength * learnt.subject, excess=strength * learnt.excess, lost=strength * learnt.lost
+        )
         try:
             yield
         finally:

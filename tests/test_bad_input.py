@@ -814,7 +814,7 @@ def odd_files(desk: Desk) -> Flags:
         content = (desk.world / f"{name}.toml").read_bytes()
         flags[f"{name}_config"] = desk.file(f"{name} #1 'ü {ESCAPE}\n?.toml", content)
     flags["enqueue"] = desk.file("my [first] ü.toml", "network_dim = 64")
-    flags["eval_prompts"] = desk.file("my % prompts", "luca, a\nluca, b\nluca, c\nluca, d\n")
+    flags["eval_prompts"] = desk.file("my % prompts", "".join(f"luca, {place}\n" for place in "abcdef"))
     return flags
 
 

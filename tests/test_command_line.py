@@ -463,7 +463,7 @@ def test_a_second_program_and_changed_inputs_are_refused(
     (tmp_path / "scoring.toml").write_text(toml.dumps(scoring))
     lines = errors_of(capsys, command(scoring_config=tmp_path / "scoring.toml"))
     assert [line.partition("--subject), ")[2].partition(";")[0] for line in lines] == [
-        f"{stage}, steps: was [4], is now [5]" for stage in ("screen", "confirm")
+        f"{stage}, steps: was [4], is now [5]" for stage in ("screen", "confirm", "final-1")
     ]
     (line,) = errors_of(capsys, command(study_name="another"))
     assert "holds study 'lora_v2.1'" in line

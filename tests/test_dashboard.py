@@ -58,6 +58,7 @@ def score_with_pictures(folder: Path, epochs: tuple[int, ...] = (5, 12), noise: 
     metrics = {
         "outcome": "scored", "reason": "", "score": 0.1 + int(folder.name[-4:]) / 100, "best_epoch": epochs[-1],
         "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0, "screen": screen,
+        "standard_error": 0.01,
     }  # fmt: skip
     search.write_json(folder / "metrics.json", metrics)
 
@@ -119,7 +120,9 @@ def test_the_dashboard_shows_metric_notes_and_contact_sheets(tmp_path: Path) -> 
         detail = json.loads(get(f"/api/studies/{summary['study_id']}"))
         trials = {trial["number"]: trial for trial in detail["trials"]}
         assert "2 of 2 trials trained" in detail["note"]["body"] and settings.command in detail["note"]["body"]
-        assert "**Score 0.1000**, epoch 12 of" in trials[0]["note"]["body"] and "| text | 0.600 |" in str(trials[0])
+        assert "**Score 0.100 +-0.010**, epoch 12 of" in trials[0]["note"]["body"] and "| text | 0.600 |" in str(
+            trials[0]
+        )
         assert r"loss is \*nan\* \<b\>" in trials[1]["note"]["body"]
         assert "trial\\_0000" in trials[0]["note"]["body"] and trials[1]["artifacts"] == []
         (artifact,) = trials[0]["artifacts"]
@@ -304,7 +307,7 @@ def test_the_best_lora_says_which_trial_made_it_and_is_else_kohyas(demo: Demo) -
     assert metadata["sshs_model_hash"] == hashlib.sha256(weights).hexdigest()
     from diffusers import StableDiffusionPipeline
 
-    state, _ = StableDiffusionPipeline.lora_state_dict(str(copy))
+    state, _ = StableDiffusionPipeline.lora_state_dict(str(copy.parent), weight_name=copy.name)
     assert state
 
 

@@ -289,7 +289,9 @@ def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path)
     settings = search.ScoringSettings.read(repository / "configs" / "scoring.toml")
     assert settings.screen == {"prompts": 8, "seeds": 2, "plain_prompts": 4}
     assert settings.confirm == {"prompts": 16, "seeds": 3, "plain_prompts": 10}
-    assert settings.weights == {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
+    assert settings.weights == {
+        "fidelity": 0.5, "text": 0.3, "preservation": 0.3, "originality": 0.5, "variety": 0.0, "usable": 2.0,
+    }  # fmt: skip
     assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
     assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)
     assert (settings.dinov2, settings.clip) == ("facebook/dinov2-base", "openai/clip-vit-large-patch14")

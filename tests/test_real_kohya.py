@@ -90,7 +90,7 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     (tmp_path / "training.toml").write_text(toml.dumps(training))
     scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text())
     scoring["images"] |= {"resolution": 64, "steps": 2}
-    scoring["screen"] = scoring["confirm"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
+    scoring["screen"] = scoring["confirm"] = scoring["final"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
     scoring["encoders"] = {
         "dinov2": str(tmp_path / "dinov2"), "clip": str(tmp_path / "clip"), "pipeline_config": str(configs),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial
 
 import optuna_hyperparameter_search as search
 
-TERMS = ("fidelity", "text", "preservation", "variety", "usable")
+TERMS = ("fidelity", "text", "preservation", "originality", "variety", "usable")
 ENDS = {2: "diverged", 3: "rejected", 4: "crashed"}
 FEW = {"prompts": 2, "plain_prompts": 2, "confirm_prompts": 3, "confirm_plain": 2, "checkpoints": 2}
 MAX_PAGE_BYTES = 12_000_000
@@ -332,12 +333,43 @@ def test_trials_without_a_score_are_listed_with_their_reasons(page: Browser, mad
     assert all(reasons)
 
 
+# --- the final stage ----------------------------------------------------------------------------------
+
+
+def test_the_final_stage_puts_finalists_and_strengths_side_by_side(small: Path) -> None:
+    final = study_in(small).user_attrs["final"]
+    page = rewritten(small)
+    for found in final["finalists"]:
+        assert search.with_error(found).replace("+-", "±") in page.text
+        shown = [image for image in page.images if f"final/trial_{found['trial']:04d}/final-1/" in image["src"]]
+        assert len(shown) == 8 * (2 if found is final["finalists"][0] else 1)  # the winner's once more at strength 1
+    assert {"strength-0.6", "strength-0.8", "strength-1.2"} <= {
+        Path(image["src"]).parent.name for image in page.images if "/final/" in image["src"]
+    }
+    assert page.rows == [f"trial-{found['trial']}" for found in final["finalists"]]
+    assert f"Use it at strength {final['strength']}." in page.text
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_finalists_that_can_not_be_told_apart_are_named(small: Path, said: bool) -> None:
+    study = study_in(small)
+    final = study.user_attrs["final"]
+    final["finalists"][1]["dropped"] = not said
+    study.set_user_attr("final", final)
+    second = final["finalists"][1]["trial"]
+    assert (f"Trial {second} may be as good." in rewritten(small).text) is said
+
+
+def test_no_final_stage_is_shown_while_trials_are_left(made: Path) -> None:
+    assert "The final stage" not in Shown(page_of(made)).text
+
+
 # --- the winner ---------------------------------------------------------------------------------------
 
 
 def test_the_winner_shows_score_epoch_and_terms(page: Browser, ranked: list[FrozenTrial]) -> None:
     attrs = ranked[0].user_attrs
-    assert page.texts("#winner .head .score") == [f"{ranked[0].value:.4f}"]
+    assert page.texts("#winner .head .score") == [f"{ranked[0].value:.3f} ±{attrs['standard_error']:.3f}"]
     assert page.texts("#winner .head strong") == [
         f"trial {ranked[0].number}, epoch {attrs['best_epoch']} of {attrs['training_params']['max_train_epochs']}"
     ]
@@ -522,10 +554,180 @@ def test_the_keyboard_opens_a_trial(page: Browser, key: str) -> None:
     assert page.run("return document.activeElement.parentElement.open")
 
 
-@pytest.mark.parametrize("css", ["nav a", "[data-sort]", ".copy", ".picture", "summary"])
+@pytest.mark.parametrize("css", ["nav a", "[data-sort]", "[data-vote]", ".copy", ".picture", "summary"])
 def test_the_focus_is_visible(page: Browser, css: str) -> None:
     page.tab_to(css)
     assert outline(page) >= 2
+
+
+# --- the blind comparison ---------------------------------------------------------------------------
+
+REFUSE_STORAGE = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('refused'); }});"
+KEYS = {"left": "1", "equal": "0", "right": "2"}
+
+
+@pytest.fixture
+def eye(browser: Browser, made: Path) -> Browser:
+    """The page without votes."""
+    browser.open(page_of(made))
+    browser.run("localStorage.clear()")
+    browser.open(page_of(made), "#eye")
+    return browser
+
+
+def pairs_of(output_dir: Path) -> list[list[int]]:
+    study = study_in(output_dir)
+    return search.pairs_to_compare(search.ranked_trials(study), search.final_places(study))
+
+
+def download(page: Browser, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    allowed = {"behavior": "allow", "downloadPath": str(folder)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+    page.click("#download")
+    for _ in range(200):
+        if search.read_json(folder / "votes.json"):
+            return folder / "votes.json"
+        time.sleep(0.1)
+    raise AssertionError("nothing was downloaded in 20 seconds")
+
+
+def voted(page: Browser, folder: Path) -> list[tuple[list[int], str]]:
+    votes = search.read_json(download(page, folder))["votes"]
+    return [([vote["left"], vote["right"]], vote["vote"]) for vote in votes]
+
+
+def test_a_comparison_does_not_say_which_trials_it_shows(eye: Browser) -> None:
+    assert len(eye.all("#eye .side img")) == 8 and eye.all("#eye a[href]") == []
+    said = eye.run(
+        """const parts = [...document.querySelectorAll("#eye, #eye :not(template)")];
+        return parts.flatMap(one => [one.title, one.alt, one.innerText, one.ariaLabel]).join(" ")"""
+    )
+    assert "left" in said and re.findall(r"trial_?\s*\d|\d\.\d\d", said) == []
+
+
+def test_both_sides_show_the_same_prompts_and_seeds_of_the_pairs_trials(eye: Browser, made: Path) -> None:
+    sides = eye.run(
+        """return [...document.querySelectorAll("#eye .side")].map(
+          side => [...side.querySelectorAll("img")].map(image => image.src.split("/").slice(-4)))"""
+    )
+    folders = [[parts[0] for parts in side] for side in sides]
+    assert folders == [[f"trial_{number:04d}"] * 4 for number in pairs_of(made)[0]]
+    assert [parts[1:] for parts in sides[0]] == [parts[1:] for parts in sides[1]]
+
+
+@pytest.mark.parametrize("choice", KEYS)
+def test_a_button_votes_on_the_pair_and_shows_the_next(eye: Browser, made: Path, tmp_path: Path, choice: str) -> None:
+    before = eye.texts("#voted")
+    eye.click(f"[data-vote={choice}]")
+    assert before + eye.texts("#voted") == ["0 of 6", "1 of 6"]
+    eye.click("[data-vote=left]")
+    assert voted(eye, tmp_path) == [(pairs_of(made)[0], choice), (pairs_of(made)[1], "left")]
+
+
+@pytest.mark.parametrize("choice", KEYS)
+def test_a_key_votes_once_the_section_is_clicked(eye: Browser, made: Path, tmp_path: Path, choice: str) -> None:
+    eye.click("#eye .side img")
+    eye.press(KEYS[choice])
+    assert voted(eye, tmp_path) == [(pairs_of(made)[0], choice)]
+
+
+def test_a_key_that_is_held_down_votes_once(eye: Browser) -> None:
+    eye.click("#eye .side img")
+    for repeats in (False, True, True):
+        event = {"type": "keyDown", "key": "1", "text": "1", "autoRepeat": repeats}
+        eye.driver.execute_cdp_cmd("Input.dispatchKeyEvent", event)
+    assert eye.texts("#voted") == ["1 of 6"]
+
+
+def test_keys_elsewhere_in_the_page_vote_for_nothing(eye: Browser) -> None:
+    eye.click("#leaderboard-title")
+    eye.press("1")
+    assert eye.texts("#voted") == ["0 of 6"]
+
+
+def test_after_a_vote_the_button_keeps_the_focus(eye: Browser) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    eye.tab_to("[data-vote=right]")
+    for _ in range(6):
+        eye.press(Keys.ENTER)
+    assert eye.texts("#voted") == ["6 of 6"] and eye.texts(".side") == ["All pairs have a vote."] * 2
+    assert eye.run("return document.activeElement.dataset.vote") == "right" and outline(eye) >= 2
+
+
+def test_a_reload_keeps_votes_and_the_order_of_pairs(eye: Browser, made: Path, tmp_path: Path) -> None:
+    eye.click("[data-vote=right]")
+    eye.open(page_of(made))
+    assert eye.texts("#voted") == ["1 of 6"]
+    eye.click("[data-vote=equal]")
+    assert voted(eye, tmp_path) == [(pairs_of(made)[0], "right"), (pairs_of(made)[1], "equal")]
+
+
+def test_undo_takes_the_last_vote_back(eye: Browser, made: Path, tmp_path: Path) -> None:
+    eye.click("[data-vote=right]")
+    eye.click("[data-vote=right]")
+    eye.click("#undo")
+    eye.click("[data-vote=left]")
+    assert voted(eye, tmp_path) == [(pairs_of(made)[0], "right"), (pairs_of(made)[1], "left")]
+
+
+def test_where_the_browser_keeps_nothing_votes_stay_until_the_page_is_left(
+    eye: Browser, made: Path, tmp_path: Path
+) -> None:
+    assert not eye.run("return document.getElementById('forgets').offsetWidth")
+    added = eye.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": REFUSE_STORAGE})
+    try:
+        eye.open(page_of(made))
+        eye.click("[data-vote=left]")
+        assert voted(eye, tmp_path) == [(pairs_of(made)[0], "left")] and eye.console() == []
+        assert eye.run("return document.getElementById('forgets').offsetWidth")
+    finally:
+        eye.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_votes_of_another_study_of_that_name_are_not_shown(eye: Browser, made: Path, small: Path) -> None:
+    for _ in pairs_of(made):
+        eye.click("[data-vote=left]")
+    assert {*map(tuple, pairs_of(small))} <= {*map(tuple, pairs_of(made))}
+    eye.open(page_of(small))
+    assert eye.texts("#voted") == ["0 of 1"]
+
+
+def test_the_report_reads_the_votes_that_it_saved(
+    eye: Browser, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(made, copy)
+    values = {trial.number: trial for trial in search.ranked_trials(study_in(made))}
+    places = search.final_places(study_in(made))
+    for number, pair in enumerate(pairs_of(made)):
+        one, two = search.values_of_pair([values[trial] for trial in pair], places)
+        agrees = "left" if one["score"] > two["score"] else "right"
+        eye.click(f"[data-vote={agrees if number else 'equal'}]")
+    download(eye, copy / "results")
+    assert search.main(["--report", "--output-dir", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "6 votes" in said and "  score         100%  (57% to 100%; 5 of 5)" in said
+    eye.open(page_of(copy))
+    assert eye.texts("#eye pre")[0] in said
+
+
+def test_a_bad_file_of_votes_is_one_warning(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(made, copy, ignore=shutil.ignore_patterns("*.png"))
+    (copy / "results" / "votes.json").write_text('{"study": "made", "vo')
+    page_of(copy).unlink()
+    assert search.main(["--report", "--output-dir", str(copy)]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "votes.json" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: ") and "damaged" in warnings[0]
+    assert page_of(copy).is_file()
+
+
+def test_trials_without_pictures_are_not_compared(small: Path) -> None:
+    assert 'id="eye"' in rewritten(small).source
+    shutil.rmtree(small / "trial_0001" / "scores")
+    assert 'id="eye"' not in rewritten(small).source
 
 
 # --- texts of others ----------------------------------------------------------------------------------
@@ -664,6 +866,7 @@ def test_a_picture_that_is_gone_is_named(small: Path) -> None:
     (search.find_trial_folder(best, small) / "scores" / "confirm" / f"{job['name']}.png").unlink()
     shown = rewritten(small)
     assert sorted(set(shown.missing) - set(before)) == [
+        f"prompt: {job['prompt']}: no picture",
         f"trial {best.number}: {job['prompt']}: no picture",
         f"with the best LoRA: {job['prompt']}: no picture",
     ]

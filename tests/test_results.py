@@ -72,7 +72,9 @@ def test_every_checkpoint_is_scored_and_the_best_epoch_kept(demo: Demo) -> None:
 def test_the_anchors_are_made_once(demo: Demo) -> None:
     assert "Making the reference" in demo.killed and "Making the reference" not in demo.resumed
     anchors = search.read_json(demo.output_dir / "reference" / "anchors.json")
-    assert study_of(demo).user_attrs["anchors"] == anchors
+    stored = study_of(demo).user_attrs["anchors"]
+    assert stored == {name: anchors[name] for name in stored}  # the final stage has added its own
+    assert anchors.keys() - stored.keys() <= search.FINAL_ROUNDS.keys() and {"screen", "confirm"} <= stored.keys()
 
 
 def test_the_configs_optional_keys_repeat_the_training(demo: Demo) -> None:
@@ -85,7 +87,8 @@ def test_the_configs_optional_keys_repeat_the_training(demo: Demo) -> None:
 def test_the_disk_is_reckoned_from_the_size_of_the_loras(demo: Demo) -> None:
     """The layers that are counted in the base model are those that the trainer adapted."""
     base_model = search.BaseModel.inspect(demo.output_dir / "inputs" / "base_model")
-    header = search.read_safetensors_header(demo.output_dir / "trial_0000" / "lora.safetensors")
+    (checkpoint,) = (demo.output_dir / "trial_0000").glob("lora*.safetensors")
+    header = search.read_safetensors_header(checkpoint)
     weights = [entry for name, entry in header.items() if name.endswith(".weight")]
     assert {entry["dtype"] for entry in weights} == {"F16"}
     dim = search.read_json(demo.output_dir / "trial_0000" / "params.json")["network_dim"]
@@ -94,6 +97,9 @@ def test_the_disk_is_reckoned_from_the_size_of_the_loras(demo: Demo) -> None:
 
 
 # --- results/ ----------------------------------------------------------------------------------------
+
+
+FINAL_LABELS = {"optuna_final_score", "optuna_final_standard_error", "optuna_strength"}
 
 
 def assert_is_labelled_copy(copy: Path, checkpoint: Path, best: FrozenTrial) -> None:
@@ -105,6 +111,8 @@ def assert_is_labelled_copy(copy: Path, checkpoint: Path, best: FrozenTrial) -> 
     assert tensor_bytes(copy) == tensor_bytes(checkpoint)
     assert float(study.pop("optuna_score")) == best.value and int(study.pop("optuna_trial")) == best.number
     assert int(study.pop("optuna_epoch")) == best.user_attrs["best_epoch"]
+    assert float(study.pop("optuna_standard_error")) == best.user_attrs["standard_error"]
+    study = {name: value for name, value in study.items() if name not in FINAL_LABELS}
     assert study.keys() == {"optuna_study"} and study["optuna_study"] in ("demo", "test")
 
 
@@ -223,6 +231,123 @@ def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
     assert (settings.output_dir / "results" / "trials.csv").is_file()
 
 
+# --- votes -------------------------------------------------------------------------------------------
+
+
+def valued(number: int, score: float, fidelity: float, text: float = 0.5) -> FrozenTrial:
+    terms = {"fidelity": fidelity, "text": text}
+    trial = optuna.trial.create_trial(value=score, user_attrs={"terms": terms})
+    trial.number = number
+    return trial
+
+
+def vote(left: int, right: int, choice: str) -> dict[str, object]:
+    return {"left": left, "right": right, "vote": choice}
+
+
+VALUED = [valued(0, 0.9, 0.1), valued(1, 0.8, 0.2), valued(2, 0.6, 0.3), valued(3, 0.25, 0.3)]
+FINAL = {
+    number: {"score": score, "terms": dict.fromkeys(search.TERMS, 0.5) | {"fidelity": fidelity}}
+    for number, score, fidelity in ((0, 0.7, 0.4), (1, 0.75, 0.1))
+}
+
+
+def test_a_value_agrees_if_the_vote_is_for_the_higher_one() -> None:
+    votes = [vote(0, 1, "left"), vote(2, 1, "right"), vote(3, 0, "left")]
+    agreed = search.agreement_with(votes, VALUED, {})
+    assert agreed["score"] == [1, 1, 0] and agreed["fidelity"] == [0, 0, 1]
+
+
+def test_draws_and_equal_or_missing_values_neither_agree_nor_disagree() -> None:
+    votes = [vote(0, 1, "equal"), vote(2, 3, "left")]
+    agreed = search.agreement_with(votes, VALUED, {})
+    assert agreed["score"] == [1]
+    assert [agreed[name] for name in ("fidelity", "text", "variety")] == [[], [], []]
+
+
+def test_two_finalists_are_compared_by_the_final_stage_and_others_by_the_confirmation() -> None:
+    votes = [vote(0, 1, "right"), vote(0, 2, "left")]
+    agreed = search.agreement_with(votes, VALUED, FINAL)
+    assert agreed["score"] == [1, 1] and agreed["fidelity"] == [0, 0]
+
+
+def test_trials_rank_by_wins_and_halved_draws() -> None:
+    votes = [vote(0, 1, "right"), vote(2, 1, "equal"), vote(2, 0, "left"), vote(1, 0, "left")]
+    ranking = search.ranking_by(votes)
+    assert list(ranking.items()) == [("trial 1", [1, 0.5, 1]), ("trial 2", [0.5, 1]), ("trial 0", [0, 0, 0])]
+
+
+@pytest.mark.parametrize(  # worked out by hand from Wilson's formula
+    ("part", "count", "low", "high"),
+    [(3, 4, 0.3006, 0.9544), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 20, 0.5313, 0.8881)],
+)
+def test_intervals_are_wilsons(part: int, count: int, low: float, high: float) -> None:
+    assert search.wilson_interval(part / count, count) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_votes_are_told_as_shares_with_intervals() -> None:
+    votes = [vote(0, 1, "left"), vote(1, 2, "left"), vote(0, 2, "right"), vote(0, 3, "left"), vote(0, 3, "equal")]
+    lines = search.describe_votes(votes, VALUED, {}).splitlines()
+    assert lines[0].startswith("Your eye against the score: 5 votes")
+    assert "  score          75%  (30% to 95%; 3 of 4)" in lines
+    assert "  originality      -" in lines
+    assert "  trial 0        62%  (22% to 91%; 2.5 of 4)" in lines
+
+
+def test_pairs_with_the_closest_scores_come_first() -> None:
+    pairs = search.pairs_to_compare(VALUED, {})
+    assert list(map(sorted, pairs)) == [[0, 1], [1, 2], [0, 2], [2, 3], [1, 3], [0, 3]]
+    final = {number: {"score": score, "terms": {}} for number, score in ((0, 0.95), (1, 0.25))}
+    assert list(map(sorted, search.pairs_to_compare(VALUED, final)))[-1] == [0, 1]
+
+
+def test_sides_of_a_pair_are_drawn_and_stay_when_other_trials_come() -> None:
+    trials = [valued(number, 0.01 * number, 0.1) for number in range(8)]
+    pairs = search.pairs_to_compare(trials, {})
+    assert 7 < sum(left < right for left, right in pairs) < 21 and len(pairs) == 28
+    fewer = search.pairs_to_compare(trials[5:2:-1], {})
+    assert len(fewer) == 3 and all(pair in pairs for pair in fewer)
+
+
+def study_with_votes(folder: Path, text: str) -> optuna.Study:
+    study = optuna.create_study(direction="maximize", study_name="test")
+    study.add_trials([*VALUED, optuna.trial.create_trial(state=TrialState.FAIL)])
+    (folder / "votes.json").write_text(text)
+    return study
+
+
+def test_votes_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    votes = [vote(0, 1, "left"), vote(3, 2, "equal")]
+    study = study_with_votes(tmp_path, json.dumps({"study": "test", "votes": votes}))
+    assert search.read_votes(tmp_path / "votes.json", study) == votes
+    assert search.read_votes(tmp_path / "none.json", study) == []
+
+
+GOOD_VOTE = vote(0, 1, "left")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", '{"study": "test", "votes": [{"left": 0', "[]", "{}", '{"study": "test"}',
+        *(json.dumps({"study": "test", "votes": votes}) for votes in (None, {}, "left", [None], [[0, 1, "left"]])),
+        *(
+            json.dumps({"study": "test", "votes": [GOOD_VOTE, {**GOOD_VOTE, **wrong}]})
+            for wrong in (
+                {"left": 7}, {"left": 4}, {"left": "0"}, {"left": True}, {"left": 0.0}, {"left": [0]}, {"left": 1},
+                {"right": None}, {"vote": "up"}, {"vote": 1}, {"vote": ["left"]},
+            )
+        ),
+        json.dumps({"study": "another", "votes": [GOOD_VOTE]}),
+        json.dumps({"study": ["test"], "votes": [GOOD_VOTE]}),
+    ],
+)  # fmt: skip
+def test_damaged_and_foreign_votes_are_refused(tmp_path: Path, text: str) -> None:
+    study = study_with_votes(tmp_path, text)
+    with pytest.raises(ValueError, match="damaged, or not on scored trials of study 'test'"):
+        search.read_votes(tmp_path / "votes.json", study)
+
+
 def improvements(study: optuna.Study) -> list[str]:
     return search.describe_study(study).partition("Expected improvements, measured:\n")[2].splitlines()
 
@@ -258,7 +383,7 @@ def test_unusable_pictures_are_quality_failures(tmp_path: Path) -> None:
 def score_with(folder: Path, usable: float) -> None:
     metrics = {
         "outcome": "scored", "reason": "", "score": 0.2, "best_epoch": 12, "checkpoint": "lora.safetensors",
-        "terms": {**TERMS, "usable": usable}, "scoring_seconds": 1.0,
+        "terms": {**TERMS, "usable": usable}, "scoring_seconds": 1.0, "standard_error": 0.01,
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
 

@@ -80,7 +80,7 @@ def region(lines: list[str]) -> list[str]:
 def left_over(lines: list[str]) -> list[str]:
     """What is left of live regions; the table of results begins with "trial", too."""
     labels = tuple(f"{label} " for label in LABELS)
-    return [line for line in lines if line.startswith(labels) and not line.startswith("trial  score   fidel.")]
+    return [line for line in lines if line.startswith(labels) and not line.startswith("trial  final  ")]
 
 
 @dataclass
@@ -189,7 +189,7 @@ def test_the_live_region_tells_study_trial_training_and_scoring(whole: Session) 
     training = rf"train {bar} epoch [3-9]/\d+  step \d+/\d+  [\d.]+ it/s  loss 0\.\d+  ETA \d\d:\d\d"
     scoring = rf"score {bar} [1-9]\d* of \d+ images"
     first = r"study 0 of 2 trained, no score yet, end not known yet +0:0\d:\d\d"
-    later = r"study 1 of 2 trained, best 0\.\d{4} \(trial 0\), done ~\w{3} \d\d:\d\d +0:\d\d:\d\d"
+    later = r"study 1 of 2 trained, best 0\.\d{3} \(trial 0\), done ~\w{3} \d\d:\d\d +0:\d\d:\d\d"
     for study, second, third, fourth in (
         (first, trial, training, f"score {bar} -"),
         (first, trial, rf"train {bar} epoch.*", scoring),
@@ -211,11 +211,12 @@ def test_one_line_stays_of_a_trial(whole: Session) -> None:
     lines = whole.terminal.all_lines()
     start = next(number for number, line in enumerate(lines) if line.startswith("Making the reference"))
     end = next(number for number, line in enumerate(lines) if line.startswith("Study '"))
-    scored = r"Trial {} scored 0\.\d{{4}}, epoch \d+; {} of 2 trained, best 0\.\d{{4}} \(trial \d\)"
+    scored = r"Trial {} scored 0\.\d{{3}} \+-0\.\d{{3}}, epoch \d+; {} of 2 trained, best 0\.\d{{3}} \(trial \d\)"
     wanted = (
         scored.format(0, 1),
         r"Trial 1 crashed: the trainer ended with status 1: RuntimeError: the worker has l\nost its mind",
         scored.format(1, 2),
+        r"The final stage: trials \d, \d once more, on fresh prompts and seeds \.\.\.",
     )
     said = "\n".join(lines[start + 1 : end]).strip()
     assert re.fullmatch("\n".join(wanted), said), said
@@ -255,9 +256,9 @@ def test_a_pipe_gets_plain_lines_whatever_is_forced(plain: str) -> None:
     assert "\x1b" not in plain and "\r" not in plain
     assert re.search(r"^  epoch 2/\d+  step \d+/\d+ +\d+%  loss \S+  ETA \S+$", plain, re.MULTILINE)
     assert re.search(r"^  network_alpha: \d+ \(ratio: 0\.\d{3}\)$", plain, re.MULTILINE)
-    assert re.search(r"^  epoch   5    score 0\.\d{4}  \(fidelity", plain, re.MULTILINE)
+    assert re.search(r"^  epoch   5    score 0\.\d{3} \+-0\.\d{3}  \(fidelity", plain, re.MULTILINE)
     assert re.search(
-        r"^Trial 2 scored .*; 3 of 3 trained, best 0\.\d{4} \(trial \d\), done ~\w{3} \d\d:\d\d$", plain, re.MULTILINE
+        r"^Trial 2 scored .*; 3 of 3 trained, best 0\.\d{3} \(trial \d\), done ~\w{3} \d\d:\d\d$", plain, re.MULTILINE
     )
 
 

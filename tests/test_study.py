@@ -32,7 +32,7 @@ SAFE = {
     "gradient_accumulation_steps": 2, "lr_warmup_steps": 100,
 }  # fmt: skip
 UNSAFE = {**SAFE, "network_alpha_ratio": 0.9, "optimizer_type": "AdamW8bit"}
-TERMS = {"fidelity": 0.5, "text": 0.6, "preservation": 0.7, "variety": 0.8, "usable": 1.0}
+TERMS = {"fidelity": 0.5, "text": 0.6, "preservation": 0.7, "originality": 0.9, "variety": 0.8, "usable": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def good_scoring(folder: Path) -> None:
     number = int(folder.name.rpartition("_")[2])
     metrics = {
         "outcome": "scored", "reason": "", "score": 0.1 + number / 100, "best_epoch": 12,
-        "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0,
+        "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0, "standard_error": 0.001,
     }  # fmt: skip
     search.write_json(folder / "metrics.json", metrics)
 
@@ -488,6 +488,150 @@ def test_another_folders_checkpoints_are_left_alone(tmp_path: Path) -> None:
 
 
 # --- failures -----------------------------------------------------------------------------------------
+
+
+# --- the final stage ---------------------------------------------------------------------------------
+
+
+def scored_as(settings: search.Settings, values: list[tuple[float, float]]) -> optuna.Study:
+    """A study whose trials have these scores and standard errors."""
+
+    def scoring(value: float, error: float) -> Step:
+        def score(folder: Path) -> None:
+            good_scoring(folder)
+            metrics = {**search.read_json(folder / "metrics.json"), "score": value, "standard_error": error}
+            search.write_json(folder / "metrics.json", metrics)
+
+        return score
+
+    return run(settings, scorings=[scoring(*one) for one in values])
+
+
+def finalists(tmp_path: Path, values: list[tuple[float, float]]) -> list[int]:
+    settings = settings_for(tmp_path, len(values))
+    return list(map(int, search.choose_finalists(scored_as(settings, values), settings.output_dir)))
+
+
+def test_the_three_best_trials_are_finalists(tmp_path: Path) -> None:
+    assert finalists(tmp_path, [(0.5, 0.01), (0.8, 0.01), (0.6, 0.01), (0.7, 0.01)]) == [1, 3, 2]
+
+
+def test_a_trial_that_may_be_as_good_as_the_best_is_a_finalist_up_to_five(tmp_path: Path) -> None:
+    close = [(0.70, 0.05), (0.69, 0.05), (0.68, 0.05), (0.67, 0.05), (0.66, 0.05), (0.65, 0.05)]
+    assert finalists(tmp_path, close) == [0, 1, 2, 3, 4]
+    # 0.14 is just within two standard errors of the difference, 2 x 0.0707; 0.15 is not.
+    assert finalists(tmp_path / "more", [(0.7, 0.05), (0.69, 0.05), (0.68, 0.05), (0.56, 0.05), (0.55, 0.05)]) == [
+        0, 1, 2, 3,
+    ]  # fmt: skip
+
+
+def test_a_trial_whose_checkpoint_is_elsewhere_is_no_finalist(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    study = scored_as(settings, [(0.5, 0.01), (0.6, 0.01), (0.7, 0.01)])
+    (settings.output_dir / "trial_0002" / "lora.safetensors").unlink()
+    assert list(search.choose_finalists(study, settings.output_dir)) == ["1", "0"]
+
+
+class Final:
+    """Stands for the scoring process in final/: the order of finalists is turned round."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors, self.runs = list(errors), []
+
+    def __call__(self, folder: Path) -> None:
+        numbers = list(search.read_json(folder / search.FINALISTS))
+        self.runs.append(numbers)
+        if self.errors:
+            raise self.errors.pop()
+        found = [
+            {"trial": int(number), "score": 0.4, "standard_error": 0.02, "terms": TERMS, "rounds": 3,
+             "ahead_of_winner": [-0.05, 0.01], "dropped": place > 1}
+            for place, number in enumerate(reversed(numbers))
+        ]  # fmt: skip
+        search.write_json(folder / "result.json", {"finalists": found, "strengths": {"1.0": 0.4}, "strength": 0.8})
+
+
+VALUES = [(0.5, 0.01), (0.6, 0.01), (0.7, 0.01)]
+
+
+def test_the_final_stage_decides_which_trial_is_best(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    study, final = scored_as(settings, VALUES), Final()
+    study_of(settings).decide(final)
+    assert final.runs == [["2", "1", "0"]]
+    assert [trial.number for trial in search.ranked_trials(study)] == [0, 1, 2]
+    assert search.may_be_best(search.final_places(study)) == [0, 1]
+    search.Results(study, settings.output_dir).write()
+    best = search.read_json(settings.output_dir / "results" / "best_parameters.json")
+    assert (best["trial"], best["score"], best["final_score"], best["strength"]) == (0, 0.5, 0.4, 0.8)
+    said = search.Results(study, settings.output_dir).describe_best()
+    assert "Best: trial 0" in said and "may be as good: 1;" in said and "strength 0.8" in said
+
+
+def test_the_final_stage_is_not_run_again_for_the_same_trials(tmp_path: Path) -> None:
+    settings, final = settings_for(tmp_path, 3), Final()
+    scored_as(settings, VALUES)
+    for _ in range(2):
+        study_of(settings).decide(final)
+    assert len(final.runs) == 1
+
+
+def test_more_trials_are_decided_on_anew(tmp_path: Path) -> None:
+    settings, final = settings_for(tmp_path, 3), Final()
+    study = scored_as(settings, VALUES)
+    study_of(settings).decide(final)
+    scored_as(dataclasses.replace(settings, n_trials=4), [(0.9, 0.01)])
+    assert [trial.number for trial in search.ranked_trials(study)] == [3, 2, 1, 0]  # the final knows nothing of 3
+    study_of(settings).decide(final)
+    assert final.runs[1] == ["3", "2", "1", "0"]  # 0 is the earlier winner
+    assert [trial.number for trial in search.ranked_trials(study)] == [0, 1, 2, 3]
+
+
+def test_more_trials_that_are_worse_need_no_new_final_stage(tmp_path: Path) -> None:
+    settings, final = settings_for(tmp_path, 3), Final()
+    study = scored_as(settings, VALUES)
+    study_of(settings).decide(final)
+    scored_as(dataclasses.replace(settings, n_trials=4), [(0.1, 0.01)])
+    study_of(settings).decide(final)
+    assert len(final.runs) == 1 and search.final_places(study)
+
+
+def test_a_final_stage_that_fails_or_is_interrupted_is_tried_again(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 3)
+    study, final = scored_as(settings, VALUES), Final(KeyboardInterrupt(), search.ScoringFailed("no memory"))
+    with pytest.raises(search.SearchStopped, match="final stage failed: no memory; the same command tries it again"):
+        study_of(settings).decide(final)
+    with pytest.raises(KeyboardInterrupt):
+        study_of(settings).decide(final)
+    assert not search.final_places(study)
+    study_of(settings).decide(final)
+    assert len(final.runs) == 3 and search.final_places(study)
+
+
+def test_of_programs_that_share_a_study_the_one_with_the_best_trial_runs_the_final_stage(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    ours, theirs = (settings_for(tmp_path / name, count, storage=storage) for name, count in (("a", 2), ("b", 4)))
+    scored_as(ours, VALUES[:2])
+    study, final = scored_as(theirs, [(0.7, 0.01), (0.8, 0.01)]), Final()
+    study_of(dataclasses.replace(ours, n_trials=4)).decide(final)
+    assert not final.runs
+    study_of(theirs).decide(final)
+    assert final.runs == [["3", "2", "1"]] and search.final_places(study)
+
+
+def test_a_final_stage_is_run_again_where_its_winner_is_gone(tmp_path: Path) -> None:
+    settings, final = settings_for(tmp_path, 4), Final()
+    scored_as(settings, [*VALUES, (0.8, 0.01)])
+    study_of(settings).decide(final)
+    (settings.output_dir / "trial_0001" / "lora.safetensors").unlink()  # which has won
+    study_of(settings).decide(final)
+    assert final.runs == [["3", "2", "1"], ["3", "2", "0"]]
+
+
+def test_one_scored_trial_needs_no_final_stage(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    scored_as(settings, VALUES[:1])
+    study_of(settings).decide(failing(AssertionError("was run")))
 
 
 def failures_of(trial: FrozenTrial) -> list[tuple[str, bool]]:
