@@ -3,15 +3,20 @@
     python tests/small_world/benchmark.py gates       the models by themselves, before any LoRA
     python tests/small_world/benchmark.py ladder      learning rates from 0.01 to 100 times the V2.1 range
     python tests/small_world/benchmark.py truth       30 settings: rank correlation of score and judge, spread and noise
+    python tests/small_world/benchmark.py flaws       what the score takes off for drawn pictures with a known flaw
+    python tests/small_world/benchmark.py noise       how far a value moves with other prompts, seeds or trainings
+    python tests/small_world/benchmark.py final       what the final stage gains in simulated studies, after truth
+    python tests/small_world/benchmark.py candidates  other definitions of the score, on flaws, trainings and noise
     python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
 
-Each trial is trained by the demo's trainer and scored by `optuna_hyperparameter_search.py --score` in a study's folder
-that `--demo` made (--output-dir, kept: what was trained there before is not trained again). Two at a time.
+Each trial is trained by the demo's trainer and scored by the search's own scoring process in a study's folder that
+`--demo` made (--output-dir, kept: what was trained there before is not trained again). Two at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -19,7 +24,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,18 +39,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import demo_world
 from small_world import judge, scenes
+from small_world.confirmation import STAGE, Confirmation, Judged, in_units, read_pictures
+from small_world.definitions import DEFINITIONS
+from small_world.final import Noise, noise_of, simulate
+from small_world.flaws import FLAWS
+from small_world.noise import Pool, mean_and_deviation
 
 import optuna_hyperparameter_search as search
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parents[1] / "optuna_hyperparameter_search.py"
+# `--score` would do the same, but only for one trial of a study at a time.
+SCORE = f"""import pathlib, sys
+sys.path.insert(0, {str(HERE.parents[1])!r})
+import optuna_hyperparameter_search
+optuna_hyperparameter_search.score_folder(pathlib.Path(sys.argv[1]), "cpu")
+"""
 TRAINER = HERE.parent / "small_trainer" / "train_network.py"
 MIDDLE: dict[str, Any] = {  # of the V2.1 space
     "learning_rate": 8.5e-5, "text_encoder_lr": 5e-5, "network_dim": 128, "network_alpha": 64,
     "optimizer_type": "AdamW", "max_train_epochs": 16, "lr_scheduler": "cosine", "gradient_accumulation_steps": 1,
     "lr_warmup_steps": 50,
 }  # fmt: skip
-TERMS = ("fidelity", "text", "preservation", "variety", "usable")
+TERMS = search.TERMS
 
 
 # Gates
@@ -139,14 +155,19 @@ def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, A
             config[path] = config[path].replace("trial_0000", name)
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(toml.dumps({**config, **MIDDLE, **changes}), encoding="utf-8")
+        search.write_json(folder / "params.json", {**MIDDLE, **changes})
         started = time.monotonic()
-        run(folder, sys.executable, TRAINER, "--config_file", folder / "config.toml")
+        if not (folder / f"{search.LORA_NAME}.safetensors").is_file():
+            run(folder, sys.executable, TRAINER, "--config_file", folder / "config.toml")
         trained = time.monotonic()
-        run(folder, sys.executable, SCRIPT, "--score", folder, "--device", "cpu")
+        run(folder, sys.executable, "-c", SCORE, folder)
         seconds = {"training": trained - started, "scoring": time.monotonic() - trained}
         (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     metrics = search.read_json(folder / "metrics.json")
-    found = {"name": name, **{key: metrics[key] for key in ("outcome", "score", "terms", "raw", "best_epoch")}}
+    found = {
+        "name": name,
+        **{key: metrics[key] for key in ("outcome", "score", "terms", "raw", "best_epoch", "checkpoint")},
+    }
     return {**found, "judge": judge_trial(output_dir, folder) if metrics["outcome"] == "scored" else None}
 
 
@@ -169,7 +190,14 @@ def judge_pictures(output_dir: Path, folder: Path) -> dict[str, float]:
         for job, file in zip(jobs, files, strict=True)
         if file.is_file()
     ]
-    return judge.truth([prompt for prompt, _ in there], [picture for _, picture in there])
+    return judge.truth([prompt for prompt, _ in there], [picture for _, picture in there], *training_set(output_dir))
+
+
+def training_set(output_dir: Path) -> tuple[list[np.ndarray], set[str]]:
+    """The data set's pictures, and its captions."""
+    files = sorted((output_dir / "inputs" / "images").glob("*.png"))
+    captions = {file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files}
+    return [judge.to_array(Image.open(file)) for file in files], captions
 
 
 def try_all(output_dir: Path, settings: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -249,7 +277,6 @@ def truth(output_dir: Path) -> bool:
     settings = feasible(output_dir, 30)
     inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[:20])]
     outside = [(f"truth_far_{n:02d}", {**setting, **far(rng)}) for n, setting in enumerate(settings[20:])]
-    again = [(f"truth_again_{seed}", {"seed": seed}) for seed in SEEDS_OF_ONE]
     results = try_all(output_dir, inside + outside)
     scored = [result for result in results if result["outcome"] == "scored"]
     pairs = (("score", "overall"), ("fidelity", "character"), ("text", "text"), ("preservation", "plain"))
@@ -261,7 +288,7 @@ def truth(output_dir: Path) -> bool:
         ]
         print(f"  {ours:14s} and the judge's {theirs:10s} {rho[0]:6.3f} {rho[1]:6.3f}")
     low, high = np.percentile([r["score"] for r in scored if "v21" in r["name"]], (5, 95))
-    seeds = [r["score"] for r in try_all(output_dir, again)]
+    seeds = [r["score"] for r in try_all(output_dir, map(again, SEEDS_OF_ONE))]
     noise = float(np.std(seeds, ddof=1))
     print(f"scores inside V2.1, 5th to 95th percentile {low:.4f} to {high:.4f}; standard deviation over "
           f"{len(seeds)} training seeds of one setting {noise:.4f}; ratio {(high - low) / noise:.2f}")  # fmt: skip
@@ -309,7 +336,164 @@ def log_uniform(rng: random.Random, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-COMMANDS = {"gates": gates, "ladder": ladder, "truth": truth, "strip": strip}
+# Flaws, noise, and definitions of the score that compete
+
+
+def flaws(output_dir: Path) -> bool:
+    """Print what the score takes off for each flaw; whether each costs more than twice the confirmation's noise."""
+    confirmation = Confirmation(output_dir)
+    found = judge_flaws(confirmation)
+    deviation = known_noise(output_dir).get("demo", {}).get(PRESENT, (0.0, 0.0))[1]
+    print(f"{'':34s}  score  {'  '.join(f'{name[:6]:6s}' for name in TERMS)}  judge  loss in standard deviations")
+    for name, judged in found.items():
+        terms = "  ".join(f"{judged.terms[term]:6.3f}" for term in TERMS)
+        loss = in_units(found["right"].scores[PRESENT] - judged.scores[PRESENT], deviation)
+        told = judged.judge["overall"]
+        print(f"{name:34s} {judged.scores[PRESENT]:6.3f}  {terms}  {told:5.2f}  {loss:6.1f}", flush=True)
+    print(f"standard deviation {deviation:.4f}" if deviation else "standard deviation: not known; run noise first")
+    return not too_cheap(found, PRESENT, deviation)
+
+
+def judge_flaws(confirmation: Confirmation) -> dict[str, Judged]:
+    jobs, world = confirmation.jobs, confirmation.world
+    return {name: confirmation.judged(confirmation.shown(flaw(jobs, world))) for name, flaw in FLAWS.items()}
+
+
+LEAST_LOSS = 2.0  # standard deviations
+PRESENT = "3"  # among DEFINITIONS
+
+
+def too_cheap(found: Mapping[str, Judged], definition: str, deviation: float) -> list[str]:
+    """Flaws that cost less than LEAST_LOSS."""
+    best = found["right"].scores[definition]
+    return [
+        name
+        for name, judged in found.items()
+        if name != "right" and not in_units(best - judged.scores[definition], deviation) > LEAST_LOSS
+    ]
+
+
+def noise(output_dir: Path) -> bool:
+    """Print and keep how far a middling LoRA's value moves, by definition: over prompts and seeds, over trainings."""
+    confirmation = Confirmation(output_dir)
+    first = try_out(output_dir, *again(SEEDS_OF_ONE[0]))
+    pool = Pool(confirmation, output_dir / first["name"] / first["checkpoint"], output_dir / "noise")
+    settings = {"demo": output_dir / "inputs" / "scoring.toml", "default": demo_world.CONFIGS / "scoring.toml"}
+    known = {name: pool.spread(search.ScoringSettings.read(path).confirm) for name, path in settings.items()}
+    search.write_json(output_dir / NOISE_FILE, known)
+    results = [try_out(output_dir, *again(seed)) for seed in SEEDS_OF_ONE]
+    trained = [confirmation.judged(pictures_of(confirmation, output_dir / result["name"])) for result in results]
+    known["trainings"] = {name: mean_and_deviation([judged.scores[name] for judged in trained]) for name in DEFINITIONS}
+    for what, found in known.items():
+        said = "  ".join(f"{name}: {mean:.3f} +- {deviation:.4f}" for name, (mean, deviation) in found.items())
+        print(f"{what:10s} {said}")
+    return True
+
+
+def again(seed: int) -> tuple[str, dict[str, Any]]:
+    """The middle of the search space, trained with this seed."""
+    return f"truth_again_{seed}", {"seed": seed}
+
+
+NOISE_FILE = "noise.json"
+
+
+def known_noise(output_dir: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    return search.read_json(output_dir / NOISE_FILE) or {}
+
+
+def pictures_of(confirmation: Confirmation, folder: Path) -> list[Image.Image]:
+    return read_pictures(folder / "scores" / STAGE, confirmation.jobs)
+
+
+def final(output_dir: Path) -> bool:
+    """Print how well simulated studies choose, with and without the final stage; whether it meets its aims."""
+    confirmation = Confirmation(output_dir)
+    folders = [folder for folder in scored_trials(output_dir) if "v21" in folder.name]
+    found = [confirmation.value(pictures_of(confirmation, folder)) for folder in folders]
+    noises = [noise_of(images, error) for _, error, images in found]
+    settings = search.ScoringSettings.read(demo_world.CONFIGS / "scoring.toml")
+    counts = {"confirm": (settings.confirm["prompts"], settings.confirm["seeds"])}
+    counts["final"] = (settings.final["prompts"], settings.final["seeds"] * len(search.FINAL_ROUNDS))
+    held = True
+    for factor in (1, 2):  # the bootstrap draws prompts anew, but the seeds are the same for all of them
+        louder = [Noise(factor**2 * one.prompt, factor**2 * one.seed) for one in noises]
+        for stage, (prompts, seeds) in counts.items():
+            deviation = float(np.median([one.deviation(prompts, seeds) for one in louder]))
+            print(f"noise x {factor}: standard deviation of a value, {stage} ({prompts} x {seeds}): {deviation:.4f}")
+        picked = simulate([score for score, _, _ in found], louder, counts)
+        for name, one in picked.items():
+            said = f"regret {one.regret:.4f}, truly best {one.truly_best:.0%}, overstated by {one.overstated:.4f}"
+            print(f"{name:13s} {said}")
+        held = held and picked["final stage"].regret <= 0.015 and picked["final stage"].truly_best >= 0.55
+    return held
+
+
+def candidates(output_dir: Path) -> bool:
+    """Print what each definition takes off for each flaw, in standard deviations, and its agreement with the judge."""
+    confirmation = Confirmation(output_dir)
+    found, known = judge_flaws(confirmation), known_noise(output_dir)
+    passed = [print_losses(found, {name: known[counts][name][1] for name in DEFINITIONS}, counts) for counts in COUNTS]
+    print_row("right, score", lambda name: found["right"].scores[name])
+    print_agreement(confirmation, scored_trials(output_dir))
+    print_seconds(confirmation)
+    return any(passed)
+
+
+COUNTS = ("demo", "default")  # of pictures in a confirmation
+
+
+def print_losses(found: Mapping[str, Judged], deviations: Mapping[str, float], counts: str) -> bool:
+    """Whether a definition makes every flaw cost enough."""
+    print(f"{counts + ' counts':34s}  {'  '.join(f'{name:>10s}' for name in DEFINITIONS)}  judge")
+    for flaw, judged in found.items():
+        losses = [in_units(found["right"].scores[name] - judged.scores[name], deviations[name]) for name in DEFINITIONS]
+        print(f"{flaw:34s}  {'  '.join(f'{loss:10.1f}' for loss in losses)}  {judged.judge['overall']:5.2f}")
+    print_row("standard deviation", lambda name: deviations[name])
+    cheap = {name: too_cheap(found, name, deviations[name]) for name in DEFINITIONS}
+    print("\n".join(f"too cheap in {name}: {', '.join(flaws) or 'none'}" for name, flaws in cheap.items()))
+    return not all(cheap.values())
+
+
+def print_agreement(confirmation: Confirmation, folders: list[Path]) -> None:
+    """Rank correlations over trainings: score and the judge's overall, fidelity and the judge's character."""
+    trained = [confirmation.judged(pictures_of(confirmation, folder)) for folder in folders]
+    overall, character = ([judged.judge[what] for judged in trained] for what in ("overall", "character"))
+    print_row(
+        f"Spearman, {len(trained)} trainings",
+        lambda name: rank_correlation([judged.scores[name] for judged in trained], overall),
+    )
+    for name in confirmation.candidates.fidelities:
+        rho = rank_correlation([judged.terms[name] for judged in trained], character)
+        print(f"{name:12s} and the judge's character: {rho:.3f}")
+
+
+def print_row(what: str, value: Callable[[str], float]) -> None:
+    print(f"{what:34s}  {'  '.join(f'{value(name):10.3f}' for name in DEFINITIONS)}")
+
+
+def print_seconds(confirmation: Confirmation) -> None:
+    """What each fidelity costs a picture, beside rendering it."""
+    pictures = list(confirmation.world.base.values())
+    timed = {"rendering": lambda: confirmation.scorer.render(confirmation.jobs)}
+    for name, fidelity in confirmation.candidates.fidelities.items():
+        timed[name] = functools.partial(fidelity.features, pictures)
+    for name, work in timed.items():
+        started = time.process_time()
+        work()
+        print(f"{name:12s} {(time.process_time() - started) / len(pictures):.4f} s of a core a picture")
+
+
+def scored_trials(output_dir: Path) -> list[Path]:
+    """Folders of trials whose confirmation is there."""
+    found = sorted(output_dir.glob("*/metrics.json"))
+    return [file.parent for file in found if search.read_json(file)["outcome"] == "scored"]
+
+
+COMMANDS = {
+    "gates": gates, "ladder": ladder, "truth": truth, "strip": strip,
+    "flaws": flaws, "noise": noise, "final": final, "candidates": candidates,
+}  # fmt: skip
 
 
 def main() -> int:

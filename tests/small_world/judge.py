@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,21 +126,38 @@ def shape_is_right(prompt: str, seen: Seen) -> bool:
     return f"{seen.colour} {seen.shape}" in prompt and obedience(prompt, seen) == 1.0
 
 
-def truth(prompts: list[str], pictures: list[np.ndarray]) -> dict[str, float]:
+COPY_DB = 25.0  # peak signal-to-noise ratio; a picture this near to a training picture is the same picture
+
+
+def is_copy(picture: np.ndarray, training: Sequence[np.ndarray]) -> bool:
+    """Whether a training picture shows the same pixel for pixel, as far as the autoencoder keeps them."""
+    errors = [np.square(picture - other).mean() for other in training]
+    return bool(errors and 10 * np.log10(255**2 / max(min(errors), 1e-9)) >= COPY_DB)
+
+
+def truth(
+    prompts: Sequence[str],
+    pictures: Sequence[np.ndarray],
+    training: Sequence[np.ndarray] = (),
+    captions: Collection[str] = (),
+) -> dict[str, float]:
     """The judge's terms, 0..1, over prompts of one trial; those that name Luca ask for him.
 
-    character and text are means over his pictures, plain is the share of the others that are right, and overall is
-    how much of Luca there is where the prompt wants him, the mean of character x obedience.
+    character and text are means over his pictures, and plain is the share of the others that are right. copies is the
+    share of his pictures that copy a training picture, without the prompts that are captions of one: there the training
+    picture is the right answer. overall is the mean of character x obedience, times plain, times 1 - copies.
     """
-    shown = [(prompt, see_luca(picture)) for prompt, picture in zip(prompts, pictures, strict=True) if "luca" in prompt]
-    plain = [
-        shape_is_right(prompt, see_shape(picture))
-        for prompt, picture in zip(prompts, pictures, strict=True)
-        if "luca" not in prompt
-    ]
-    return {
-        "character": float(np.mean([seen.character for _, seen in shown])),
-        "text": float(np.mean([obedience(prompt, seen) for prompt, seen in shown])),
-        "plain": float(np.mean(plain)),
-        "overall": float(np.mean([seen.character * obedience(prompt, seen) for prompt, seen in shown])),
+    every = list(zip(prompts, pictures, strict=True))
+    named = [(prompt, picture) for prompt, picture in every if "luca" in prompt]
+    shown = [(prompt, see_luca(picture)) for prompt, picture in named]
+    plain = [shape_is_right(prompt, see_shape(picture)) for prompt, picture in every if "luca" not in prompt]
+    copies = [is_copy(picture, training) for prompt, picture in named if prompt not in captions]
+    there = np.mean([seen.character * obedience(prompt, seen) for prompt, seen in shown])
+    found = {
+        "character": np.mean([seen.character for _, seen in shown]),
+        "text": np.mean([obedience(prompt, seen) for prompt, seen in shown]),
+        "plain": np.mean(plain),
+        "copies": np.mean(copies) if copies else 0.0,
     }
+    overall = there * found["plain"] * (1 - found["copies"])
+    return {name: float(value) for name, value in {**found, "overall": overall}.items()}

@@ -14,6 +14,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 32  # pixels of a picture
@@ -43,6 +44,8 @@ FIGURE_SIZES = {"small": 0.62, "large": 0.84}  # of a figure's height
 HORIZON = 0.66  # from the top
 FOOT = 0.92
 HEADGEARS = ("hat", "box", "ears")
+KINDS = (*BACKGROUNDS, *SHAPES, *HEADGEARS, "head", "body", "belt")  # that a pixel may belong to
+PAINTS = ("none", *COLOURS)
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,40 @@ def random_name(rng: random.Random) -> str:
 
 def draw(scene: Scene) -> Image.Image:
     """The picture, RGB, SIDE x SIDE pixels."""
+    return draw_parts(scene, parts(scene))
+
+
+def draw_parts(scene: Scene, shown: list[Part]) -> Image.Image:
+    """The scene's background with these parts on it, RGB, SIDE x SIDE pixels."""
     side = SIDE * SCALE
     above, below = BACKGROUNDS[scene.background]
     picture = Image.new("RGB", (side, side), above)
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, round(side * scene.horizon), side, side), fill=below)
-    if scene.what is not None:
-        for _, shape, box, colour in parts(scene):
-            draw_shape(pen, shape, tuple(value * side for value in box), colour)
+    for _, shape, box, colour in shown:
+        draw_shape(pen, shape, tuple(value * side for value in box), colour)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def pixel_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What each pixel shows before the picture is reduced: its place in KINDS and in PAINTS."""
+    side = SIDE * SCALE
+    names = {colour: name for name, colour in COLOURS.items()}
+    kinds = np.full((side, side), KINDS.index(scene.background))
+    paints = np.zeros((side, side), dtype=int)
+    for part, shape, box, colour in parts(scene):
+        mask = Image.new("1", (side, side))
+        draw_shape(ImageDraw.Draw(mask), shape, tuple(value * side for value in box), 1)
+        kinds[np.asarray(mask)] = KINDS.index(kind_of(part, scene.what))
+        paints[np.asarray(mask)] = PAINTS.index(names[colour])
+    return kinds, paints
+
+
+def kind_of(part: str, what: Identity | tuple[str, str] | None) -> str:
+    """The part's own name, except where it may be any of several things: the headgear, or the plain shape."""
+    if isinstance(what, Identity):
+        return what.headgear if part == "top" else part
+    return what[0] if what else part
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the picture
@@ -166,6 +194,8 @@ Part = tuple[str, str, Box, Colour]  # name, shape, place, colour
 
 def parts(scene: Scene) -> list[Part]:
     """What a scene's thing is drawn from, back to front."""
+    if scene.what is None:
+        return []
     middle, foot = PLACES[scene.place] + scene.dx, FOOT + scene.dy
     if isinstance(scene.what, Identity):
         return figure_parts(scene.what, middle, foot, FIGURE_SIZES[scene.size])
@@ -199,7 +229,7 @@ def around(middle: float, half: float, top: float, bottom: float) -> Box:
     return middle - half, top, middle + half, bottom
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], colour: Colour) -> None:
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], colour: Colour | int) -> None:
     left, top, right, bottom = box
     if shape == "circle":
         pen.ellipse(box, fill=colour)

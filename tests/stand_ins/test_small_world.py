@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import Demo
 from demo_world import SMALL_WORLD
-from small_world import benchmark, judge, scenes
+from small_world import benchmark, definitions, final, flaws, judge, noise, scenes
 
 import optuna_hyperparameter_search as search
 
@@ -109,6 +109,161 @@ def test_rank_correlation_of_known_rows() -> None:
     assert benchmark.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # a tie
 
 
+# --- pictures with a known flaw ---
+
+PROMPTS = [
+    f"luca, a large figure, {place}, {background}" for place in scenes.PLACES for background in scenes.BACKGROUNDS
+]
+JOBS = [{"name": f"p{number:02d}", "prompt": prompt, "subject": True} for number, prompt in enumerate(PROMPTS)]
+PLAIN = [
+    {"name": f"q{number}", "prompt": "a small red circle, on the left, in snow", "subject": False}
+    for number in range(4)
+]
+
+
+def flawed(name: str) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Jobs with and without the subject, and a flaw's pictures of them."""
+    circle = scenes.draw(scenes.Scene("in snow", ("circle", "red"), "on the left", "small"))
+    training = [scenes.draw(scene) for scene in demo_world.luca_scenes(16)]
+    world = flaws.World({job["name"]: circle for job in PLAIN}, training, demo_world.luca_scenes(16))
+    return JOBS + PLAIN, [judge.to_array(picture) for picture in flaws.FLAWS[name](JOBS + PLAIN, world)]
+
+
+def told_of(name: str) -> dict[str, float]:
+    jobs, pictures = flawed(name)
+    training = [judge.to_array(scenes.draw(scene)) for scene in demo_world.luca_scenes(16)]
+    captions = {", ".join(["luca", *scenes.tags(scene)]) for scene in demo_world.luca_scenes(16)}
+    return judge.truth([job["prompt"] for job in jobs], pictures, training, captions)
+
+
+def test_right_pictures_are_what_their_prompts_ask_for() -> None:
+    told = told_of("right")
+    assert told["character"] > 0.9
+    assert (told["text"], told["plain"], told["copies"]) == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("part", ["ears", "head", "body", "belt"])
+@pytest.mark.parametrize("flaw", ["missing", "purple"])
+def test_a_part_that_is_missing_or_recoloured_costs_the_judge_its_share(part: str, flaw: str) -> None:
+    assert 0.12 < told_of("right")["character"] - told_of(f"{part} {flaw}")["character"] < 0.3
+
+
+@pytest.mark.parametrize("name", ["background ignored", "place ignored"])
+def test_what_the_prompt_says_is_ignored_in_every_picture(name: str) -> None:
+    assert told_of(name)["text"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_share_of_the_pictures_shows_another_figure() -> None:
+    (_, right), (_, three), (_, half) = map(flawed, ("right", "right in 3 of 4", "right in 1 of 2"))
+    changed = [sum(not np.array_equal(a, b) for a, b in zip(right, some, strict=True)) for some in (three, half)]
+    assert (len(JOBS), changed) == (18, [5, 9])
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_character_bleeds_into_a_share_of_the_plain_pictures(share: float) -> None:
+    assert told_of(f"character in {share:.0%} of plain")["plain"] == 1 - share
+
+
+def test_the_judge_tells_copies_from_the_subject_drawn_anew() -> None:
+    for name in ("nearest training picture pasted", "random training picture pasted"):
+        assert (told_of(name)["copies"], told_of(name)["overall"]) == (1.0, 0.0)
+
+
+def test_a_copy_is_no_fault_where_the_prompt_is_a_caption() -> None:
+    picture = judge.to_array(scenes.draw(demo_world.luca_scenes(1)[0]))
+    plain = judge.to_array(scenes.draw(scenes.Scene("in snow", ("circle", "red"), "on the left", "small")))
+    prompts = ["luca, on grass", "a small red circle, on the left, in snow"]
+    told = [judge.truth(prompts, [picture, plain], [picture], known)["copies"] for known in ((), prompts)]
+    assert told == [1.0, 0.0]
+
+
+def test_the_nearest_training_picture_is_the_one_that_agrees_most() -> None:
+    scene = scenes.Scene("at night", scenes.LUCA, "on the left", "small")
+    others = [
+        scenes.Scene("at night", scenes.LUCA, "on the right", "large"),
+        scene,
+        scenes.Scene("in snow", None, "", ""),
+    ]
+    assert [flaws.agreement(scene, other) for other in others] == [1, 3, 0]
+
+
+def test_pixel_labels_say_what_is_drawn_on_top() -> None:
+    scene = scenes.Scene("in snow", scenes.LUCA, "in the middle", "large")
+    kinds, paints = scenes.pixel_labels(scene)
+    shown = {(scenes.KINDS[k], scenes.PAINTS[p]) for k, p in zip(kinds.ravel(), paints.ravel(), strict=True)}
+    parts = {("ears", "red"), ("head", "yellow"), ("body", "blue"), ("belt", "pink")}
+    assert shown == {("in snow", "none")} | parts
+
+
+# --- definitions of the score that compete ---
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def made_tokens(pictures: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Patch tokens of 8 x 8 patches on a background that changes, and where the thing is: 3 x 2 patches, two parts."""
+    rng = np.random.default_rng(4)
+    inside = np.zeros((pictures, 8, 8), dtype=bool)
+    tokens = rng.normal(size=(pictures, 1, 1, 16)) * 3 + rng.normal(size=(pictures, 8, 8, 16)) * 0.1
+    for number in range(pictures):
+        row, column = 3 + number % 2, 2 + number % 3
+        inside[number, row : row + 3, column : column + 2] = True
+        tokens[number, row : row + 3, column : column + 2] = np.eye(16)[5] * 4
+        tokens[number, row, column : column + 2] = np.eye(16)[9] * 4
+    return unit(tokens).reshape(pictures, 64, 16), inside.reshape(pictures, 64)
+
+
+def test_the_foreground_is_found_on_backgrounds_that_change() -> None:
+    tokens, inside = made_tokens()
+    found = definitions.unlike_border(tokens)
+    assert (found & inside).sum() / inside.sum() == 1.0
+    assert (found & inside).sum() / found.sum() > 0.6
+
+
+def test_the_first_component_points_away_from_the_border() -> None:
+    tokens, inside = made_tokens()
+    tokens[~inside] = unit(tokens[~inside] * 0.05 + np.eye(16)[1])
+    assert np.array_equal(definitions.first_component(tokens), inside)
+
+
+def test_a_part_that_is_nowhere_in_a_picture_costs_more_than_its_share_of_patches() -> None:
+    tokens, inside = made_tokens()
+    fidelity = definitions.Patches(lambda some: tokens[list(some)], range(6), 2, lambda found: inside)
+    base = np.full((1, 2), 0.1)
+    whole = fidelity.term(fidelity.features(range(6)), base)
+    tokens[(tokens @ np.eye(16)[9] > 0.9) & inside] = unit(np.ones(16) - np.eye(16)[9])
+    assert whole == pytest.approx(1.0)
+    assert fidelity.term(fidelity.features(range(6)), base) < 0.5  # a third of the patches
+
+
+def test_a_fidelity_is_nothing_where_the_base_model_already_is() -> None:
+    tokens, inside = made_tokens()
+    fidelity = definitions.Patches(lambda some: tokens[list(some)], range(6), 2, lambda found: inside)
+    features = np.full((4, 2), 0.3)
+    assert fidelity.term(features, features) == pytest.approx(search.TERM_FLOOR)
+
+
+def test_a_draw_from_the_pool_is_a_plan_without_repeats() -> None:
+    prompts = noise.pool_prompts(
+        [f"luca, {', '.join(scenes.tags(scene))}" for scene in demo_world.luca_scenes(16)], "luca"
+    )
+    jobs = noise.pool_jobs(prompts, {"width": 32}, "luca")
+    chosen = noise.draw(jobs, {"prompts": 8, "seeds": 3, "plain_prompts": 4}, random.Random(1))
+    assert len(chosen) == len(set(chosen)) == 28
+    kinds = [jobs[number]["kind"] for number in chosen]
+    assert [kinds.count(kind) for kind in ("caption", "elsewhere", "short", "plain")] == [6, 12, 6, 4]
+    assert not set(prompts["elsewhere"]) & set(prompts["caption"])
+
+
+def test_a_flaw_is_too_cheap_below_two_standard_deviations() -> None:
+    found = {
+        name: benchmark.Judged({}, {"2": score}, {}) for name, score in (("right", 0.9), ("dear", 0.6), ("cheap", 0.8))
+    }
+    assert benchmark.too_cheap(found, "2", 0.1) == ["cheap"]
+
+
 # --- the trained models ---
 
 
@@ -194,3 +349,32 @@ def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
     trained = benchmark.judge_trial(demo.output_dir, demo.output_dir / f"trial_{best['trial']:04d}")
     base = benchmark.judge_pictures(demo.output_dir, demo.output_dir / "reference" / "confirm")
     assert trained["character"] > 2 * base["character"]
+
+
+# --- the final stage, simulated ---
+
+
+def rows_of(values: np.ndarray) -> list[dict[str, Any]]:
+    """Images with these q, a row a prompt."""
+    return [{"name": f"p{p}-s{s}", "q": q} for p, of_seeds in enumerate(values) for s, q in enumerate(of_seeds)]
+
+
+def test_noise_is_told_apart_into_prompts_and_seeds() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(0, 0.3, (400, 1)) + rng.normal(0, 0.1, (400, 3))
+    found = final.noise_of(rows_of(values), standard_error=0.02)
+    assert found.deviation(400, 3) == pytest.approx(0.02)
+    assert found.prompt / found.seed == pytest.approx(9, rel=0.2)
+
+
+def test_without_noise_both_ways_pick_the_best() -> None:
+    silent = [final.Noise(0.0, 0.0)] * 4
+    picked = final.simulate([0.1, 0.2, 0.3, 0.4], silent, {"confirm": (16, 3), "final": (16, 9)})
+    assert {(one.regret, one.truly_best, one.overstated) for one in picked.values()} == {(0.0, 1.0, 0.0)}
+
+
+def test_more_pictures_pick_better() -> None:
+    loud = [final.Noise(0.01, 0.06)] * 4
+    picked = final.simulate([0.40, 0.42, 0.44, 0.46], loud, {"confirm": (16, 3), "final": (16, 90)})
+    assert picked["final stage"].regret < picked["confirmation"].regret
+    assert picked["final stage"].overstated < picked["confirmation"].overstated

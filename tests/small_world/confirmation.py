@@ -1,0 +1,100 @@
+"""A study's confirmation, for pictures from anywhere: the same terms and score as a trial's, and what the judge says.
+
+confirmation = Confirmation(Path("runs/small_world"))
+confirmation.judged(confirmation.shown(FLAWS["ears missing"](confirmation.jobs, confirmation.world)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import demo_world
+import numpy as np
+from PIL import Image
+from small_world import judge
+from small_world.definitions import Candidates, scores_of
+from small_world.flaws import World
+
+import optuna_hyperparameter_search as search
+
+STAGE = "confirm"
+Pictures = Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the score and the judge say of one set of pictures."""
+
+    terms: dict[str, float]
+    scores: dict[str, float]  # by the name of the definition
+    judge: dict[str, float]
+
+
+class Confirmation:
+    """The reference of a study that exists, and its scorer."""
+
+    def __init__(self, output_dir: Path) -> None:
+        reference = output_dir / "reference"
+        self.plan: dict[str, Any] = search.read_json(reference / "plan.json")
+        self.jobs: list[dict[str, Any]] = self.plan[STAGE]
+        self.scorer = search.ImageScorer(self.plan, "cpu")
+        found = search.FolderScorer(self.scorer, reference)
+        self.limits, self.anchors, self.embeddings = found.anchors["usable"], found.anchors, found.embeddings
+        self.captions = {read_caption(Path(path)) for path in self.plan["images"]}
+        training = [Image.open(path).convert("RGB") for path in self.plan["images"]]
+        self.data = self.scorer.through_vae(training)
+        base = read_pictures(reference / STAGE, self.jobs)
+        self.world = World(
+            {job["name"]: picture for job, picture in zip(self.jobs, base, strict=True)},
+            training,
+            demo_world.luca_scenes(len(training)),
+        )
+        self.candidates = Candidates(self.scorer, self.data)
+        self.base_features = self.candidates.features(self.about_subject(base))
+
+    def shown(self, pictures: Pictures) -> list[Image.Image]:
+        """What a LoRA would have rendered: drawings pass the VAE, the base model's own pictures have passed it."""
+        base = set(map(id, self.world.base.values()))
+        return [picture if id(picture) in base else self.scorer.through_vae([picture])[0] for picture in pictures]
+
+    def images(self, shown: Pictures) -> search.StageImages:
+        return search.StageImages(self.scorer, STAGE, shown, self.limits, self.embeddings["data"])
+
+    def about_subject(self, shown: Pictures) -> list[Image.Image]:
+        return [picture for job, picture in zip(self.jobs, shown, strict=True) if job["subject"]]
+
+    def judged(self, shown: Pictures) -> Judged:
+        """Of pictures as the VAE shows them, one for every job."""
+        base = (self.embeddings[STAGE], self.embeddings[f"{STAGE}_usable"])
+        raw = self.images(shown).raw_values(*base, self.anchors["copy"])
+        terms = search.terms_of(raw, {**self.anchors, **self.anchors[STAGE]})
+        seen = self.candidates.features(self.about_subject(shown))
+        terms = {name: float(value) for name, value in terms.items()}
+        terms |= self.candidates.terms(seen, self.base_features)
+        prompts, training = [job["prompt"] for job in self.jobs], list(map(judge.to_array, self.data))
+        told = judge.truth(prompts, list(map(judge.to_array, shown)), training, self.captions)
+        return Judged(terms, scores_of(terms), told)
+
+    def value(self, shown: Pictures) -> tuple[float, float, list[dict[str, Any]]]:
+        """Score, its standard error, and the values of each image."""
+        base = (self.embeddings[STAGE], self.embeddings[f"{STAGE}_usable"])
+        raw = self.images(shown).raw_values(*base, self.anchors["copy"])
+        anchors, weights = {**self.anchors, **self.anchors[STAGE]}, self.plan["weights"]
+        error = float(np.std(search.resampled_scores(raw, anchors, weights)))
+        return float(search.combine(search.terms_of(raw, anchors), weights)), error, raw["images"]
+
+
+def read_caption(picture: Path) -> str:
+    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+
+
+def read_pictures(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    return [Image.open(folder / f"{job['name']}.png").convert("RGB") for job in jobs]
+
+
+def in_units(loss: float, deviation: float | None) -> float:
+    """A loss in standard deviations of a confirmation; NaN where it is not known."""
+    return loss / deviation if deviation else float(np.nan)
