@@ -1131,18 +1131,18 @@ class MadeFolderScorer(search.FolderScorer):
         return self.judge({**search.average(rows), "spread": 0.5, "images": rows}, stage)
 
 
-def test_few_prompts_can_not_show_that_a_trial_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "ENOUGH_PROMPTS", 17)  # one more than the plan has
-    result, _ = run_final(tmp_path, "0.900", "0.500")
+def test_few_prompts_can_not_show_that_a_trial_loses(tmp_path: Path) -> None:
+    result, _ = run_final(tmp_path, "0.900", "0.500", prompts=search.ENOUGH_PROMPTS - 1)
     assert [(found["rounds"], found["dropped"]) for found in result["finalists"]] == [(3, False), (3, False)]
     assert result["strength"] == 1.0
 
 
-def run_final(folder: Path, *fidelities: str) -> tuple[dict[str, Any], list[tuple[str, str, float]]]:
+def run_final(folder: Path, *fidelities: str, prompts: int = 16) -> tuple[dict[str, Any], list[tuple[str, str, float]]]:
     folder.mkdir(exist_ok=True)
     files = {str(n): str(folder / f"trial_{n:04d}" / f"{q}.safetensors") for n, q in enumerate(fidelities)}
     search.write_json(folder / search.FINALISTS, files)
-    scorer = MadeFolderScorer({**plan_of(), "weights": WEIGHTS})
+    counts = {**settings_of_configs().final, "prompts": prompts}
+    scorer = MadeFolderScorer({**plan_of(final=counts), "weights": WEIGHTS})
     search.FinalStage(scorer, folder).run()
     return search.read_json(folder / "result.json"), scorer.scored
 
