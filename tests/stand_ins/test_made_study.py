@@ -64,8 +64,9 @@ def without(lines: set[str], *parts: str) -> set[str]:
     return {line for line in lines if not any(part in line for part in parts)}
 
 
-# What depends on the parameters' values, on what happens to be copied or broken, and on the number of steps.
-ACCIDENTS = ("lr_scheduler_num_cycles", "copies.images", "NoneType")
+# What depends on the parameters' values, on what happens to be copied or broken, on the number of steps, and on how
+# many rounds the final stage has.
+ACCIDENTS = ("lr_scheduler_num_cycles", "copies.images", "NoneType", "final-2", "final-3")
 
 
 def read(path: Path) -> Any:
@@ -145,8 +146,9 @@ def test_the_embeddings_have_the_real_ones_names(made: Path, demo: Demo) -> None
         np.load(made / "reference" / "embeddings.npz") as ours,
         np.load(demo.output_dir / "reference" / "embeddings.npz") as real,
     ):
-        assert set(ours.files) == set(real.files)
-        assert all(ours[name].ndim == real[name].ndim for name in real.files)
+        names = without(set(real.files), *ACCIDENTS)
+        assert without(set(ours.files), *ACCIDENTS) == names
+        assert all(ours[name].ndim == real[name].ndim for name in names)
 
 
 def test_the_loras_metadata_and_weights_have_the_real_ones_names(made: Path, demo: Demo) -> None:
