@@ -2696,8 +2696,9 @@ class FinalStage:
         return one - two
 
     def _summary_of(self, number: str, winner: str) -> dict[str, Any]:
-        """A finalist's values, and the 95% interval of how far it is ahead of the winner."""
-        judged, interval = self._judge(number), np.percentile(self._ahead(number, winner), (2.5, 97.5))
+        """A finalist's values, and the 99% interval of how far it is ahead of the winner: dropped ones are below 0."""
+        limits = (100 - LOSES_SURELY, LOSES_SURELY)
+        judged, interval = self._judge(number), np.percentile(self._ahead(number, winner), limits)
         about = {name: judged[name] for name in ("score", "standard_error", "terms")}
         rounds = len(self.rounds[number])
         return {"trial": int(number), **about, "rounds": rounds, "ahead_of_winner": list(map(float, interval))}
@@ -2851,7 +2852,7 @@ class ScoringProgress(ProcessOutput):
 
 
 def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> None:
-    """Make metrics.json in a trial's folder, or the reference images in OUTPUT_DIR/reference.
+    """Make metrics.json in a trial's folder, OUTPUT_DIR/reference, or the final stage in OUTPUT_DIR/final.
 
     A child process does it, so that this program never touches CUDA.
     """
@@ -3182,7 +3183,7 @@ def is_trained(trial: FrozenTrial) -> bool:
 
 
 def is_at_work(trial: FrozenTrial) -> bool:
-    """Whether a program runs it: the RUNNING trial of one that was interrupted waits for the same command."""
+    """Whether a program works on it. An interrupted trial stays RUNNING, but nobody does."""
     return trial.state == TrialState.RUNNING and trial.user_attrs.get("ended") != INTERRUPTED
 
 
@@ -3198,6 +3199,9 @@ def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(scored, key=lambda trial: places[trial.number]["place"] if trial.number in places else len(places))
 
 
+Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells, by trial
+
+
 def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
     """What the final stage found of each finalist, by trial; {} before it, and while trials were scored since."""
     final = study.user_attrs.get("final", {})
@@ -3206,7 +3210,7 @@ def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
     return {found["trial"]: {**found, "place": place} for place, found in enumerate(final["finalists"])}
 
 
-def may_be_best(places: Mapping[int, Mapping[str, Any]]) -> list[int]:
+def may_be_best(places: Places) -> list[int]:
     """The finalists that can't be told apart from the winner, which comes first."""
     return [number for number, found in places.items() if not found["dropped"]]
 
@@ -3575,7 +3579,7 @@ SHOWN_PICTURES = 8
 CURVE_POINTS = 100
 
 
-def facts_of(trial: FrozenTrial, places: Mapping[int, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]:
     """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names.
 
     `places`: what final_places() tells.
@@ -3657,7 +3661,6 @@ VOTES_NAME = "votes.json"  # in results/, where the user puts what the report sa
 COMPARED_TRIALS = 8  # 28 pairs
 VOTES = {"left": 1, "equal": 0, "right": -1}  # a vote as the sign of left minus right
 Z_95 = 1.96  # 95% of a normal distribution are within so many standard deviations
-Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells
 Vote = Mapping[str, Any]  # "left" and "right": numbers of trials; "vote": one of VOTES
 
 

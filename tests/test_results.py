@@ -388,6 +388,21 @@ def score_with(folder: Path, usable: float) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
+def test_a_report_shows_the_trials_under_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = settings_for(tmp_path, 2)
+    study = run(settings, [], [lambda folder: score_with(folder, 0.8), lambda folder: score_with(folder, 0.9)])
+    study.set_user_attr("fingerprint", {})
+    scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text(encoding="utf-8"))
+    scoring["weights"] = {**dict.fromkeys(scoring["weights"], 0.0), "usable": 1.0}
+    (tmp_path / "other.toml").write_text(toml.dumps(scoring), encoding="utf-8")
+    flags = ["--report", f"--output-dir={settings.output_dir}", "--study-name=test"]
+    assert search.main([*flags, f"--scoring-config={tmp_path / 'other.toml'}"]) == 0
+    said = capsys.readouterr().out.partition("With the weights of --scoring-config:\n")[2]
+    assert [line.split() for line in said.splitlines()] == [
+        ["trial", "1", "0.900", "(was", "0.200)"], ["trial", "0", "0.800", "(was", "0.200)"],
+    ]  # fmt: skip
+
+
 def test_a_study_without_a_score_says_so_and_why(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 3)
     with pytest.raises(search.SearchStopped):

@@ -195,6 +195,14 @@ def test_a_standard_error_is_that_of_a_mean_over_prompts() -> None:
     assert np.std(fidelity) == pytest.approx(expected, rel=0.1)
 
 
+def test_a_standard_error_of_few_prompts_is_not_too_small() -> None:
+    """Drawn from five prompts, values spread by sqrt(4 / 5) of what they should."""
+    of_prompts = [0.60, 0.65, 0.70, 0.75, 0.80]
+    fidelity = resampled([[q] for q in of_prompts]) ** 2
+    expected = np.std(np.array(of_prompts) / (1 - ANCHORS["q"]), ddof=1) / math.sqrt(5)
+    assert np.std(fidelity) == pytest.approx(expected, rel=0.05)
+
+
 def test_seeds_of_one_prompt_are_drawn_together() -> None:
     """Three equal images of a prompt tell no more than one."""
     of_prompts = np.random.default_rng(1).uniform(0.6, 0.8, 10)
@@ -1126,6 +1134,7 @@ class MadeFolderScorer(search.FolderScorer):
         self, path: Path, stage: str, images: Path, report: Any = None, strength: float = 1.0
     ) -> dict[str, Any]:
         self.scored.append((path.parent.name, stage, strength))
+        report(len(self.plan[stage]))
         q, luck = float(path.stem), np.random.default_rng(zlib.crc32(f"{path.stem} {stage}".encode()))
         rows = image_rows([[q - (strength - 0.8) ** 2 + noise for noise in luck.normal(0, 0.01, 3)] for _ in range(8)])
         return self.judge({**search.average(rows), "spread": 0.5, "images": rows}, stage)
@@ -1143,7 +1152,9 @@ def run_final(folder: Path, *fidelities: str, prompts: int = 16) -> tuple[dict[s
     search.write_json(folder / search.FINALISTS, files)
     counts = {**settings_of_configs().final, "prompts": prompts}
     scorer = MadeFolderScorer({**plan_of(final=counts), "weights": WEIGHTS})
-    search.FinalStage(scorer, folder).run()
+    final = search.FinalStage(scorer, folder)
+    final.run()
+    assert final.bar.n == final.bar.total  # whoever watches it sees it end
     return search.read_json(folder / "result.json"), scorer.scored
 
 

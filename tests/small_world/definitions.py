@@ -58,7 +58,7 @@ class Patches:
 
     def __init__(self, tokens: Tokens, data: Sequence[Image.Image], parts: int, foreground: Foreground) -> None:
         self.tokens = tokens
-        found = tokens(evenly(data, REFERENCES))
+        found = tokens(search._evenly(data, REFERENCES))
         self.foreground = foreground(found)
         self.patches, self.owner = found[self.foreground], np.nonzero(self.foreground)[0]
         self.part = k_means(self.patches, parts)
@@ -82,11 +82,6 @@ class Patches:
         room = np.maximum(self.one - zero, 0.0)
         found = np.clip((features.mean(axis=0) - zero) / np.maximum(room, LEAST), search.TERM_FLOOR, 1.0)
         return float(np.exp((room * np.log(found)).sum() / max(room.sum(), 1e-9)))
-
-
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    count = min(count, len(items))
-    return [items[position * len(items) // count] for position in range(count)]
 
 
 def first_component(tokens: np.ndarray) -> np.ndarray:
