@@ -846,6 +846,13 @@ def test_nothing_of_an_image_is_cut_off_before_it_is_embedded(scorer: search.Ima
         assert float(one @ other) < 0.999
 
 
+def test_an_encoders_own_crop_is_not_applied(scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [noise(0, 256, seed) for seed in range(2)]
+    before = scorer.embed_images(images)
+    monkeypatch.setattr(scorer.dinov2_processor, "crop_size", {"height": 14, "width": 14})  # as DINOv2's 224 of 256
+    np.testing.assert_array_equal(scorer.embed_images(images), before)
+
+
 def test_one_image_is_embedded_as_in_a_batch(scorer: search.ImageScorer) -> None:
     images = [noise(0, 256, seed) for seed in range(4)]
     np.testing.assert_allclose(scorer.embed_images(images)[2:3], scorer.embed_images(images[2:3]), atol=1e-5)
@@ -1135,6 +1142,7 @@ class MadeFolderScorer(search.FolderScorer):
     ) -> dict[str, Any]:
         self.scored.append((path.parent.name, stage, strength))
         report(len(self.plan[stage]))
+        assert report.__self__.n <= report.__self__.total  # the bar's
         q, luck = float(path.stem), np.random.default_rng(zlib.crc32(f"{path.stem} {stage}".encode()))
         rows = image_rows([[q - (strength - 0.8) ** 2 + noise for noise in luck.normal(0, 0.01, 3)] for _ in range(8)])
         return self.judge({**search.average(rows), "spread": 0.5, "images": rows}, stage)
