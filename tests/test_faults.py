@@ -333,20 +333,23 @@ def test_a_killed_program_leaves_no_trainer(night: Night) -> None:
 
 
 def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: Night) -> None:
-    left_over, innocent = (subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2))
+    processes = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(3)]
+    left_over, in_final, innocent = processes
     try:
-        for number, process, started in (
-            (7, left_over, search.when_started(left_over.pid)),
-            (8, innocent, "another boot 1"),  # its number was given anew
+        for place, process, started in (
+            ("reference/7", left_over, search.when_started(left_over.pid)),
+            ("final", in_final, search.when_started(in_final.pid)),
+            ("reference/8", innocent, "another boot 1"),  # its number was given anew
         ):
-            (night.output_dir / "reference" / f"{number}").mkdir()
-            file = night.output_dir / "reference" / f"{number}" / search.PROCESS_FILE
-            file.write_text(json.dumps({"pid": process.pid, "started": started}))
+            (night.output_dir / place).mkdir()
+            (night.output_dir / place / search.PROCESS_FILE).write_text(
+                json.dumps({"pid": process.pid, "started": started})
+            )
         done = night.run(1)
-        assert left_over.wait(5) == -signal.SIGKILL and innocent.poll() is None
+        assert left_over.wait(5) == in_final.wait(5) == -signal.SIGKILL and innocent.poll() is None
         assert f"Process {left_over.pid} in" in done.stdout and "has outlived the program" in done.stdout
     finally:
-        for process in (left_over, innocent):
+        for process in processes:
             process.kill()
             process.wait()
 

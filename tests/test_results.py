@@ -163,6 +163,15 @@ def test_trials_csv_has_a_row_for_every_trial(demo: Demo) -> None:
     assert set(search.SEARCH_SPACE) <= rows[0].keys()
 
 
+def test_trials_csv_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    study = run(settings, [failing(search.Diverged("nan in its weights"))])
+    search.Results(study, settings.output_dir).write_trials_csv()
+    with (settings.output_dir / "results" / "trials.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["ended"] == "diverged" and {row[name] for name in ("score", "standard_error", *search.TERMS)} == {""}
+
+
 def test_report_shows_the_same_again_and_needs_the_folder_alone(demo: Demo) -> None:
     (demo.output_dir / "results" / "trials.csv").unlink()
     command = [sys.executable, str(SCRIPT), "--report", "--output-dir", str(demo.output_dir)]

@@ -1148,6 +1148,11 @@ class MadeFolderScorer(search.FolderScorer):
         return self.judge({**search.average(rows), "spread": 0.5, "images": rows}, stage)
 
 
+def test_the_bar_counts_all_that_is_drawn(tmp_path: Path) -> None:
+    _, scored = run_final(tmp_path, "0.700", "0.701", "0.702", "0.703", "0.704")  # it is never beyond its end
+    assert len(scored) > 5 + len(search.STRENGTHS)
+
+
 def test_few_prompts_can_not_show_that_a_trial_loses(tmp_path: Path) -> None:
     result, _ = run_final(tmp_path, "0.900", "0.500", prompts=search.ENOUGH_PROMPTS - 1)
     assert [(found["rounds"], found["dropped"]) for found in result["finalists"]] == [(3, False), (3, False)]
