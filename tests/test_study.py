@@ -1232,7 +1232,8 @@ def test_of_an_address_only_what_is_no_secret_is_shown(address: str, shown: str)
     assert search.Storage(address).shown == shown
 
 
-def test_what_a_server_says_is_shown(tmp_path: Path) -> None:
+def test_what_a_server_says_is_shown() -> None:
+    pytest.importorskip("psycopg", reason="on PostgreSQL (apt-get install postgresql, pip install 'psycopg[binary]')")
     with pytest.raises(search.RefusedInput, match=r"127\.0\.0\.1/db \(.*refused.*\); check the server") as caught:
         search.load_study("postgresql+psycopg://me:s3cr3t@127.0.0.1:1/db", "x")
     assert "s3cr3t" not in str(caught.value) and "\n" not in str(caught.value)
