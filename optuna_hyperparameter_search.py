@@ -1743,9 +1743,12 @@ class Probe:
 
 FINAL_ROUNDS = {"final-1": 3001, "final-2": 4001, "final-3": 5001}  # of the same prompts, with other seeds
 FIRST_SEEDS = {"screen": 1001, "confirm": 2001, **FINAL_ROUNDS}  # of the stages, under their names in all files
-# Tags of quality, rating, number, view and looks: none of them is a name.
-_COMMON_LINES = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8").splitlines()
-COMMON_TAGS = re.compile("|".join(fnmatch.translate(line) for line in _COMMON_LINES if line and line[0] != "#"))
+# Tags of quality, number, view and looks: none of them is a name. Without the last, none says how anybody looks.
+_COMMON_TEXT = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8")
+COMMON_TAGS, NO_LOOKS = (
+    re.compile("|".join(fnmatch.translate(line) for line in text.splitlines() if line and line[0] != "#"))
+    for text in (_COMMON_TEXT, _COMMON_TEXT.partition("# Looks")[0])
+)
 NEARLY_ALL = 0.75  # a tag in this share of the captions may be the name that somebody forgot in the others
 # Letters of scripts that put spaces between words; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
 _LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
@@ -1790,8 +1793,14 @@ class Captions:
         self.candidates = [tag for tag in shared if tag not in self.common]  # that all captions share
 
     @staticmethod
-    def is_common(tag: str) -> bool:
-        return COMMON_TAGS.match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()) is not None
+    def is_common(tag: str, known: re.Pattern[str] = COMMON_TAGS) -> bool:
+        return known.match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()) is not None
+
+    def look(self, subject: Subject) -> list[str]:
+        """How the captions say that the subject looks: up to four tags that more than half of them have."""
+        counts = Counter(tag for tags in self.tags for tag in dict.fromkeys(tags) if tag and not subject.is_in(tag))
+        often = [tag for tag, count in counts.most_common() if count > len(self.texts) / 2]
+        return [tag for tag in often if not self.is_common(tag, NO_LOOKS)][:4]
 
     def find_subject(self, class_tokens: str | None, given: str | None) -> str:
         """As given, else class_tokens, else the first name that all captions share; a name in no caption is refused."""
@@ -1824,17 +1833,21 @@ class PromptChooser:
     def __init__(self, subject: str, captions: Sequence[str], settings: ScoringSettings) -> None:
         self.subject = Subject(subject)
         self.captions = dict.fromkeys(captions)
+        self.look = ", ".join(Captions(list(self.captions)).look(self.subject))
         self.settings = settings
         self.counts: dict[str, dict[str, int]] = {
             stage: getattr(settings, stage) for stage in ("screen", "confirm", "final")
         }
 
     def from_captions(self) -> dict[str, list[Prompt]]:
-        """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
+        """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones.
+
+        Every second prompt that shows it elsewhere says its look, too: a bare name favours an overtrained LoRA.
+        """
         named = [c for c in self.captions if self.subject.is_in(c) and self.subject.removed_from(c)]
         elsewhere, style = (
             iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
-            for templates in (self.settings.elsewhere, self.settings.style)
+            for templates in (self._looking(self.settings.elsewhere), self.settings.style)
         )
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
@@ -1850,6 +1863,10 @@ class PromptChooser:
                 f"--scoring-config: {said}; add some, or lower prompts in [screen], [confirm] or [final]"
             )
         return chosen
+
+    def _looking(self, templates: Sequence[str]) -> list[str]:
+        every = enumerate(dict.fromkeys(templates))
+        return [f"{text}, {self.look}" if self.look and number % 2 else text for number, text in every]
 
     def _plain(self) -> dict[str, list[Prompt]]:
         """For each stage prompts without the subject, at least two, because an anchor compares them with each other."""

@@ -376,8 +376,30 @@ def test_the_plan_has_the_documented_counts_and_shares() -> None:
     for stage, own, elsewhere, style in (("screen", 2, 4, 2), ("confirm", 4, 8, 4), ("final-1", 4, 8, 4)):
         found = prompts_of(plan, stage)
         assert len(found & set(CAPTIONS)) == own
-        assert len(found & {text.replace("{subject}", "luca") for text in templates.elsewhere}) == elsewhere
+        places = [text.replace("{subject}", "luca") for text in templates.elsewhere]
+        assert len(found & {*places[::2], *(f"{place}, a boy" for place in places[1::2])}) == elsewhere
         assert len(found & {text.replace("{subject}", "luca") for text in templates.style}) == style
+
+
+@pytest.mark.parametrize(
+    ("captions", "look"),
+    [
+        (["luca, 1boy, solo, red hair, hat, {}", "luca, red hair, hat, glasses, 1boy, {}"], "red hair, hat"),
+        (["1boy, luca (series), black_hair, simple background, {}"], "black_hair"),
+        (["luca, masterpiece, looking at viewer, {}"], ""),
+        (["a photo of luca with red hair on a {}"], ""),
+        (["luca, a, b, c, d, e, f, {}"], "a, b, c, d"),
+        (["luca, red hair, {}", "luca, {}"], ""),
+    ],
+    ids=["most tags", "the name within a tag", "no looks", "sentences", "four at most", "half is not most"],
+)  # fmt: skip
+def test_half_of_the_prompts_elsewhere_say_the_look_as_most_captions_do(captions: list[str], look: str) -> None:
+    plan = plan_of([captions[number % len(captions)].format(f"scene {number}") for number in range(12)])
+    places = [text.replace("{subject}", "luca") for text in settings_of_configs().elsewhere]
+    said = {f"{place}, {look}" if look else place for place in places[1::2]}
+    for stage in ("screen", "confirm", "final-1"):
+        found = prompts_of(plan, stage)
+        assert len(found & said) == len(found & set(places[::2])) >= 2
 
 
 def test_stages_share_neither_prompts_nor_seeds() -> None:

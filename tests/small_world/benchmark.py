@@ -9,14 +9,14 @@
     python tests/small_world/benchmark.py candidates  other definitions of the score, on flaws, trainings and noise
     python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
 
-Each trial is trained by the demo's trainer and scored by the search's own scoring process in a study's folder that
-`--demo` made (--output-dir, kept: what was trained there before is not trained again). Two at a time.
+Each trial is trained by the demo's trainer and scored by the search's own scoring process in a study's folder
+(--output-dir, one for each --world, kept: what was trained there before is not trained again). One at a time for each
+core.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -38,12 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import demo_world
-from small_world import judge, scenes
+from small_world import judge, scenes, wide
 from small_world.confirmation import STAGE, Confirmation, Judged, in_units, read_pictures
 from small_world.definitions import DEFINITIONS
 from small_world.final import Noise, noise_of, simulate
 from small_world.flaws import FLAWS
 from small_world.noise import Pool, mean_and_deviation
+from small_world.worlds import WORLDS, make_world
 
 import optuna_hyperparameter_search as search
 
@@ -140,10 +141,17 @@ def gates(output_dir: Path) -> bool:
 
 
 def make_study(output_dir: Path) -> None:
-    """A study with its reference and one trial."""
+    """A study with its reference and one trial, and what the base model makes of the many prompts."""
+    inputs = output_dir / "inputs"
     if not (output_dir / "trial_0000" / "metrics.json").is_file():
-        command = [sys.executable, str(SCRIPT), "--demo", "--n-trials", "1", "--output-dir", str(output_dir)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        make_world(output_dir.name, inputs)
+        files = {"--dataset-config": "dataset.toml", "--base-model": "base_model", "--training-config": "training.toml",
+                 "--scoring-config": "scoring.toml"}  # fmt: skip
+        command = [sys.executable, SCRIPT, *(word for flag, file in files.items() for word in (flag, inputs / file))]
+        command += ["--sd-scripts", TRAINER.parent, "--trainer-python", sys.executable, "--device", "cpu"]
+        command += ["--subject", demo_world.SUBJECT, "--n-trials", 1, "--output-dir", output_dir]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    run(output_dir / "trial_0000", sys.executable, HERE / "wide.py", output_dir / "reference")
 
 
 def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -161,14 +169,12 @@ def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, A
             run(folder, sys.executable, TRAINER, "--config_file", folder / "config.toml")
         trained = time.monotonic()
         run(folder, sys.executable, "-c", SCORE, folder)
+        if search.read_json(folder / "metrics.json")["outcome"] == "scored":
+            run(folder, sys.executable, HERE / "wide.py", folder)
         seconds = {"training": trained - started, "scoring": time.monotonic() - trained}
         (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     metrics = search.read_json(folder / "metrics.json")
-    found = {
-        "name": name,
-        **{key: metrics[key] for key in ("outcome", "score", "terms", "raw", "best_epoch", "checkpoint")},
-    }
-    return {**found, "judge": judge_trial(output_dir, folder) if metrics["outcome"] == "scored" else None}
+    return {"name": name, **{key: metrics[key] for key in ("outcome", "score", "terms", "best_epoch", "checkpoint")}}
 
 
 def run(folder: Path, *command: object) -> None:
@@ -177,32 +183,9 @@ def run(folder: Path, *command: object) -> None:
         subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment, check=True)
 
 
-def judge_trial(output_dir: Path, folder: Path) -> dict[str, float]:
-    return judge_pictures(output_dir, folder / "scores" / "confirm")
-
-
-def judge_pictures(output_dir: Path, folder: Path) -> dict[str, float]:
-    """What the judge says of a folder's confirmation pictures; those that were not made are left out."""
-    jobs = search.read_json(output_dir / "reference" / "plan.json")["confirm"]
-    files = [folder / f"{job['name']}.png" for job in jobs]
-    there = [
-        (job["prompt"], judge.to_array(Image.open(file)))
-        for job, file in zip(jobs, files, strict=True)
-        if file.is_file()
-    ]
-    return judge.truth([prompt for prompt, _ in there], [picture for _, picture in there], *training_set(output_dir))
-
-
-def training_set(output_dir: Path) -> tuple[list[np.ndarray], set[str]]:
-    """The data set's pictures, and its captions."""
-    files = sorted((output_dir / "inputs" / "images").glob("*.png"))
-    captions = {file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files}
-    return [judge.to_array(Image.open(file)) for file in files], captions
-
-
 def try_all(output_dir: Path, settings: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """In the order of `settings`, two at a time; prints each."""
-    with ThreadPoolExecutor(2) as pool:
+    """In the order of `settings`, one at a time for each core; prints each."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = pool.map(lambda one: try_out(output_dir, *one), list(settings))
         return [describe(result) for result in results]
 
@@ -212,8 +195,7 @@ def describe(result: dict[str, Any]) -> dict[str, Any]:
         print(f"{result['name']:28s} {result['outcome']}", flush=True)
         return result
     terms = "  ".join(f"{name[:6]} {result['terms'][name]:.3f}" for name in TERMS)
-    told = "  ".join(f"{name} {value:.3f}" for name, value in result["judge"].items())
-    print(f"{result['name']:28s} {result['score']:.4f}  {terms}   judge: {told}", flush=True)
+    print(f"{result['name']:28s} {result['score']:.4f}  {terms}", flush=True)
     return result
 
 
@@ -277,23 +259,36 @@ def truth(output_dir: Path) -> bool:
     settings = feasible(output_dir, 30)
     inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[:20])]
     outside = [(f"truth_far_{n:02d}", {**setting, **far(rng)}) for n, setting in enumerate(settings[20:])]
-    results = try_all(output_dir, inside + outside)
-    scored = [result for result in results if result["outcome"] == "scored"]
-    pairs = (("score", "overall"), ("fidelity", "character"), ("text", "text"), ("preservation", "plain"))
-    print(f"\nrank correlation (Spearman) over {len(scored)} scored settings, and over those inside V2.1")
-    for ours, theirs in pairs:
-        rho = [
-            rank_correlation([value_of(r, ours) for r in some], [r["judge"][theirs] for r in some])
-            for some in (scored, [r for r in scored if "v21" in r["name"]])
-        ]
-        print(f"  {ours:14s} and the judge's {theirs:10s} {rho[0]:6.3f} {rho[1]:6.3f}")
+    scored = [result for result in try_all(output_dir, inside + outside) if result["outcome"] == "scored"]
+    agreement = {stage: print_agreement(output_dir, stage, scored) for stage in (STAGE, wide.STAGE)}
     low, high = np.percentile([r["score"] for r in scored if "v21" in r["name"]], (5, 95))
     seeds = [r["score"] for r in try_all(output_dir, map(again, SEEDS_OF_ONE))]
     noise = float(np.std(seeds, ddof=1))
     print(f"scores inside V2.1, 5th to 95th percentile {low:.4f} to {high:.4f}; standard deviation over "
           f"{len(seeds)} training seeds of one setting {noise:.4f}; ratio {(high - low) / noise:.2f}")  # fmt: skip
-    overall = rank_correlation([r["score"] for r in scored], [r["judge"]["overall"] for r in scored])
-    return bool(overall >= 0.7)
+    return agreement[wide.STAGE] >= (0.9 if output_dir.name == "middle" else 0.8)
+
+
+PAIRS = (("fidelity", "character"), ("text", "text"), ("preservation", "plain"))  # of our terms and the judge's
+
+
+def print_agreement(output_dir: Path, stage: str, scored: list[dict[str, Any]]) -> float:
+    """Rank correlations (Spearman) with the judge on a stage's pictures; the present score's over all trainings."""
+    confirmation = Confirmation(output_dir, stage)
+    found = {result["name"]: confirmation.of_trial(output_dir / result["name"]) for result in scored}
+    search.write_json(output_dir / f"judged_{stage}.json", {name: vars(judged) for name, judged in found.items()})
+    several = {"all": list(found.values()), "V2.1": [judged for name, judged in found.items() if "v21" in name]}
+    for name, some in several.items():
+        overall = [judged.judge["overall"] for judged in some]
+        said = [f"{of} {rank_correlation([j.scores[of] for j in some], overall):.3f}" for of in DEFINITIONS]
+        said += [
+            f"{ours} {rank_correlation([j.terms[ours] for j in some], [j.judge[theirs] for j in some]):.3f}"
+            for ours, theirs in PAIRS
+        ]
+        print(f"{output_dir.name}, {stage} ({len(confirmation.jobs)} pictures), {len(some)} trainings {name}: "
+              + "  ".join(said), flush=True)  # fmt: skip
+    every = several["all"]
+    return rank_correlation([j.scores[PRESENT] for j in every], [j.judge["overall"] for j in every])
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
@@ -304,10 +299,6 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def value_of(result: dict[str, Any], name: str) -> float:
-    return result["score"] if name == "score" else result["terms"][name]
 
 
 def feasible(output_dir: Path, count: int) -> list[dict[str, Any]]:
@@ -382,7 +373,7 @@ def noise(output_dir: Path) -> bool:
     known = {name: pool.spread(search.ScoringSettings.read(path).confirm) for name, path in settings.items()}
     search.write_json(output_dir / NOISE_FILE, known)
     results = [try_out(output_dir, *again(seed)) for seed in SEEDS_OF_ONE]
-    trained = [confirmation.judged(pictures_of(confirmation, output_dir / result["name"])) for result in results]
+    trained = [confirmation.of_trial(output_dir / result["name"]) for result in results]
     known["trainings"] = {name: mean_and_deviation([judged.scores[name] for judged in trained]) for name in DEFINITIONS}
     for what, found in known.items():
         said = "  ".join(f"{name}: {mean:.3f} +- {deviation:.4f}" for name, (mean, deviation) in found.items())
@@ -430,13 +421,11 @@ def final(output_dir: Path) -> bool:
 
 
 def candidates(output_dir: Path) -> bool:
-    """Print what each definition takes off for each flaw, in standard deviations, and its agreement with the judge."""
+    """Print what each definition takes off for each flaw, in standard deviations."""
     confirmation = Confirmation(output_dir)
     found, known = judge_flaws(confirmation), known_noise(output_dir)
     passed = [print_losses(found, {name: known[counts][name][1] for name in DEFINITIONS}, counts) for counts in COUNTS]
     print_row("right, score", lambda name: found["right"].scores[name])
-    print_agreement(confirmation, scored_trials(output_dir))
-    print_seconds(confirmation)
     return any(passed)
 
 
@@ -455,33 +444,8 @@ def print_losses(found: Mapping[str, Judged], deviations: Mapping[str, float], c
     return not all(cheap.values())
 
 
-def print_agreement(confirmation: Confirmation, folders: list[Path]) -> None:
-    """Rank correlations over trainings: score and the judge's overall, fidelity and the judge's character."""
-    trained = [confirmation.judged(pictures_of(confirmation, folder)) for folder in folders]
-    overall, character = ([judged.judge[what] for judged in trained] for what in ("overall", "character"))
-    print_row(
-        f"Spearman, {len(trained)} trainings",
-        lambda name: rank_correlation([judged.scores[name] for judged in trained], overall),
-    )
-    for name in confirmation.candidates.fidelities:
-        rho = rank_correlation([judged.terms[name] for judged in trained], character)
-        print(f"{name:12s} and the judge's character: {rho:.3f}")
-
-
 def print_row(what: str, value: Callable[[str], float]) -> None:
     print(f"{what:34s}  {'  '.join(f'{value(name):10.3f}' for name in DEFINITIONS)}")
-
-
-def print_seconds(confirmation: Confirmation) -> None:
-    """What each fidelity costs a picture, beside rendering it."""
-    pictures = list(confirmation.world.base.values())
-    timed = {"rendering": lambda: confirmation.scorer.render(confirmation.jobs)}
-    for name, fidelity in confirmation.candidates.fidelities.items():
-        timed[name] = functools.partial(fidelity.features, pictures)
-    for name, work in timed.items():
-        started = time.process_time()
-        work()
-        print(f"{name:12s} {(time.process_time() - started) / len(pictures):.4f} s of a core a picture")
 
 
 def scored_trials(output_dir: Path) -> list[Path]:
@@ -500,13 +464,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(COMMANDS))
     parser.add_argument("--output-dir", type=Path, default=Path("runs/small_world"))
+    parser.add_argument("--world", choices=tuple(WORLDS), help="default: middle; of truth, all of them")
     args = parser.parse_args()
     output_dir = args.output_dir.resolve()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    make_study(output_dir)
-    held = COMMANDS[args.what](output_dir)
-    print("holds" if held else "does NOT hold")
-    return 0 if held else 1
+    held = []
+    for world in [args.world] if args.world else WORLDS if args.what == "truth" else ["middle"]:
+        where = output_dir if args.what == "strip" else output_dir / world
+        if args.what != "strip":
+            make_study(where)
+        held.append(COMMANDS[args.what](where))
+    print("holds" if all(held) else "does NOT hold")
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -327,7 +327,7 @@ def train_unet(folder: Path) -> None:
         update(mse_loss(unet(noisy, when, conditioning).sample, noise))
         ema.step(unet.parameters())
     ema.copy_to(unet.parameters())
-    make_sensitive(unet, encoder)
+    make_sensitive(unet, encoder, SENSITIVITY)
     StableDiffusionPipeline(
         vae=vae.half(), text_encoder=encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -335,10 +335,10 @@ def train_unet(folder: Path) -> None:
     name_text_encoder_as_published(model / "text_encoder" / "model.safetensors")
 
 
-def make_sensitive(unet: Any, encoder: Any) -> None:
-    """Multiply what goes into linear layers by SENSITIVITY and divide their weights by it: the same function.
+def make_sensitive(unet: Any, encoder: Any, factors: Mapping[str, float]) -> None:
+    """Multiply what goes into linear layers by a factor and divide their weights by it: the same function.
 
-    A LoRA's step through such a layer changes its output SENSITIVITY times as much. Models as small as these would
+    A LoRA's step through such a layer changes its output that many times as much. Models as small as these would
     otherwise want learning rates far above Stable Diffusion's, and V2.1's would teach them nothing in 250 steps.
     """
 
@@ -354,16 +354,16 @@ def make_sensitive(unet: Any, encoder: Any) -> None:
     with torch.no_grad():
         for layer in encoder.encoder.layers:
             attention = layer.self_attn
-            shift(SENSITIVITY["text encoder"], layer.layer_norm1, attention.q_proj, attention.k_proj, attention.v_proj)
-            shift(SENSITIVITY["text encoder"], layer.layer_norm2, layer.mlp.fc1)
+            shift(factors["text encoder"], layer.layer_norm1, attention.q_proj, attention.k_proj, attention.v_proj)
+            shift(factors["text encoder"], layer.layer_norm2, layer.mlp.fc1)
         for transformer in transformers:
-            shift(SENSITIVITY["unet"], transformer.norm, transformer.proj_in)
+            shift(factors["unet"], transformer.norm, transformer.proj_in)
         for block in blocks:
-            shift(SENSITIVITY["unet"], block.norm1, block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-            shift(SENSITIVITY["unet"], block.norm2, block.attn2.to_q)
-            shift(SENSITIVITY["unet"], block.norm3, block.ff.net[0].proj)
+            shift(factors["unet"], block.norm1, block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+            shift(factors["unet"], block.norm2, block.attn2.to_q)
+            shift(factors["unet"], block.norm3, block.ff.net[0].proj)
         readers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
-        shift(SENSITIVITY["unet"], encoder.final_layer_norm, *readers)
+        shift(factors["unet"], encoder.final_layer_norm, *readers)
 
 
 def name_text_encoder_as_published(file: Path) -> None:

@@ -14,7 +14,6 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 32  # pixels of a picture
@@ -44,8 +43,6 @@ FIGURE_SIZES = {"small": 0.62, "large": 0.84}  # of a figure's height
 HORIZON = 0.66  # from the top
 FOOT = 0.92
 HEADGEARS = ("hat", "box", "ears")
-KINDS = (*BACKGROUNDS, *SHAPES, *HEADGEARS, "head", "body", "belt")  # that a pixel may belong to
-PAINTS = ("none", *COLOURS)
 
 
 @dataclass(frozen=True)
@@ -165,27 +162,6 @@ def draw_parts(scene: Scene, shown: list[Part]) -> Image.Image:
     for _, shape, box, colour in shown:
         draw_shape(pen, shape, tuple(value * side for value in box), colour)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-
-
-def pixel_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What each pixel shows before the picture is reduced: its place in KINDS and in PAINTS."""
-    side = SIDE * SCALE
-    names = {colour: name for name, colour in COLOURS.items()}
-    kinds = np.full((side, side), KINDS.index(scene.background))
-    paints = np.zeros((side, side), dtype=int)
-    for part, shape, box, colour in parts(scene):
-        mask = Image.new("1", (side, side))
-        draw_shape(ImageDraw.Draw(mask), shape, tuple(value * side for value in box), 1)
-        kinds[np.asarray(mask)] = KINDS.index(kind_of(part, scene.what))
-        paints[np.asarray(mask)] = PAINTS.index(names[colour])
-    return kinds, paints
-
-
-def kind_of(part: str, what: Identity | tuple[str, str] | None) -> str:
-    """The part's own name, except where it may be any of several things: the headgear, or the plain shape."""
-    if isinstance(what, Identity):
-        return what.headgear if part == "top" else part
-    return what[0] if what else part
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the picture

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import Demo
 from demo_world import SMALL_WORLD
-from small_world import benchmark, definitions, final, flaws, judge, noise, scenes
+from small_world import benchmark, final, flaws, judge, scenes, wide, worlds
+from small_world.confirmation import Confirmation
 
 import optuna_hyperparameter_search as search
 
@@ -187,70 +188,53 @@ def test_the_nearest_training_picture_is_the_one_that_agrees_most() -> None:
     assert [flaws.agreement(scene, other) for other in others] == [1, 3, 0]
 
 
-def test_pixel_labels_say_what_is_drawn_on_top() -> None:
-    scene = scenes.Scene("in snow", scenes.LUCA, "in the middle", "large")
-    kinds, paints = scenes.pixel_labels(scene)
-    shown = {(scenes.KINDS[k], scenes.PAINTS[p]) for k, p in zip(kinds.ravel(), paints.ravel(), strict=True)}
-    parts = {("ears", "red"), ("head", "yellow"), ("body", "blue"), ("belt", "pink")}
-    assert shown == {("in snow", "none")} | parts
+# --- worlds ---
 
 
-# --- definitions of the score that compete ---
+@pytest.fixture(scope="module")
+def biased() -> list[worlds.Picture]:
+    return worlds.WORLDS["biased"].data_set()
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+def test_a_biased_data_set_has_one_background_that_no_caption_names(biased: list[worlds.Picture]) -> None:
+    backgrounds = [picture.scene.background for picture in biased]
+    assert (len(backgrounds), backgrounds.count(worlds.USUAL)) == (16, 12)
+    assert not [picture for picture in biased if worlds.USUAL in picture.tags]
+    assert all(picture.scene.background in (worlds.USUAL, *picture.tags) for picture in biased)
 
 
-def made_tokens(pictures: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    """Patch tokens of 8 x 8 patches on a background that changes, and where the thing is: 3 x 2 patches, two parts."""
-    rng = np.random.default_rng(4)
-    inside = np.zeros((pictures, 8, 8), dtype=bool)
-    tokens = rng.normal(size=(pictures, 1, 1, 16)) * 3 + rng.normal(size=(pictures, 8, 8, 16)) * 0.1
-    for number in range(pictures):
-        row, column = 3 + number % 2, 2 + number % 3
-        inside[number, row : row + 3, column : column + 2] = True
-        tokens[number, row : row + 3, column : column + 2] = np.eye(16)[5] * 4
-        tokens[number, row, column : column + 2] = np.eye(16)[9] * 4
-    return unit(tokens).reshape(pictures, 64, 16), inside.reshape(pictures, 64)
+def test_a_biased_data_set_has_near_duplicates_that_the_copy_limit_merges(biased: list[worlds.Picture]) -> None:
+    pixels = search.pixel_vectors([picture.image for picture in biased])
+    alike = np.triu(pixels @ pixels.T > search.NEAR_DUPLICATE, 1)
+    assert {(8, 14), (7, 15)} <= set(zip(*np.nonzero(alike), strict=True))
 
 
-def test_the_foreground_is_found_on_backgrounds_that_change() -> None:
-    tokens, inside = made_tokens()
-    found = definitions.unlike_border(tokens)
-    assert (found & inside).sum() / inside.sum() == 1.0
-    assert (found & inside).sum() / found.sum() > 0.6
+def test_a_biased_data_set_has_bags_and_bystanders_that_no_caption_names(biased: list[worlds.Picture]) -> None:
+    plain = [scenes.draw(picture.scene) for picture in biased]
+    changed = [not np.array_equal(a, picture.image) for a, picture in zip(plain, biased, strict=True)]
+    assert changed == [number % 2 == 0 or number % 4 == 1 for number in range(16)]
+    lucas = [judge.see_luca(judge.to_array(picture.image)) for picture in biased]
+    assert [seen.place for seen in lucas] == [picture.scene.place for picture in biased]
 
 
-def test_the_first_component_points_away_from_the_border() -> None:
-    tokens, inside = made_tokens()
-    tokens[~inside] = unit(tokens[~inside] * 0.05 + np.eye(16)[1])
-    assert np.array_equal(definitions.first_component(tokens), inside)
+def test_a_world_is_made_once_and_has_its_own_pictures_and_captions(tmp_path: Path) -> None:
+    worlds.make_world("biased", tmp_path)
+    captions = sorted((tmp_path / "images").glob("*.txt"))
+    assert captions[0].read_text() == "luca, a small figure, on the left\n"
+    captions[0].write_text("luca\n")
+    worlds.make_world("biased", tmp_path)
+    assert captions[0].read_text() == "luca\n"
 
 
-def test_a_part_that_is_nowhere_in_a_picture_costs_more_than_its_share_of_patches() -> None:
-    tokens, inside = made_tokens()
-    fidelity = definitions.Patches(lambda some: tokens[list(some)], range(6), 2, lambda found: inside)
-    base = np.full((1, 2), 0.1)
-    whole = fidelity.term(fidelity.features(range(6)), base)
-    tokens[(tokens @ np.eye(16)[9] > 0.9) & inside] = unit(np.ones(16) - np.eye(16)[9])
-    assert whole == pytest.approx(1.0)
-    assert fidelity.term(fidelity.features(range(6)), base) < 0.5  # a third of the patches
-
-
-def test_a_fidelity_is_nothing_where_the_base_model_already_is() -> None:
-    tokens, inside = made_tokens()
-    fidelity = definitions.Patches(lambda some: tokens[list(some)], range(6), 2, lambda found: inside)
-    features = np.full((4, 2), 0.3)
-    assert fidelity.term(features, features) == pytest.approx(search.TERM_FLOOR)
+# --- many pictures, noise ---
 
 
 def test_a_draw_from_the_pool_is_a_plan_without_repeats() -> None:
-    prompts = noise.pool_prompts(
+    prompts = wide.every_prompt(
         [f"luca, {', '.join(scenes.tags(scene))}" for scene in demo_world.luca_scenes(16)], "luca"
     )
-    jobs = noise.pool_jobs(prompts, {"width": 32}, "luca")
-    chosen = noise.draw(jobs, {"prompts": 8, "seeds": 3, "plain_prompts": 4}, random.Random(1))
+    jobs = wide.jobs_of(prompts, {"width": 32}, "luca")
+    chosen = wide.draw(jobs, {"prompts": 8, "seeds": 3, "plain_prompts": 4}, random.Random(1))
     assert len(chosen) == len(set(chosen)) == 28
     kinds = [jobs[number]["kind"] for number in chosen]
     assert [kinds.count(kind) for kind in ("caption", "elsewhere", "short", "plain")] == [6, 12, 6, 4]
@@ -331,7 +315,7 @@ def test_a_sensitive_model_is_the_same_function_of_larger_inputs_to_its_layers(t
             return pipeline.unet(noisy, 500, pipeline.text_encoder(tokens).last_hidden_state).sample
 
     plain = predict()
-    make_sensitive(pipeline.unet, pipeline.text_encoder)
+    make_sensitive(pipeline.unet, pipeline.text_encoder, SENSITIVITY)
     assert torch.allclose(predict(), plain, atol=1e-5)
     for before, after in zip(inputs[:3], inputs[3:], strict=True):
         assert torch.allclose(after, SENSITIVITY["unet"] * before, rtol=1e-3, atol=1e-3)
@@ -346,9 +330,10 @@ def test_the_gates_hold(demo: Demo) -> None:
 @pytest.mark.slow
 def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
     best = search.read_json(demo.output_dir / "results" / "best_parameters.json")
-    trained = benchmark.judge_trial(demo.output_dir, demo.output_dir / f"trial_{best['trial']:04d}")
-    base = benchmark.judge_pictures(demo.output_dir, demo.output_dir / "reference" / "confirm")
-    assert trained["character"] > 2 * base["character"]
+    confirmation = Confirmation(demo.output_dir)
+    trained = confirmation.of_trial(demo.output_dir / f"trial_{best['trial']:04d}")
+    base = confirmation.judged(list(confirmation.world.base.values()))
+    assert trained.judge["character"] > 2 * base.judge["character"]
 
 
 # --- the final stage, simulated ---
