@@ -2204,6 +2204,7 @@ class ImageScorer:
         # DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.enable_slicing()  # one image at a time: of 8 at 512 pixels decoding takes 7 GB more
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
@@ -2553,7 +2554,9 @@ class FolderScorer:
         images = self.scorer.render(self.plan[stage], report)
         for job, image in zip(self.plan[stage], images, strict=True):
             if image is not None:
-                write_atomically(folder / f"{job['name']}.png", functools.partial(image.save, format="PNG"))
+                # The quickest compression: a fifth of the time for a fifth more bytes.
+                save = functools.partial(image.save, format="PNG", compress_level=1)
+                write_atomically(folder / f"{job['name']}.png", save)
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
     def score_checkpoint(

@@ -765,6 +765,15 @@ def test_the_noise_of_a_picture_does_not_depend_on_its_batch(
     assert np.abs(together - pixels(scorer.render(jobs))).max() <= 1
 
 
+def test_pictures_of_a_batch_are_decoded_one_at_a_time(scorer: search.ImageScorer) -> None:
+    """Decoding 8 pictures at once took more of a card than all the rest: 5.6 GB before it, 12.5 GB with it, at 512 pixels."""
+    sizes: list[int] = []
+    hook = scorer.pipeline.vae.decoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    scorer.render(scorer.plan["confirm"][:3])
+    hook.remove()
+    assert sizes == [1, 1, 1]
+
+
 def test_a_full_card_halves_the_batch_down_to_one_and_is_not_tried_again(
     scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

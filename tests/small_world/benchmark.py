@@ -6,6 +6,7 @@
     python tests/small_world/benchmark.py flaws       what the score takes off for drawn pictures with a known flaw
     python tests/small_world/benchmark.py noise       how far a value moves with other prompts, seeds or trainings
     python tests/small_world/benchmark.py final       what the final stage gains in simulated studies, after truth
+    python tests/small_world/benchmark.py studies     6 studies of 12 trials: what the final stage's winner is worth
     python tests/small_world/benchmark.py candidates  other definitions of the score, on flaws, trainings and noise
     python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
 
@@ -24,7 +25,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,21 @@ def gates(output_dir: Path) -> bool:
 
 def make_study(output_dir: Path) -> None:
     """A study with its reference and one trial, and what the base model makes of the many prompts."""
-    inputs = output_dir / "inputs"
     if not (output_dir / "trial_0000" / "metrics.json").is_file():
-        make_world(output_dir.name, inputs)
-        files = {"--dataset-config": "dataset.toml", "--base-model": "base_model", "--training-config": "training.toml",
-                 "--scoring-config": "scoring.toml"}  # fmt: skip
-        command = [sys.executable, SCRIPT, *(word for flag, file in files.items() for word in (flag, inputs / file))]
-        command += ["--sd-scripts", TRAINER.parent, "--trainer-python", sys.executable, "--device", "cpu"]
-        command += ["--subject", demo_world.SUBJECT, "--n-trials", 1, "--output-dir", output_dir]
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        search_in(output_dir, output_dir.name, trials=1)
     run(output_dir / "trial_0000", sys.executable, HERE / "wide.py", output_dir / "reference")
+
+
+def search_in(output_dir: Path, world: str, trials: int, seed: int = 42) -> None:
+    """Run the search itself, or go on with it."""
+    inputs = output_dir / "inputs"
+    make_world(world, inputs)
+    files = {"--dataset-config": "dataset.toml", "--base-model": "base_model", "--training-config": "training.toml",
+             "--scoring-config": "scoring.toml"}  # fmt: skip
+    command = [sys.executable, SCRIPT, *(word for flag, file in files.items() for word in (flag, inputs / file))]
+    command += ["--sd-scripts", TRAINER.parent, "--trainer-python", sys.executable, "--device", "cpu", "--seed", seed]
+    command += ["--subject", demo_world.SUBJECT, "--n-trials", trials, "--output-dir", output_dir]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
 def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +191,13 @@ def run(folder: Path, *command: object) -> None:
 
 def try_all(output_dir: Path, settings: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """In the order of `settings`, one at a time for each core; prints each."""
+    return [describe(result) for result in at_once(lambda one: try_out(output_dir, *one), settings)]
+
+
+def at_once(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """What `work` makes of the items, in their order, one at a time for each core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = pool.map(lambda one: try_out(output_dir, *one), list(settings))
-        return [describe(result) for result in results]
+        yield from pool.map(work, list(items))
 
 
 def describe(result: dict[str, Any]) -> dict[str, Any]:
@@ -254,19 +264,22 @@ SEEDS_OF_ONE = tuple(range(101, 107))
 
 
 def truth(output_dir: Path) -> bool:
-    """Print the rank correlation of score and judge over 30 settings, and the spread of V2.1's against the noise."""
+    """Print the rank correlation of score and judge over 20 or 30 settings, and the middle world's spread and noise."""
     rng = random.Random(11)
-    settings = feasible(output_dir, 30)
-    inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[:20])]
+    settings, middle = feasible(output_dir, 30), output_dir.name == "middle"
+    inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[: 20 if middle else 12])]
     outside = [(f"truth_far_{n:02d}", {**setting, **far(rng)}) for n, setting in enumerate(settings[20:])]
+    outside = outside if middle else outside[:8]
     scored = [result for result in try_all(output_dir, inside + outside) if result["outcome"] == "scored"]
     agreement = {stage: print_agreement(output_dir, stage, scored) for stage in (STAGE, wide.STAGE)}
+    if not middle:
+        return agreement[wide.STAGE] >= 0.8
     low, high = np.percentile([r["score"] for r in scored if "v21" in r["name"]], (5, 95))
     seeds = [r["score"] for r in try_all(output_dir, map(again, SEEDS_OF_ONE))]
     noise = float(np.std(seeds, ddof=1))
     print(f"scores inside V2.1, 5th to 95th percentile {low:.4f} to {high:.4f}; standard deviation over "
           f"{len(seeds)} training seeds of one setting {noise:.4f}; ratio {(high - low) / noise:.2f}")  # fmt: skip
-    return agreement[wide.STAGE] >= (0.9 if output_dir.name == "middle" else 0.8)
+    return agreement[wide.STAGE] >= 0.9
 
 
 PAIRS = (("fidelity", "character"), ("text", "text"), ("preservation", "plain"))  # of our terms and the judge's
@@ -420,6 +433,44 @@ def final(output_dir: Path) -> bool:
     return held
 
 
+STUDY_SEEDS, STUDY_TRIALS = range(1, 7), 12
+
+
+def studies(output_dir: Path) -> bool:
+    """Print what the winners of whole studies are worth on many other pictures, with and without the final stage."""
+    folders = [output_dir.with_name(f"study_{seed}") for seed in STUDY_SEEDS]
+
+    def whole(folder: Path) -> None:
+        search_in(folder, output_dir.name, STUDY_TRIALS, int(folder.name.removeprefix("study_")))
+        for trial in [folder / "reference", *scored_trials(folder)]:
+            run(folder, sys.executable, HERE / "wide.py", trial)
+
+    list(at_once(whole, folders))
+    gains = [print_study(folder) for folder in folders]
+    mean, deviation = mean_and_deviation(gains)
+    print(f"gained by the final stage: {mean:.4f} +- {deviation / math.sqrt(len(gains)):.4f}")
+    return mean >= 0
+
+
+def print_study(folder: Path) -> float:
+    """What the final stage's choice is worth more than the confirmation's."""
+    confirmation = Confirmation(folder, wide.STAGE)
+    trials = scored_trials(folder)
+    told = {trial.name: search.read_json(trial / "metrics.json")["score"] for trial in trials}
+    found = {trial.name: confirmation.of_trial(trial) for trial in trials}
+    worth = {name: judged.scores[PRESENT] for name, judged in found.items()}
+    decided = f"trial_{search.read_json(folder / 'results' / 'best_parameters.json')['trial']:04d}"
+    picked = {
+        "confirmation": max(told, key=told.__getitem__),
+        "final stage": decided,
+        "best": max(worth, key=worth.__getitem__),
+    }
+    for how, name in picked.items():
+        judged = found[name].judge["overall"]
+        print(f"{folder.name}  {how:12s} {name}  told {told[name]:.3f}, worth {worth[name]:.3f}, judge {judged:.3f}")
+    return worth[decided] - worth[picked["confirmation"]]
+
+
 def candidates(output_dir: Path) -> bool:
     """Print what each definition takes off for each flaw, in standard deviations."""
     confirmation = Confirmation(output_dir)
@@ -456,7 +507,7 @@ def scored_trials(output_dir: Path) -> list[Path]:
 
 COMMANDS = {
     "gates": gates, "ladder": ladder, "truth": truth, "strip": strip,
-    "flaws": flaws, "noise": noise, "final": final, "candidates": candidates,
+    "flaws": flaws, "noise": noise, "final": final, "studies": studies, "candidates": candidates,
 }  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def change_sensitivity(base_model: Path, factor: float) -> None:
     from transformers import CLIPTextModel
 
     unet = UNet2DConditionModel.from_pretrained(base_model / "unet", torch_dtype=torch.float32)
-    encoder = CLIPTextModel.from_pretrained(base_model / "text_encoder", dtype=torch.float32)
+    encoder = CLIPTextModel.from_pretrained(base_model / "text_encoder", torch_dtype=torch.float32)
     make_sensitive(unet, encoder, {"unet": factor, "text encoder": factor})
     unet.save_pretrained(base_model / "unet")
     encoder.save_pretrained(base_model / "text_encoder")
