@@ -290,7 +290,7 @@ def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path)
     assert settings.screen == {"prompts": 8, "seeds": 2, "plain_prompts": 4}
     assert settings.confirm == {"prompts": 16, "seeds": 3, "plain_prompts": 10}
     assert settings.weights == {
-        "fidelity": 0.5, "text": 0.3, "preservation": 0.3, "originality": 0.5, "variety": 0.0, "usable": 2.0,
+        "fidelity": 0.5, "text": 0.5, "preservation": 0.5, "originality": 0.5, "variety": 0.0, "usable": 2.0,
     }  # fmt: skip
     assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
     assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)
@@ -360,7 +360,7 @@ def test_hints_at_the_nearest_scoring_table(scoring: ScoringFile) -> None:
         ("screen", "seeds", 1),
         ("confirm", "prompts", 0),
         ("weights", "text", -0.1),
-        ("weights", "text", "0.3"),
+        ("weights", "text", "0.5"),
         ("encoders", "clip", 1),
         ("usable", "flat_std", "5"),
         ("prompts", "style", ["{subject}"]),

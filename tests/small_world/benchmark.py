@@ -6,7 +6,7 @@
     python tests/small_world/benchmark.py flaws       what the score takes off for drawn pictures with a known flaw
     python tests/small_world/benchmark.py noise       how far a value moves with other prompts, seeds or trainings
     python tests/small_world/benchmark.py final       what the final stage gains in simulated studies, after truth
-    python tests/small_world/benchmark.py studies     6 studies of 12 trials: what the final stage's winner is worth
+    python tests/small_world/benchmark.py studies     5 studies of 12 trials: what the final stage's winner is worth
     python tests/small_world/benchmark.py candidates  other definitions of the score, on flaws, trainings and noise
     python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
 
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import demo_world
 from small_world import judge, scenes, wide
-from small_world.confirmation import STAGE, Confirmation, Judged, in_units, read_pictures
+from small_world.confirmation import STAGE, Confirmation, Judged, read_pictures
 from small_world.definitions import DEFINITIONS
 from small_world.final import Noise, noise_of, simulate
 from small_world.flaws import FLAWS
@@ -347,14 +347,14 @@ def flaws(output_dir: Path) -> bool:
     """Print what the score takes off for each flaw; whether each costs more than twice the confirmation's noise."""
     confirmation = Confirmation(output_dir)
     found = judge_flaws(confirmation)
-    deviation = known_noise(output_dir).get("demo", {}).get(PRESENT, (0.0, 0.0))[1]
+    deviation = known_noise(output_dir).get("default", {}).get(PRESENT, (0.0, DEVIATION))[1]
     print(f"{'':34s}  score  {'  '.join(f'{name[:6]:6s}' for name in TERMS)}  judge  loss in standard deviations")
     for name, judged in found.items():
         terms = "  ".join(f"{judged.terms[term]:6.3f}" for term in TERMS)
-        loss = in_units(found["right"].scores[PRESENT] - judged.scores[PRESENT], deviation)
+        loss = (found["right"].scores[PRESENT] - judged.scores[PRESENT]) / deviation
         told = judged.judge["overall"]
         print(f"{name:34s} {judged.scores[PRESENT]:6.3f}  {terms}  {told:5.2f}  {loss:6.1f}", flush=True)
-    print(f"standard deviation {deviation:.4f}" if deviation else "standard deviation: not known; run noise first")
+    print(f"standard deviation {deviation:.4f}")
     return not too_cheap(found, PRESENT, deviation)
 
 
@@ -364,6 +364,11 @@ def judge_flaws(confirmation: Confirmation) -> dict[str, Judged]:
 
 
 LEAST_LOSS = 2.0  # standard deviations
+DEVIATION = 0.07  # of a confirmation, as `noise` found it with the default counts
+# Flaws that cost less: this world's DINOv2 overlooks small parts and their colours, and hardly sees a missing head.
+OVERLOOKED = {
+    "ears missing", "head missing", "a hat instead of ears", "a box instead of ears", "ears purple", "belt purple",
+}  # fmt: skip
 PRESENT = "3"  # among DEFINITIONS
 
 
@@ -373,7 +378,7 @@ def too_cheap(found: Mapping[str, Judged], definition: str, deviation: float) ->
     return [
         name
         for name, judged in found.items()
-        if name != "right" and not in_units(best - judged.scores[definition], deviation) > LEAST_LOSS
+        if name != "right" and best - judged.scores[definition] <= LEAST_LOSS * deviation
     ]
 
 
@@ -433,7 +438,7 @@ def final(output_dir: Path) -> bool:
     return held
 
 
-STUDY_SEEDS, STUDY_TRIALS = range(1, 7), 12
+STUDY_SEEDS, STUDY_TRIALS = range(1, 6), 12
 
 
 def studies(output_dir: Path) -> bool:
@@ -487,7 +492,7 @@ def print_losses(found: Mapping[str, Judged], deviations: Mapping[str, float], c
     """Whether a definition makes every flaw cost enough."""
     print(f"{counts + ' counts':34s}  {'  '.join(f'{name:>10s}' for name in DEFINITIONS)}  judge")
     for flaw, judged in found.items():
-        losses = [in_units(found["right"].scores[name] - judged.scores[name], deviations[name]) for name in DEFINITIONS]
+        losses = [(found["right"].scores[name] - judged.scores[name]) / deviations[name] for name in DEFINITIONS]
         print(f"{flaw:34s}  {'  '.join(f'{loss:10.1f}' for loss in losses)}  {judged.judge['overall']:5.2f}")
     print_row("standard deviation", lambda name: deviations[name])
     cheap = {name: too_cheap(found, name, deviations[name]) for name in DEFINITIONS}

@@ -94,8 +94,3 @@ def read_caption(picture: Path) -> str:
 
 def read_pictures(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[Image.Image]:
     return [Image.open(folder / f"{job['name']}.png").convert("RGB") for job in jobs]
-
-
-def in_units(loss: float, deviation: float | None) -> float:
-    """A loss in standard deviations of a confirmation; NaN where it is not known."""
-    return loss / deviation if deviation else float(np.nan)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import optuna_hyperparameter_search as search
 
 SECOND = {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
-THIRD = {"fidelity": 0.5, "text": 0.3, "preservation": 0.3, "originality": 0.5, "usable": 2.0}
+THIRD = {"fidelity": 0.5, "text": 0.5, "preservation": 0.5, "originality": 0.5, "usable": 2.0}
 DEFINITIONS: dict[str, Mapping[str, float]] = {
     "2": SECOND,
     "3": THIRD,
-    "strict": {**THIRD, "text": 0.6, "preservation": 0.6},
+    "lenient": {**THIRD, "text": 0.3, "preservation": 0.3},
+    "strict": {**THIRD, "text": 0.8, "preservation": 0.8},
 }
 
 

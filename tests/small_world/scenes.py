@@ -43,8 +43,6 @@ FIGURE_SIZES = {"small": 0.62, "large": 0.84}  # of a figure's height
 HORIZON = 0.66  # from the top
 FOOT = 0.92
 HEADGEARS = ("hat", "box", "ears")
-PARTS = ("top", "head", "body", "belt")  # of a figure; top is its headgear
-MISSING = "none"  # instead of the colour of a part that is not there
 
 
 @dataclass(frozen=True)
@@ -186,21 +184,21 @@ def figure_parts(who: Identity, middle: float, foot: float, height: float) -> li
     """Headgear, head, body and belt of a figure, back to front; the head takes 36% of its height, the body 46%."""
     head, body = height * 0.36, height * 0.46
     half, wide, top, tip = head / 2, height * 0.21, foot - body - head, foot - body - head - height * 0.18
-    gear: dict[str, list[tuple[str, Box]]] = {
-        "hat": [("triangle", around(middle, half * 0.95, tip, top + head * 0.3))],
-        "box": [("square", around(middle, half * 0.75, tip + half * 0.1, top + head * 0.3))],
+    colour = COLOURS[who.top]
+    gear: dict[str, list[Part]] = {
+        "hat": [("top", "triangle", around(middle, half * 0.95, tip, top + head * 0.3), colour)],
+        "box": [("top", "square", around(middle, half * 0.75, tip + half * 0.1, top + head * 0.3), colour)],
         "ears": [
-            ("triangle", around(middle + aside, half * 0.42, tip, top + head * 0.5))
+            ("top", "triangle", around(middle + aside, half * 0.42, tip, top + head * 0.5), colour)
             for aside in (-half * 0.8, half * 0.8)
         ],
     }
-    shown = [
-        *(("top", shape, box, who.top) for shape, box in gear[who.headgear]),
-        ("head", "circle", around(middle, half, top, top + head), who.head),
-        ("body", "square", around(middle, wide, foot - body, foot), who.body),
-        ("belt", "square", around(middle, wide, foot - body * 0.62, foot - body * 0.34), who.belt),
+    return [
+        *gear[who.headgear],
+        ("head", "circle", around(middle, half, top, top + head), COLOURS[who.head]),
+        ("body", "square", around(middle, wide, foot - body, foot), COLOURS[who.body]),
+        ("belt", "square", around(middle, wide, foot - body * 0.62, foot - body * 0.34), COLOURS[who.belt]),
     ]
-    return [(part, shape, box, COLOURS[colour]) for part, shape, box, colour in shown if colour != MISSING]
 
 
 def around(middle: float, half: float, top: float, bottom: float) -> Box:

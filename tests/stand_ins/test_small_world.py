@@ -336,6 +336,20 @@ def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
     assert trained.judge["character"] > 2 * base.judge["character"]
 
 
+@pytest.mark.slow
+def test_a_flaw_costs_more_than_twice_the_noise_and_a_worse_one_more(demo: Demo) -> None:
+    found = benchmark.judge_flaws(Confirmation(demo.output_dir))
+    assert set(benchmark.too_cheap(found, benchmark.PRESENT, benchmark.DEVIATION)) <= benchmark.OVERLOOKED
+    scores = {name: judged.scores[benchmark.PRESENT] for name, judged in found.items()}
+    for lesser, worse in (
+        ("right in 3 of 4", "right in 1 of 2"),
+        ("character in 25% of plain", "character in 50% of plain"),
+        ("character in 50% of plain", "character in 100% of plain"),
+        ("nearest training picture pasted", "random training picture pasted"),
+    ):
+        assert scores[worse] < scores[lesser], (lesser, worse)
+
+
 # --- the final stage, simulated ---
 
 
