@@ -124,7 +124,7 @@ def tensor_bytes(file: Path) -> bytes:
 
 
 def test_the_best_lora_is_the_chosen_checkpoint_of_the_best_trial(demo: Demo) -> None:
-    best = study_of(demo).best_trial
+    best = search.ranked_trials(study_of(demo))[0]
     chosen = demo.output_dir / best.user_attrs["folder"] / best.user_attrs["checkpoint"]
     assert_is_labelled_copy(demo.output_dir / "results" / "best_lora.safetensors", chosen, best)
     parameters = search.read_json(demo.output_dir / "results" / "best_parameters.json")
@@ -139,7 +139,7 @@ def test_the_best_config_trains_the_same_lora_again(demo: Demo) -> None:
     text = (results / "best_config.toml").read_text()
     config = toml.loads(text)
     retrained = Path(config["output_dir"])
-    best = study_of(demo).best_trial
+    best = search.ranked_trials(study_of(demo))[0]
     assert retrained == results / f"retrained_{best.user_attrs['folder']}" and not retrained.exists()
     assert config["dataset_config"] == str(results / "dataset.toml")
     trainer = REPOSITORY / "tests" / "small_trainer" / "train_network.py"
