@@ -2010,7 +2010,7 @@ def copy_limit(data: np.ndarray, pixels: np.ndarray) -> float:
     """A similarity above which an image copies one of the data set; 1 for a single image.
 
     Half-way to 1 from what 95% of the data set's images stay under with their nearest neighbours. A right image may lie
-    between two of the data set, so without the half 22 and 50% of right ones were copies (`small_world/benchmark.py`).
+    between two of the data set: without the half, 11 to 50% of right ones were copies (`tests/small_world/README.md`).
     Of near-duplicates in `pixels` only the first counts, because two frames of a film would push the limit to 1.
     """
     kept: list[int] = []
