@@ -449,7 +449,7 @@ def studies(output_dir: Path) -> bool:
 
     def whole(folder: Path) -> None:
         search_in(folder, output_dir.name, STUDY_TRIALS, int(folder.name.removeprefix("study_")))
-        for trial in [folder / "reference", *scored_trials(folder)]:
+        for trial in [folder / "reference", *kept_trials(folder)]:
             run(folder, sys.executable, HERE / "wide.py", trial)
 
     list(at_once(whole, folders))
@@ -462,7 +462,7 @@ def studies(output_dir: Path) -> bool:
 def print_study(folder: Path) -> float:
     """What the final stage's choice is worth more than the confirmation's."""
     confirmation = Confirmation(folder, wide.STAGE)
-    trials = scored_trials(folder)
+    trials = kept_trials(folder)
     told = {trial.name: search.read_json(trial / "metrics.json")["score"] for trial in trials}
     found = {trial.name: confirmation.of_trial(trial) for trial in trials}
     worth = {name: judged.scores[PRESENT] for name, judged in found.items()}
@@ -510,6 +510,12 @@ def scored_trials(output_dir: Path) -> list[Path]:
     """Folders of trials whose confirmation is there."""
     found = sorted(output_dir.glob("*/metrics.json"))
     return [file.parent for file in found if search.read_json(file)["outcome"] == "scored"]
+
+
+def kept_trials(output_dir: Path) -> list[Path]:
+    """Those whose LoRA is there: the search keeps the ten best ones'."""
+    found = scored_trials(output_dir)
+    return [folder for folder in found if (folder / search.read_json(folder / "metrics.json")["checkpoint"]).is_file()]
 
 
 COMMANDS = {
