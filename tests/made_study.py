@@ -537,7 +537,7 @@ class MadePicture:
     thumbnail: Image.Image
     png: bytes
 
-    def save(self, file: io.BytesIO, format: str) -> None:
+    def save(self, file: io.BytesIO, **options: Any) -> None:
         file.write(self.png)
 
     def convert(self, mode: str) -> Image.Image:
