@@ -2010,7 +2010,7 @@ def copy_limit(data: np.ndarray, pixels: np.ndarray) -> float:
     """A similarity above which an image copies one of the data set; 1 for a single image.
 
     Half-way to 1 from what 95% of the data set's images stay under with their nearest neighbours. A right image may lie
-    between two of the data set: without the half, 11 to 50% of right ones were copies (`tests/small_world/README.md`).
+    between two of the data set: without the half, 11 to 50% of right ones counted (tests/small_world/README.md).
     Of near-duplicates in `pixels` only the first counts, because two frames of a film would push the limit to 1.
     """
     kept: list[int] = []
@@ -2206,7 +2206,7 @@ class ImageScorer:
         # DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.vae.enable_slicing()  # one image at a time: of 8 at 512 pixels decoding takes 7 GB more
+        pipeline.vae.enable_slicing()  # decodes one image at a time: 8 of 512 pixels at once took 7 GB more
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:

@@ -163,7 +163,7 @@ def search_in(output_dir: Path, world: str, trials: int, seed: int = 42) -> None
 def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Train and score one setting in a folder of its own, or read what was found before."""
     folder = output_dir / name
-    if not (folder / "metrics.json").is_file():
+    if not (folder / "seconds.json").is_file():  # written last
         config = toml.loads((output_dir / "trial_0000" / "config.toml").read_text(encoding="utf-8"))
         for path in ("output_dir", "logging_dir"):
             config[path] = config[path].replace("trial_0000", name)

@@ -46,7 +46,7 @@ class Confirmation:
         self.scorer = search.ImageScorer(self.plan, "cpu")
         found = search.FolderScorer(self.scorer, reference)
         self.limits, self.anchors, self.embeddings = found.anchors["usable"], found.anchors, found.embeddings
-        self.captions = {read_caption(Path(path)) for path in self.plan["images"]}
+        self.captions = {wide.read_caption(Path(path)) for path in self.plan["images"]}
         training = [Image.open(path).convert("RGB") for path in self.plan["images"]]
         self.data = self.scorer.through_vae(training)
         base = read_pictures(reference / stage, self.jobs)
@@ -86,10 +86,6 @@ class Confirmation:
         (raw, anchors), weights = self.raw_values(shown), self.plan["weights"]
         error = float(np.std(search.resampled_scores(raw, anchors, weights)))
         return float(search.combine(search.terms_of(raw, anchors), weights)), error, raw["images"]
-
-
-def read_caption(picture: Path) -> str:
-    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def read_pictures(folder: Path, jobs: Sequence[dict[str, Any]]) -> list[Image.Image]:

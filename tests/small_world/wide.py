@@ -72,8 +72,12 @@ def draw(jobs: Jobs, counts: Mapping[str, int], rng: random.Random) -> list[int]
 
 def pool_jobs(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All prompts of a study's world, all seeds."""
-    captions = [Path(path).with_suffix(".txt").read_text(encoding="utf-8").strip() for path in plan["images"]]
+    captions = [read_caption(Path(path)) for path in plan["images"]]
     return jobs_of(every_prompt(captions, plan["subject"]), plan["confirm"][0], plan["subject"])
+
+
+def read_caption(picture: Path) -> str:
+    return picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def wide_jobs(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
