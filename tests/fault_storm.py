@@ -174,8 +174,8 @@ KINDS = (
 
 
 def child_of(output_dir: Path) -> int | None:
-    """The trainer or scorer that runs below an output folder."""
-    for file in output_dir.glob(f"**/{search.PROCESS_FILE}"):
+    """A trainer or scorer that runs below an output folder."""
+    for file in output_dir.glob(f"**/*{search.PROCESS_FILE}"):
         if known := search.read_json(file):
             return int(known["pid"])
     return None

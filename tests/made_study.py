@@ -48,7 +48,8 @@ ATTEMPTS = {  # of a trial that ends like this, where it takes more than one
     "hung": ("hung", "hung"),
     "continued": ("running", "scored"),  # its program was killed
 }
-ENDS = ("scored", "diverged", "rejected", *ATTEMPTS, "interrupted", "running", "waiting")
+STOPPED = "stopped early"
+ENDS = ("scored", "diverged", "rejected", STOPPED, *ATTEMPTS, "interrupted", "running", "waiting")
 DATA_PICTURES = 20
 BATCHES_PER_EPOCH = 40  # 20 pictures, 8 repeats, batches of 4
 BATCH_SECONDS = 0.55
@@ -212,6 +213,7 @@ def run_search(settings: search.Settings, ends: Sequence[str]) -> None:
     study.sampler = inputs.sampler()
     reference.make_anchors(study, scorer)
     objective = search.LoraObjective(settings, inputs.options, trainer, scorer)
+    study.pruner = optuna.pruners.ThresholdPruner(lower=1.1)  # stops all that is screened half-way
     ours = search.Study(study, settings, objective, time.monotonic())
     times = run_trials(ours, trainer, ends)
     ours.delete_spare_checkpoints()
@@ -242,6 +244,8 @@ Times = dict[int, tuple[datetime.datetime, datetime.datetime | None]]
 def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) -> Times:
     """What Study.run does, but that every trial ends as it shall; when each began and was over."""
     times: Times = {}
+    every = ours.objective.options["save_every_n_epochs"]
+    early = search.EarlyStopping({"at_percent": 50, "whole_trials": 0}, every, ours.objective.scorer)
     for number, end in enumerate(ends):
         if end in ("rejected", "waiting"):
             table = {**(UNSAFE if end == "rejected" else SAFE), "learning_rate": 6e-5 + 1e-7 * number}
@@ -252,6 +256,8 @@ def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) ->
         trial = ours.study.ask()
         assert trial.number == number, "a trial that waits was taken before its turn"
         ours.claim(trial)
+        # What is stopped is decided here, and not by the pruner.
+        ours.objective = dataclasses.replace(ours.objective, early_stopping=early if end == STOPPED else None)
         for attempt, trainer.end in enumerate(ATTEMPTS.get(end, (end,))):
             if attempt > 0:
                 assert ours.resume(ours.study.get_trials()[number])
@@ -324,11 +330,18 @@ class MadeTrainer:
         self.end = "scored"  # how the next training ends
 
     def __call__(
-        self, config: Path, usual_step: float | None = None, *, may_be_zero: bool = False
+        self,
+        config: Path,
+        usual_step: float | None = None,
+        pauses: Sequence[search.Pause] = (),
+        *,
+        may_be_zero: bool = False,
     ) -> tuple[float, float]:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), self.end, self.clock.now)
         progress = self._write(config.parent, output)
         self.clock.spend(output.seconds)
+        for pause in pauses:
+            pause.work(output.seconds)
         if self.end == "running":
             raise LeftRunning
         if self.end == "interrupted":
@@ -379,6 +392,8 @@ class TrainerOutput:
         dim = self.config["network_dim"]
         self.batch_seconds = round(BATCH_SECONDS * (1 + dim / 1000) * float(self.rng.uniform(0.97, 1.03)), 4)
         self.stop = self.steps if self.end in ("scored", "diverged") else int(self.steps * self.rng.uniform(0.1, 0.9))
+        if self.end == STOPPED:
+            self.stop = self.steps // 2
         self.status = 1 if self.end in LAST_WORDS else 0
 
     @property
@@ -500,7 +515,7 @@ class MadeScoring:
     def __call__(self, folder: Path) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            search.score_folder(folder, self.device)
+            search.score_folder(folder, self.device, by_search=True)
         stages = re.findall(r"(?m)^  epoch +\d+ +(score|is score)", printed.getvalue()) or ["score", "is score"]
         plan = search.read_json(folder.parent / "reference" / "plan.json")
         pictures = sum(len(plan["screen" if stage == "score" else "confirm"]) for stage in stages)
@@ -587,7 +602,7 @@ def learn(path: Path) -> Learnt:
 class MadeImageScorer:
     """search.ImageScorer without models: the search makes all of metrics.json from what this draws and embeds."""
 
-    def __init__(self, artist: Artist, plan: Mapping[str, Any], device: str) -> None:
+    def __init__(self, artist: Artist, plan: Mapping[str, Any], device: str, needed_bytes: float = 0.0) -> None:
         self.artist = artist
         self.plan = plan
         self.device = device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -250,7 +252,7 @@ def test_a_card_that_spills_into_memory_is_warned_of_once(capsys: pytest.Capture
 def test_a_signal_ends_program_and_deaf_trainer_within_ten_seconds(night: Night, number: signal.Signals) -> None:
     program = night.start(2, FAULT="deaf@4:trial_0001")
     read_until(program, "Trial 1: ")
-    while not (night.folder(1) / search.PROCESS_FILE).exists():
+    while not list(night.folder(1).glob(f"*{search.PROCESS_FILE}")):
         time.sleep(0.05)
     time.sleep(1.5)  # until it is deaf
     began = time.monotonic()
@@ -342,7 +344,7 @@ def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: N
             ("reference/8", innocent, "another boot 1"),  # its number was given anew
         ):
             (night.output_dir / place).mkdir()
-            (night.output_dir / place / search.PROCESS_FILE).write_text(
+            (night.output_dir / place / f"training{search.PROCESS_FILE}").write_text(
                 json.dumps({"pid": process.pid, "started": started})
             )
         done = night.run(1)
@@ -352,6 +354,83 @@ def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: N
         for process in processes:
             process.kill()
             process.wait()
+
+
+# --- trainings that are stopped early ------------------------------------------------------------------
+
+
+def stop_early(night: Night, first_score: float) -> None:
+    """From the second trial on; the first one's scores while it was trained are these."""
+    file = night.world / "scoring.toml"
+    settings = toml.loads(file.read_text())
+    settings["stop_early"]["whole_trials"] = 1
+    file.write_text(toml.dumps(settings))
+    with closing(sqlite3.connect(night.output_dir / search.DATABASE_NAME)) as database, database:
+        database.execute("UPDATE trial_intermediate_values SET intermediate_value = ?", (first_score,))
+
+
+STOPPED = (PRUNED, "stopped early")
+PAUSED = "the trainer is paused"
+
+
+def test_what_can_not_win_is_stopped_half_way_and_counts(night: Night) -> None:
+    stop_early(night, 2.0)
+    done = night.run(2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert night.endings() == [SCORED, STOPPED]
+    trial, folder = night.trials()[1], night.folder(1)
+    epochs = trial.params["max_train_epochs"]
+    epoch = epochs // 2 // 5 * 5
+    best = max(trial.intermediate_values.values())
+    reason = f"its best score up to epoch {epoch} of {epochs} was {best:.3f}, too low to win"
+    assert f"epoch {epoch}/{epochs}: {PAUSED}" in done.stdout
+    assert f"Trial 1 stopped early: {reason}" in done.stdout and trial.user_attrs["reason"] == reason
+    assert trial.intermediate_values.keys() == {p for p in range(10, 51, 10) if p * epochs >= 100 * 5}
+    assert "model saved." not in (folder / "training.log").read_text()
+    assert not list(folder.glob("*.safetensors")) and not (folder / "metrics.json").exists()
+    assert reason in (night.output_dir / "results" / "trials.csv").read_text()
+    assert not fault_storm.processes_of(night.output_dir)
+
+
+def test_what_may_win_goes_on_and_the_pictures_of_the_pause_are_not_made_again(night: Night) -> None:
+    stop_early(night, -1.0)
+    done = night.run(2)
+    assert done.returncode == 0 and PAUSED in done.stdout
+    assert night.endings() == [SCORED, SCORED]
+    second = night.trials()[1]
+    found = Counter(re.findall(r"\n  epoch +(\d+)    score", done.stdout))
+    assert set(found.values()) == {1} and len(found) == math.ceil(second.params["max_train_epochs"] / 5)
+    assert second.user_attrs["scoring_seconds"] > second.user_attrs["screening_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "whom", ["program", *(pytest.param(whom, marks=pytest.mark.slow) for whom in ("trainer", "scorer", "by SIGTERM"))]
+)
+def test_a_kill_in_the_pause_leaves_nobody_and_the_study_goes_on(night: Night, whom: str) -> None:
+    stop_early(night, -1.0)
+    program = night.start(2, STEP_SECONDS="0.02")
+    said = read_until(program, PAUSED)
+    time.sleep(1)
+    processes = fault_storm.processes_of(night.output_dir)
+    trainer = next(pid for pid, line in processes.items() if "train_network.py" in line)
+    scorer = next(pid for pid, line in processes.items() if "--score" in line)
+    assert Path(f"/proc/{trainer}/stat").read_text().rpartition(")")[2].split()[0] == "T"  # stopped
+    pid = {"trainer": trainer, "scorer": scorer}.get(whom, program.pid)
+    os.kill(pid, signal.SIGTERM if "SIGTERM" in whom else signal.SIGKILL)
+    said += program.communicate(timeout=120)[0]
+    assert not fault_storm.wait_until_none(night.output_dir, 7), said
+    if whom == "scorer":
+        assert program.returncode == 0 and "no more trainings are stopped early in this run" in said
+    elif whom != "trainer":  # of which the program makes a second attempt
+        assert night.run(2).returncode == 0
+    assert night.endings() == [SCORED, SCORED]
+
+
+def test_prune_off_trains_all_of_them_whole(night: Night) -> None:
+    stop_early(night, 2.0)
+    done = night.run(2, "--prune", "off")
+    assert done.returncode == 0 and PAUSED not in done.stdout
+    assert night.endings() == [SCORED, SCORED]
 
 
 # --- the log -----------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 SD_SCRIPTS_PYTHON (default: this Python) must import what kohya needs; without torchvision a stand-in on its path
 will do. Makes a full-size SD 1.5 single file of random weights (2 GB, by kohya's own converter), and trains one
-trial of 12 epochs of one step on four 64-pixel pictures, killed and resumed: minutes on two cores. What sd-scripts says
-of people's data sets is tried in test_field_cases.py.
+trial of 12 epochs of one step on four 64-pixel pictures, killed, resumed, and paused half-way: minutes on two cores.
+What sd-scripts says of people's data sets is tried in test_field_cases.py.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text())
     scoring["images"] |= {"resolution": 64, "steps": 2}
     scoring["screen"] = scoring["confirm"] = scoring["final"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
+    scoring["stop_early"]["whole_trials"] = 0  # the trainer is paused at epoch 6 all the same
     scoring["encoders"] = {
         "dinov2": str(tmp_path / "dinov2"), "clip": str(tmp_path / "clip"), "pipeline_config": str(configs),
     }  # fmt: skip
@@ -132,6 +133,8 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     metrics = search.read_json(out / "trial_0000" / "metrics.json")
     assert [result["epoch"] for result in metrics["screen"]] == [6, 12]
     assert "epoch 12/12  step 12/12  100%" in done.stdout
+    assert "epoch 6/12: the trainer is paused" in done.stdout and done.stdout.count("epoch   6    score") == 1
+    assert list(trial.intermediate_values) == [50, 60, 70, 80, 90, 100]
     header = search.read_safetensors_header(out / "results" / "best_lora.safetensors")
     metadata = header["__metadata__"]
     assert metadata["ss_network_dim"] == "64" and metadata["ss_num_epochs"] == "12"
@@ -153,4 +156,4 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     retrain = [PYTHON, "train_network.py", "--config_file", str(config)]
     subprocess.run(retrain, cwd=SD_SCRIPTS, check=True, env=search.ChildProcess.environment("cpu"))
     repeated = Path(toml.loads(config.read_text())["output_dir"]) / trial.user_attrs["checkpoint"]
-    assert weights_of(repeated) == weights_of(out / "results" / "best_lora.safetensors")  # bit for bit
+    assert weights_of(repeated) == weights_of(out / "results" / "best_lora.safetensors")  # bit for bit, without a pause

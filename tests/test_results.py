@@ -392,7 +392,7 @@ def test_unusable_pictures_are_quality_failures(tmp_path: Path) -> None:
 def score_with(folder: Path, usable: float) -> None:
     metrics = {
         "outcome": "scored", "reason": "", "score": 0.2, "best_epoch": 12, "checkpoint": "lora.safetensors",
-        "terms": {**TERMS, "usable": usable}, "scoring_seconds": 1.0, "standard_error": 0.01,
+        "terms": {**TERMS, "usable": usable}, "scoring_seconds": 1.0, "standard_error": 0.01, "screen": [],
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
@@ -422,3 +422,19 @@ def test_a_study_without_a_score_says_so_and_why(tmp_path: Path) -> None:
     assert said.startswith("Nothing was scored yet in study 'test': ")
     assert "1 crashed, 1 interrupted" in said and "The last one: no such card" in said
     assert not (settings.output_dir / "results" / "best_lora.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("best", "says"), [(1.2e-4, "upper end: raise"), (6e-5, "lower end: lower"), (9e-5, "neither")]
+)
+def test_the_report_says_which_way_the_dose_should_move(tmp_path: Path, best: float, says: str) -> None:
+    """Twelve trials that differ in their learning rates alone; the nearer to `best`, the better."""
+    study = optuna.create_study(direction="maximize")
+    for number in range(12):
+        params = {**SAFE, "learning_rate": 6e-5 + number * 6e-5 / 11}
+        score = 1 - abs(params["learning_rate"] - best) * 1e3
+        attrs = {"training_params": search.complete_params(params), "ended": "scored", "terms": TERMS}
+        study.add_trial(
+            optuna.create_trial(value=score, params=params, distributions=search.SEARCH_SPACE, user_attrs=attrs)
+        )
+    assert says in search.Results(study, tmp_path).dose_advice()

@@ -13,7 +13,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def good_scoring(folder: Path) -> None:
     number = int(folder.name.rpartition("_")[2])
     metrics = {
         "outcome": "scored", "reason": "", "score": 0.1 + number / 100, "best_epoch": 12,
-        "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0, "standard_error": 0.001,
+        "checkpoint": "lora.safetensors", "terms": TERMS, "scoring_seconds": 2.0, "standard_error": 0.001, "screen": [],
     }  # fmt: skip
     search.write_json(folder / "metrics.json", metrics)
 
@@ -115,7 +116,7 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
     train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
     score: Iterator[Step] = itertools.chain(scorings, itertools.repeat(good_scoring))
 
-    def trainer(config: Path, _usual_step: float | None) -> tuple[float, float]:
+    def trainer(config: Path, _usual_step: float | None, _pauses: object) -> tuple[float, float]:
         next(train)(config.parent)
         return 7.0, 0.5
 
@@ -164,7 +165,7 @@ def test_accumulated_batches_make_no_step_slow(tmp_path: Path) -> None:
     """Four batches a step take four times as long, and the card is well."""
     usual: list[float | None] = []
 
-    def trainer(config: Path, usual_step: float | None) -> tuple[float, float]:
+    def trainer(config: Path, usual_step: float | None, _pauses: object) -> tuple[float, float]:
         good_training(config.parent)
         batches = search.read_toml(config, "config")["gradient_accumulation_steps"]
         usual.append(usual_step and usual_step / batches)
@@ -212,6 +213,126 @@ def test_a_folder_of_something_else_is_never_written_into(tmp_path: Path) -> Non
     assert [file.name for file in (settings.output_dir / "trial_0000").iterdir()] == ["notes.txt"]
     (settings.output_dir / "trial_0000" / "notes.txt").unlink()
     assert endings(run(settings)) == [SCORED]
+
+
+# --- early stopping ----------------------------------------------------------------------------------
+
+STOP_EARLY = {"at_percent": 50, "whole_trials": 2, "keep_percent": 50.0}
+
+
+def screening(score: float, *epochs: int) -> Step:
+    """What screening leaves in the pause, with this score for each epoch."""
+
+    def screen(folder: Path) -> None:
+        found = [{"epoch": epoch, "checkpoint": f"lora-{epoch:06d}.safetensors", "score": score} for epoch in epochs]
+        search.write_json(folder / "scores" / search.SCREENED, {"screen": found})
+
+    return screen
+
+
+@dataclasses.dataclass
+class Pausing:
+    """A study whose trainer pauses where it is told to."""
+
+    settings: search.Settings
+    halves: list[Step]  # of the trainings that are paused, in order
+    pauses: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # checkpoints, by the trial's folder
+
+    def train(self, config: Path, _usual_step: float | None, pauses: Sequence[search.Pause]) -> tuple[float, float]:
+        self.pauses[config.parent.name] = [pause.checkpoint.name for pause in pauses]
+        for pause in pauses:
+            pause.work(3.0)
+        good_training(config.parent)
+        return 7.0, 0.5
+
+    def score(self, folder: Path) -> None:
+        if not (folder / "lora.safetensors").exists():
+            return self.halves.pop(0)(folder)
+        good_scoring(folder)
+        metrics = search.read_json(folder / "metrics.json")
+        found = [{"epoch": epoch, "score": metrics["score"]} for epoch in (5, 10, 15)]
+        search.write_json(folder / "metrics.json", {**metrics, "screen": found})
+
+    def run(self, stops: bool = True) -> optuna.Study:
+        options = {"seed": 42, "save_every_n_epochs": 5}
+        early = search.EarlyStopping(STOP_EARLY, 5, self.score)
+        objective = search.LoraObjective(self.settings, options, self.train, self.score, early if stops else None)
+        ours = study_of(self.settings, objective)
+        ours.study.pruner = early.pruner()
+        ours.run()
+        return ours.study
+
+
+STOPPED = (PRUNED, "stopped early")
+
+
+def test_a_training_that_scores_below_the_median_half_way_is_stopped_and_counts(tmp_path: Path) -> None:
+    pausing = Pausing(settings_for(tmp_path, 4), [screening(0.05, 5), screening(0.9, 5)])
+    study = pausing.run()
+    assert endings(study) == [SCORED, SCORED, STOPPED, SCORED]
+    assert [len(pausing.pauses[f"trial_{number:04d}"]) for number in range(4)] == [0, 0, 1, 1]
+    stopped = study.get_trials()[2]
+    assert stopped.intermediate_values[50] == 0.05 and search.is_trained(stopped)
+    assert stopped.user_attrs["stopped"]["training_seconds"] == 3.0 and "lost_seconds" not in stopped.user_attrs
+    epochs, epoch = stopped.params["max_train_epochs"], stopped.user_attrs["stopped"]["stopped_epoch"]
+    assert search.EarlyStopping.seconds_saved(stopped) == pytest.approx(3.0 * (epochs - epoch) / epoch)
+    assert search.facts_of(stopped)["score"] is None  # Optuna gives it its last value
+
+
+@pytest.mark.parametrize(("epochs", "pause"), [(12, "lora-000005"), (16, "lora-000005"), (20, "lora-000010")])
+def test_the_pause_is_at_the_last_checkpoint_up_to_half_of_the_epochs(tmp_path: Path, epochs: int, pause: str) -> None:
+    pausing = Pausing(settings_for(tmp_path, 3), [screening(0.9, 5)])
+    study = open_study(pausing.settings)
+    for _ in range(3):
+        study.enqueue_trial({"max_train_epochs": epochs})
+    pausing.run()
+    assert pausing.pauses["trial_0002"] == [f"{pause}.safetensors"]
+
+
+def test_trainings_of_different_lengths_compare_at_the_same_share(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    for epochs, expected in ((12, {50: 0.1, 60: 0.1}), (16, {40: 0.1, 50: 0.1, 60: 0.1}), (20, {30: 0.1, 50: 0.3})):
+        study.enqueue_trial({"max_train_epochs": epochs})
+        trial = study.ask(search.SEARCH_SPACE)
+        found = [{"epoch": 5, "score": 0.1}, {"epoch": 10, "score": 0.3}, {"epoch": 15, "score": 0.2}]
+        search.EarlyStopping.report(trial, found)
+        reported = study.get_trials()[trial.number].intermediate_values
+        assert expected.items() <= reported.items() and max(reported) == 100 and reported[100] == 0.3
+
+
+def test_what_was_reported_before_is_not_reported_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial({"max_train_epochs": 20})
+    trial = study.ask(search.SEARCH_SPACE)
+    search.EarlyStopping.report(trial, [{"epoch": 10, "score": 0.1}], until=50)
+    search.EarlyStopping.report(trial, [{"epoch": 10, "score": 0.7}, {"epoch": 20, "score": 0.8}])
+    reported = trial.study.get_trials()[0].intermediate_values
+    assert reported == {50: 0.1, 60: 0.7, 70: 0.7, 80: 0.7, 90: 0.7, 100: 0.8}
+    assert not recwarn.list
+
+
+def test_without_early_stopping_nothing_is_paused(tmp_path: Path) -> None:
+    pausing = Pausing(settings_for(tmp_path, 4), [])
+    assert endings(pausing.run(stops=False)) == [SCORED] * 4 and not any(pausing.pauses.values())
+
+
+def test_a_screening_that_fails_is_said_once_and_all_others_are_trained_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = search.ScoringFailed("the card has 2.0GB free beside the trainer, and screening needs 6.0GB")
+    pausing = Pausing(settings_for(tmp_path, 6), [failing(full)])
+    assert endings(pausing.run()) == [SCORED] * 6
+    assert [len(pauses) for pauses in pausing.pauses.values()] == [0, 0, 1, 0, 0, 0]
+    assert capsys.readouterr().out.count("no more trainings are stopped early in this run") == 1
+
+
+def test_a_kill_before_a_stop_is_told_does_not_train_again(tmp_path: Path) -> None:
+    pausing = Pausing(settings_for(tmp_path, 3), [screening(0.05, 5)])
+    killed = unittest.mock.patch.object(search.Study, "finish", side_effect=KeyboardInterrupt)
+    with killed, pytest.raises(KeyboardInterrupt):
+        pausing.run()
+    pausing.pauses.clear()
+    assert endings(pausing.run()) == [SCORED, SCORED, STOPPED] and not pausing.pauses
 
 
 # --- counting ----------------------------------------------------------------------------------------

@@ -384,6 +384,90 @@ def test_a_child_sees_only_the_card_that_was_asked_for(
     assert search.ChildProcess.environment(device)["CUDA_VISIBLE_DEVICES"] == inside
 
 
+# --- pauses ------------------------------------------------------------------------------------------
+
+SAVER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+
+folder = Path(sys.argv[2]).parent
+for epoch in (1, 2, 3):
+    name = f"lora-{epoch:06d}.safetensors" if epoch < 3 else "lora.safetensors"
+    save_file({"a.lora_up.weight": np.ones(4, np.float16)}, folder / name)
+    for tick in range(10):
+        print(f"tick {time.time()}", flush=True)
+        time.sleep(0.1)
+print("model saved.")
+"""
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> search.KohyaTrainer:
+    """Saves three epochs of a second each."""
+    (tmp_path / "train_network.py").write_text(SAVER)
+    return search.KohyaTrainer(sys.executable, tmp_path / "train_network.py", "cpu", stall_minutes=0.05)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def trainer_of(folder: Path) -> int:
+    return search.read_json(folder / f"training{search.PROCESS_FILE}")["pid"]
+
+
+def test_a_trainer_stands_still_in_a_pause_and_goes_on(saver: search.KohyaTrainer, tmp_path: Path) -> None:
+    """Longer than a stall of three seconds; and the training's seconds are those without it."""
+    seen: list[str] = []
+
+    def work(seconds: float) -> None:
+        began = time.time()
+        time.sleep(4)
+        seen.append(state_of(trainer_of(tmp_path)))
+        ticks = [float(line.split()[1]) for line in (tmp_path / "training.log").read_text().splitlines()]
+        assert all(tick < began + 0.1 for tick in ticks) and 1 < seconds < 10
+
+    started = time.monotonic()
+    seconds, _ = saver(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000002.safetensors", work)])
+    assert seen == ["T"]
+    assert seconds == pytest.approx(time.monotonic() - started - 4, abs=0.5)
+
+
+def test_an_error_in_a_pause_ends_the_training(saver: search.KohyaTrainer, tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def work(_seconds: float) -> None:
+        pids.append(trainer_of(tmp_path))
+        raise search.StoppedEarly("too low to win")
+
+    with pytest.raises(search.StoppedEarly):
+        saver(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000001.safetensors", work)])
+    assert wait_until_dead(pids, 1) and not (tmp_path / "lora.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_end_the_training_at_its_pause(tmp_path: Path) -> None:
+    (tmp_path / "train_network.py").write_text(SAVER.replace("np.ones(4,", "np.full(4, np.nan,"))
+    trainer = search.KohyaTrainer(sys.executable, tmp_path / "train_network.py", "cpu")
+    with pytest.raises(search.Diverged, match="not finite in lora-000001"):
+        trainer(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000001.safetensors", print)])
+
+
+def test_a_torn_checkpoint_is_not_saved_yet(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "lora-000001.safetensors"
+    assert not search.is_saved(file)
+    save_file({"a.lora_up.weight": np.ones(64, np.float16)}, file)
+    whole = file.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        assert not search.is_saved(file)
+    file.write_bytes(whole)
+    assert search.is_saved(file)
+
+
 # --- sd-scripts itself -------------------------------------------------------------------------------
 
 

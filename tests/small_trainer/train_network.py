@@ -187,6 +187,12 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> to
         except ImportError:
             raise ImportError("No bitsandbytes / bitsandbytesがインストールされていないようです") from None
         kind = getattr(bitsandbytes.optim, name)
+    elif name.lower() == "lion":
+        try:
+            import lion_pytorch
+        except ImportError:
+            raise ImportError("No lion_pytorch / lion_pytorch がインストールされていないようです") from None
+        kind = lion_pytorch.Lion
     else:
         kind = getattr(torch.optim, name)
     log.info("use %s optimizer | {}", name)

@@ -38,11 +38,12 @@ class Judged:
 class Confirmation:
     """The reference of a study that exists, and its scorer. The folder is named for its world, or it is the demo's."""
 
-    def __init__(self, output_dir: Path, stage: str = STAGE) -> None:
+    def __init__(self, output_dir: Path, stage: str = STAGE, jobs: Sequence[dict[str, Any]] | None = None) -> None:
         reference = output_dir / "reference"
         self.stage, self.plan = stage, search.read_json(reference / "plan.json")
         self.plan[wide.STAGE] = wide.wide_jobs(self.plan)
-        self.jobs: list[dict[str, Any]] = self.plan[stage]
+        self.plan |= {stage: jobs} if jobs else {}
+        self.jobs: Sequence[dict[str, Any]] = self.plan[stage]
         self.scorer = search.ImageScorer(self.plan, "cpu")
         found = search.FolderScorer(self.scorer, reference)
         self.limits, self.anchors, self.embeddings = found.anchors["usable"], found.anchors, found.embeddings

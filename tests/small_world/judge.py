@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,21 @@ def is_copy(picture: np.ndarray, training: Sequence[np.ndarray]) -> bool:
     return bool(errors and 10 * np.log10(255**2 / max(min(errors), 1e-9)) >= COPY_DB)
 
 
+def look_at(
+    prompt: str, picture: np.ndarray, training: Sequence[np.ndarray] = (), captions: Collection[str] = ()
+) -> dict[str, float]:
+    """What is true of one picture, 0..1: "plain" of those that do not name Luca, the rest of those that ask for him.
+
+    character, text (obedience), and copies where the prompt is no caption of a training picture: there the training
+    picture is the right answer.
+    """
+    if "luca" not in prompt:
+        return {"plain": float(shape_is_right(prompt, see_shape(picture)))}
+    seen = see_luca(picture)
+    found = {"character": seen.character, "text": obedience(prompt, seen)}
+    return found if prompt in captions else {**found, "copies": float(is_copy(picture, training))}
+
+
 def truth(
     prompts: Sequence[str],
     pictures: Sequence[np.ndarray],
@@ -143,21 +159,18 @@ def truth(
 ) -> dict[str, float]:
     """The judge's terms, 0..1, over prompts of one trial; those that name Luca ask for him.
 
-    character and text are means over his pictures, and plain is the share of the others that are right. copies is the
-    share of his pictures that copy a training picture, without the prompts that are captions of one: there the training
-    picture is the right answer. overall is the mean of character x obedience, times plain, times 1 - copies.
+    Means of what is true of the pictures. overall is the mean of character x obedience, times plain, times 1 - copies.
     """
-    every = list(zip(prompts, pictures, strict=True))
-    named = [(prompt, picture) for prompt, picture in every if "luca" in prompt]
-    shown = [(prompt, see_luca(picture)) for prompt, picture in named]
-    plain = [shape_is_right(prompt, see_shape(picture)) for prompt, picture in every if "luca" not in prompt]
-    copies = [is_copy(picture, training) for prompt, picture in named if prompt not in captions]
-    there = np.mean([seen.character * obedience(prompt, seen) for prompt, seen in shown])
-    found = {
-        "character": np.mean([seen.character for _, seen in shown]),
-        "text": np.mean([obedience(prompt, seen) for prompt, seen in shown]),
-        "plain": np.mean(plain),
-        "copies": np.mean(copies) if copies else 0.0,
-    }
-    overall = there * found["plain"] * (1 - found["copies"])
-    return {name: float(value) for name, value in {**found, "overall": overall}.items()}
+    return overall([look_at(p, picture, training, captions) for p, picture in zip(prompts, pictures, strict=True)])
+
+
+def overall(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of what is true of a trial's pictures, and how good the LoRA is by all of it."""
+
+    def mean(name: str, absent: float = math.nan) -> float:
+        values = [one[name] for one in found if name in one]
+        return float(np.mean(values)) if values else absent
+
+    means = {name: mean(name) for name in ("character", "text", "plain")} | {"copies": mean("copies", 0.0)}
+    there = float(np.mean([one["character"] * one["text"] for one in found if "text" in one]))
+    return {**means, "overall": there * means["plain"] * (1 - means["copies"])}

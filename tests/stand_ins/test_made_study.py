@@ -127,7 +127,7 @@ def files_in(output_dir: Path) -> set[str]:
     """Every file with # for numbers; without the trainer's and the interrupted program's own leavings."""
     names = (path.relative_to(output_dir) for path in output_dir.rglob("*") if path.is_file())
     kept = [name for name in names if name.parts[0] != "inputs" and "logs" not in name.parts]
-    return {re.sub(r"\d+", "#", named_alike(str(name))) for name in kept if name.name != search.PROCESS_FILE}
+    return {re.sub(r"\d+", "#", named_alike(str(name))) for name in kept if not name.name.endswith(search.PROCESS_FILE)}
 
 
 def test_the_same_files_lie_at_the_same_places(made: Path, demo: Demo) -> None:
