@@ -532,8 +532,8 @@ class ScoringSettings:
             return "must be a multiple of 8 (the VAE's factor), from 16 on"
         if key == "steps" and value > MAX_STEPS:
             return f"must be at most {MAX_STEPS}"
-        if key == "at_percent" and (value % CURVE_STEP or value > 100):
-            return f"must be a multiple of {CURVE_STEP}, up to 100"
+        if key == "at_percent" and (value % CURVE_STEP or value > 90):
+            return f"must be a multiple of {CURVE_STEP}, up to 90"
         if key == "keep_percent" and value > 100:
             return "must be at most 100"
         templates = value if table == "prompts" else []
@@ -1458,7 +1458,7 @@ class TrainingProgress(ProcessOutput):
         self.epoch = self.epochs = 0
         self.loss = self.device = ""
         self.first_nan_step: int | None = None
-        self.saved = False
+        self.saved = self.was_paused = False
         self._finite: set[Path] = set()  # checkpoints that were found to be finite
         self._said_slow = False
         screen.show("train", "starting: the model is loaded, latents are cached")
@@ -1474,6 +1474,8 @@ class TrainingProgress(ProcessOutput):
             self.first_nan_step = self.step
         if self.epoch:
             each = self.seconds_per_step()
+            if each and self.was_paused:  # which the bar's own ETA counts in
+                self.eta = tqdm.format_interval((self.steps - self.step) * each)
             speed = "- it/s" if not each else f"{1 / each:.3g} it/s" if each < 1 else f"{each:.3g} s/it"
             screen.show("train", self.describe(speed), self.step, self.steps)
 
@@ -1516,7 +1518,8 @@ class TrainingProgress(ProcessOutput):
         """Diverged if a checkpoint is not finite. A loss of NaN is no proof: fp16 may skip the bad step."""
         for path in set(checkpoint_files(folder)) - self._finite:
             try:
-                self._finite |= {path} if Checkpoint.is_saved(path) else set()
+                if Checkpoint.is_saved(path):
+                    self._finite.add(path)
             except Diverged as error:
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
                 raise Diverged(f"{error}; {since}") from error
@@ -1554,25 +1557,25 @@ class KohyaTrainer:
     stall_minutes: float = 30.0
 
     def __call__(
-        self, config: Path, usual_step: float | None = None, pauses: Sequence[Pause] = (), *, may_be_zero: bool = False
+        self, config: Path, usual_step: float | None = None, pause: Pause | None = None, *, may_be_zero: bool = False
     ) -> tuple[float, float | None]:
         """Run the training of a config.toml. Raises TrialFailed.
 
-        Returns the seconds of the training, without its pauses, and of a step (None for very few steps). `usual_step`:
-        the usual seconds of a step in this study; a much slower one is warned of. `pauses`: in order. `may_be_zero`:
-        fp16 may skip the first steps.
+        Returns the seconds of the training, without its pause, and of a step (None for very few steps). `usual_step`:
+        the usual seconds of a step in this study; a much slower one is warned of. `may_be_zero`: fp16 may skip the
+        first steps.
         """
-        started, folder, progress, left = time.monotonic(), config.parent, TrainingProgress(), deque(pauses)
+        started, folder, progress = time.monotonic(), config.parent, TrainingProgress()
         child = ChildProcess([self.python, str(self.script), "--config_file", str(config)], self.device)
 
         def watch() -> None:
-            nonlocal started
+            nonlocal started, pause
             progress.check(folder, self.device, self.stall_minutes, usual_step)
-            while left and Checkpoint.is_saved(left[0].checkpoint):
-                paused = time.monotonic()
+            if pause and child.poll() is None and Checkpoint.is_saved(pause.checkpoint):
+                work, pause, paused = pause.work, None, time.monotonic()
                 with child.paused():
-                    left.popleft().work(paused - started)
-                progress.last_sign = time.monotonic()  # it made no step, and did not hang
+                    work(paused - started)
+                progress.was_paused, progress.last_sign = True, time.monotonic()  # it made no step, and did not hang
                 started += progress.last_sign - paused
 
         try:
@@ -2449,6 +2452,8 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     try:
         for checkpoint in () if by_search else checkpoints:
             check_lora(checkpoint.path)
+        if not by_search:  # all is made anew
+            (folder / "scores" / SCREENED).unlink(missing_ok=True)
         scorer = FolderScorer(ImageScorer(plan, device, SCREENING_BYTES if is_paused else 0.0), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints and not is_paused else None
         if is_paused:
@@ -2978,49 +2983,60 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
         raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class EarlyStopping:
-    """Ends trainings that can't win, half-way: the trainer waits while its checkpoints so far are screened."""
+    """Ends trainings that are unlikely to win: half-way the trainer waits, and its checkpoints so far are screened."""
 
     settings: Mapping[str, float]  # [stop_early] of the scoring config
     save_every: int  # epochs
     scorer: Callable[[Path], None]
+    has_failed: bool = False  # in this run, which then trains everything whole
 
     def pruner(self) -> optuna.pruners.BasePruner:
         """Keeps what is among the best whole trainings, by the best score so far at the same share of the epochs."""
-        startup = int(self.settings["whole_trials"])
-        return optuna.pruners.PercentilePruner(self.settings["keep_percent"], n_startup_trials=startup)
+        whole = max(1, int(self.settings["whole_trials"]))
+        return optuna.pruners.PercentilePruner(self.settings["keep_percent"], n_startup_trials=0, n_min_trials=whole)
 
-    def pauses(self, trial: optuna.Trial, folder: Path) -> list[Pause]:
-        """Where the training is judged: none before enough trials are whole, or after screening failed in this run."""
-        trials, epochs = trial.study.get_trials(deepcopy=False), trial.params["max_train_epochs"]
-        has_failed = any("not_screened" in t.user_attrs and t.user_attrs.get("pid") == os.getpid() for t in trials)
-        whole = sum(other.state == TrialState.COMPLETE for other in trials)
+    def pause(self, trial: optuna.Trial, folder: Path) -> Pause | None:
+        """Where the training is judged: at its last checkpoint up to `at_percent`, if enough others are whole."""
+        epochs = trial.params["max_train_epochs"]
         epoch = int(epochs * self.settings["at_percent"] / 100) // self.save_every * self.save_every
-        if has_failed or whole < self.settings["whole_trials"] or not 0 < epoch < epochs:
-            return []
+        if self.has_failed or len(self._others(trial)) < self.settings["whole_trials"] or not 0 < epoch < epochs:
+            return None
         checkpoint = folder / f"{LORA_NAME}-{epoch:06d}.safetensors"
-        return [Pause(checkpoint, functools.partial(self.judge, trial, folder, epoch))]
+        return Pause(checkpoint, functools.partial(self.judge, trial, folder, epoch))
+
+    def _others(self, trial: optuna.Trial) -> list[float]:
+        """What whole trainings had at the same share of their epochs."""
+        trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        values = (other.intermediate_values.get(int(self.settings["at_percent"])) for other in trials)
+        return [value for value in values if value is not None]
 
     def judge(self, trial: optuna.Trial, folder: Path, epoch: int, training_seconds: float) -> None:
         """While the trainer waits: screen what it has saved, and StoppedEarly if that is too bad to go on."""
         started, epochs = time.monotonic(), trial.params["max_train_epochs"]
+        screen.show("train", f"epoch {epoch}/{epochs}  paused", epoch, epochs)
         say(f"  epoch {epoch}/{epochs}: the trainer is paused, and its checkpoints are screened", detail=True)
         try:
             self.scorer(folder)
-            screened = read_json(folder / "scores" / SCREENED)["screen"]
-        except (ScoringFailed, TypeError) as error:
-            trial.set_user_attr("not_screened", one_line(error))
+            if (found := read_json(folder / "scores" / SCREENED)) is None:
+                raise ScoringFailed(f"screening left no {SCREENED}")
+        except ScoringFailed as error:
+            self.has_failed = True
             say(f"warning: no more trainings are stopped early in this run, since screening failed: {one_line(error)}")
             return
-        seconds = round(time.monotonic() - started, 1)
-        trial.set_user_attr("screening_seconds", seconds)
-        self.report(trial, screened, int(self.settings["at_percent"]))
+        finally:
+            seconds = round(time.monotonic() - started, 1)
+            trial.set_user_attr("screening_seconds", seconds)
+        screen.show("score", "-")
+        self.report(trial, found["screen"], int(self.settings["at_percent"]))
         if trial.should_prune():
-            best = max(result["score"] for result in screened)
-            reason = f"its best score up to epoch {epoch} of {epochs} was {best:.3f}, too low to win"
+            kept, others = self.settings["keep_percent"], self._others(trial)
+            best, limit = max(result["score"] for result in found["screen"]), np.percentile(others, 100 - kept)
+            reason = f"its best score up to epoch {epoch} of {epochs} was {best:.3f}, "
+            reason += f"below {limit:.3f}, which {kept:g}% of {len(others)} whole trainings had by then"
             spent = {"training_seconds": round(training_seconds, 1), "scoring_seconds": seconds}
-            trial.set_user_attr("stopped", {**spent, "stopped_epoch": epoch, "reason": reason})
+            trial.set_user_attr("stopped", {**spent, "stopped_epoch": epoch, "best_so_far": best, "reason": reason})
             raise StoppedEarly(reason)
 
     @staticmethod
@@ -3036,13 +3052,6 @@ class EarlyStopping:
             if scores:
                 trial.report(max(scores), step=percent)
 
-    @staticmethod
-    def seconds_saved(trial: FrozenTrial) -> float:
-        """What the rest of a training would have taken that was stopped early."""
-        if not (stopped := trial.user_attrs.get("stopped")):
-            return 0.0
-        return stopped["training_seconds"] * (trial.params["max_train_epochs"] / stopped["stopped_epoch"] - 1)
-
 
 @dataclass(frozen=True)
 class LoraObjective:
@@ -3051,7 +3060,7 @@ class LoraObjective:
     settings: Settings
     options: Mapping[str, Any]
     # Gives seconds of the training, of a step.
-    trainer: Callable[[Path, float | None, Sequence[Pause]], tuple[float, float | None]]
+    trainer: Callable[[Path, float | None, Pause | None], tuple[float, float | None]]
     scorer: Callable[[Path], None]
     early_stopping: EarlyStopping | None = None
 
@@ -3083,12 +3092,13 @@ class LoraObjective:
             screen.show("train", "already done", 1)
             say("  already trained; only the scoring is done again", detail=True)
             return checkpoint
-        trial.set_user_attr("training_seconds", None)
+        for name in ("training_seconds", "screening_seconds"):
+            trial.set_user_attr(name, None)
         self._clear(folder)
         batches = params["gradient_accumulation_steps"]  # a step
         usual_batch = self._usual_batch_seconds(trial.study)
-        pauses = self.early_stopping.pauses(trial, folder) if self.early_stopping else []
-        seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch, pauses)
+        pause = self.early_stopping.pause(trial, folder) if self.early_stopping else None
+        seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch, pause)
         trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
         trial.set_user_attr("training_seconds", round(seconds, 1))
         return checkpoint
@@ -3106,7 +3116,8 @@ class LoraObjective:
 
     def _clear(self, folder: Path) -> None:
         """Remove what a broken training left, so that nothing stale is judged, scored or shown. Its log is kept."""
-        for file in (*checkpoint_files(folder), folder / "metrics.json", *folder.glob(".*.tmp")):
+        made = (folder / "metrics.json", folder / "scores" / SCREENED)
+        for file in (*checkpoint_files(folder), *made, *folder.glob(".*.tmp")):
             file.unlink(missing_ok=True)
         for name in ("logs", "scores"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -3126,7 +3137,7 @@ class LoraObjective:
         metrics = read_json(folder / "metrics.json")
         if metrics is None:
             raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
-        screening_seconds = trial.user_attrs.get("screening_seconds", 0.0)
+        screening_seconds = trial.user_attrs.get("screening_seconds") or 0.0
         trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"] + screening_seconds)
         if metrics["outcome"] == "diverged":
             raise Diverged(metrics["reason"])
@@ -3357,7 +3368,10 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
 
 def is_trained(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards --n-trials: its training ended, well, diverged or stopped early."""
-    was_ended = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") in ("diverged", StoppedEarly.ended)
+    was_ended = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") in (
+        Diverged.ended,
+        StoppedEarly.ended,
+    )
     return trial.state == TrialState.COMPLETE or was_ended
 
 
@@ -3558,8 +3572,11 @@ class Study:
             trial.set_user_attr("ended", "running")
         lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
         if trial.user_attrs.get("training_seconds") is None and has_finished_training(lora.parent):
-            trial.set_user_attr("training_seconds", round(lora.stat().st_mtime - trial.user_attrs["began"], 1))
-        if not self._is_scored(trial):
+            seconds = (
+                lora.stat().st_mtime - trial.user_attrs["began"] - (trial.user_attrs.get("screening_seconds") or 0.0)
+            )
+            trial.set_user_attr("training_seconds", round(seconds, 1))
+        if not (self._is_scored(trial) or "stopped" in trial.user_attrs):
             self._add_lost_seconds(trial)
         return trial
 
@@ -3606,9 +3623,10 @@ class Study:
         self.idle_since = time.monotonic()
 
     def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
-        """Leave the trial RUNNING for a second attempt; its second failure of a kind ends it. Others end it at once.
+        """Leave the trial RUNNING for a second attempt; its second failure of a kind ends it.
 
-        The sampler learns from divergence, early stopping and lack of memory (PRUNED), not from other failures (FAIL).
+        Divergence and early stopping end it at once. The sampler learns from both and from lack of memory
+        (PRUNED), not from other failures (FAIL).
         """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
         if isinstance(error, (Diverged, StoppedEarly)):
@@ -3768,6 +3786,7 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
     `places`: what final_places() tells.
     """
     attrs = {**trial.user_attrs, **trial.user_attrs.get("stopped", {})}
+    trained = attrs.get("stopped_epoch", math.nan) / trial.params.get("max_train_epochs", math.nan)
     found, params = (places or {}).get(trial.number, {}), attrs.get("training_params", trial.params)
     ratio, epochs, steps = (params.get(name, math.nan) for name in DOSE_PARTS)
     return {
@@ -3780,7 +3799,7 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
         "score": trial.value if trial.state == TrialState.COMPLETE else None,  # Optuna gives a pruned one its last
         "outcome": attrs.get("ended", trial.state.name.lower()),
         "why": attrs.get("rejection_reason") or attrs.get("reason") or "",
-        "saved_seconds": EarlyStopping.seconds_saved(trial),
+        "saved_seconds": attrs["training_seconds"] * (1 / trained - 1) if "stopped" in attrs else 0.0,
         "minutes": sum(attrs.get(name) or 0 for name in ("training_seconds", "scoring_seconds")) / 60,
         **attrs,
         **attrs.get("terms", {}),
@@ -3797,6 +3816,7 @@ def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]
     trained = [facts_of(t) for t in trials if is_trained(t)]
     stable = [facts for facts in trained if facts["outcome"] != Diverged.ended]
     scored = [facts_of(t) for t in scored_trials(study)]
+    judged = [facts for facts in trained if facts["outcome"] != StoppedEarly.ended]
     failures = [facts for facts in scored if facts["usable"] < QUALITY_FAILURE_BELOW]
     optimal = [facts for facts in scored if facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"]]
     ratios = [facts["network_alpha_ratio"] for facts in trained]
@@ -3804,8 +3824,8 @@ def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]
     return [
         ("rejected proposals", proposals.count("rejected"), len(proposals), "< 10%"),
         ("stable trainings", len(stable), len(trained), "80-90%"),
-        ("quality failures (usable < 0.9)", len(failures), len(trained), "< 10%"),
-        ("optimal (within 5% of the best)", len(optimal), len(trained), "30-40%"),
+        ("quality failures (usable < 0.9)", len(failures), len(judged), "< 10%"),
+        ("optimal (within 5% of the best)", len(optimal), len(judged), "30-40%"),
         *bands,
     ]
 
@@ -4115,7 +4135,7 @@ class Results:
         }
 
     def plots(self) -> dict[str, Any]:
-        """Plotly figures by title: Optuna's own where they can be drawn, and two for the guide's questions."""
+        """Plotly figures by title: Optuna's own where they can be drawn, and two of ours."""
         from optuna import importance, visualization
 
         figures = {}
@@ -4134,12 +4154,14 @@ class Results:
         return {title: json.loads(figure.to_json()) for title, figure in figures.items()}
 
     def _plot_while_training(self, study: optuna.Study) -> Any:
-        """Optuna's figure of the best score so far by percent of the epochs; what was stopped early is faint."""
+        """Optuna's figure of the best score so far by percent of the epochs; what has no score in the end is faint."""
         figure = optuna.visualization.plot_intermediate_values(study)
         whole = {f"Trial{trial.number}" for trial in self.ranked}
         for line in figure.data:
             line.update(opacity=1.0 if line.name in whole else 0.3)
-        return figure.update_layout(title=None, xaxis_title="percent of the epochs", yaxis_title="best score so far")
+        if not figure.data:
+            raise ValueError("no trial of this study tells its score while it was trained")
+        return figure.update_layout(xaxis_title="percent of the epochs", yaxis_title="best score so far")
 
     def plots_by_band(self) -> dict[str, Any]:
         """Two figures: scores by dose, and scores by the guide's alpha bands."""
@@ -4151,22 +4173,27 @@ class Results:
             scores = {"y": [one["score"] for one in found], "text": [f"trial {one['trial']}" for one in found]}
             by_dose.add_scatter(x=[one["dose"] for one in found], mode="markers", marker_size=10, name=name, **scores)
             by_band.add_box(boxpoints="all", name=f"{name}: {len(found)}", **scores)
+        stopped = [facts for facts in map(facts_of, self.study.get_trials(deepcopy=False)) if "best_so_far" in facts]
+        at = {"x": [one["dose"] for one in stopped], "y": [one["best_so_far"] for one in stopped]}
+        by_dose.add_scatter(
+            **at, mode="markers", marker_symbol="circle-open", marker_color="grey", name="stopped early"
+        )
         across = {"xaxis_title": "alpha ratio x learning_rate x epochs / accumulation", "xaxis_exponentformat": "e"}
         by_dose.update_layout(yaxis_title="score", xaxis_type="log", **across)
         by_band.update_layout(yaxis_title="score", showlegend=False)
         return {"Score against dose": by_dose, "Alpha bands": by_band}
 
     def dose_advice(self) -> str:
-        """Which way to move, by the mean place of the best five among all doses. Chance alone says so in 6 to 10%."""
-        doses = [facts_of(trial)["dose"] for trial in self.ranked]
-        if len(doses) < 10:
-            return ""
-        place = float(np.mean([sorted(doses).index(dose) for dose in doses[:5]])) / (len(doses) - 1)
-        if place > 0.7:
+        """Which way to move, by the mean place of the best five among all doses. Chance alone says so in 5 to 11%."""
+        doses = sorted(facts_of(trial)["dose"] for trial in self.study.get_trials(deepcopy=False) if is_trained(trial))
+        best = [
+            doses.index(facts_of(trial)["dose"]) / (len(doses) - 1) for trial in self.ranked[:5] if len(doses) >= 10
+        ]
+        if best and np.mean(best) > 0.7:
             return "The best five lie at the upper end: raise learning rate, alpha or epochs, or accumulate less."
-        if place < 0.3:
+        if best and np.mean(best) < 0.3:
             return "The best five lie at the lower end: lower learning rate, alpha or epochs, or accumulate more."
-        return "The best five lie at neither end."
+        return "The best five lie at neither end." if best else ""
 
 
 class Notes:
@@ -4573,9 +4600,18 @@ class CheckReport:
             "device": trainer.device_name,
             "optimizers": "AdamW, AdamW8bit" if has_8bit else "AdamW (no bitsandbytes on CUDA: no AdamW8bit)",
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
+            "early stop": self._early_stop(),
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
         }
+
+    def _early_stop(self) -> str:
+        stop, every = self.inputs.plan["stop_early"], self.inputs.options["save_every_n_epochs"]
+        half = int(min(SEARCH_SPACE["max_train_epochs"].choices) * stop["at_percent"] / 100)
+        if self.settings.prune == "off" or not half:
+            return "off"
+        rare = "" if every <= half else " (some trainings have no checkpoint by then)"
+        return f"at {stop['at_percent']}% of the epochs, after {stop['whole_trials']} whole trainings{rare}"
 
     def _subject(self) -> str:
         """The subject's name and, unless it was given, the other tags that may be the name."""
@@ -4809,7 +4845,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
     add("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
     add("--timeout", dest="timeout_hours", type=float, metavar="HOURS", help="start no new trial after that")
-    add("--prune", choices=("on", "off"), default="on", help="stop trainings early that can't win (on)")
+    add("--prune", choices=("on", "off"), default="on", help="stop trainings early that are unlikely to win (on)")
     add("--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)")
     add("--seed", type=int, default=42, help="of the proposals, not of the trainings (42)")
 

@@ -245,7 +245,9 @@ def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) ->
     """What Study.run does, but that every trial ends as it shall; when each began and was over."""
     times: Times = {}
     every = ours.objective.options["save_every_n_epochs"]
-    early = search.EarlyStopping({"at_percent": 50, "whole_trials": 0}, every, ours.objective.scorer)
+    early = search.EarlyStopping(
+        {"at_percent": 50, "whole_trials": 0, "keep_percent": 50}, every, ours.objective.scorer
+    )
     for number, end in enumerate(ends):
         if end in ("rejected", "waiting"):
             table = {**(UNSAFE if end == "rejected" else SAFE), "learning_rate": 6e-5 + 1e-7 * number}
@@ -333,14 +335,14 @@ class MadeTrainer:
         self,
         config: Path,
         usual_step: float | None = None,
-        pauses: Sequence[search.Pause] = (),
+        pause: search.Pause | None = None,
         *,
         may_be_zero: bool = False,
     ) -> tuple[float, float]:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), self.end, self.clock.now)
         progress = self._write(config.parent, output)
         self.clock.spend(output.seconds)
-        for pause in pauses:
+        if pause:
             pause.work(output.seconds)
         if self.end == "running":
             raise LeftRunning

@@ -438,3 +438,28 @@ def test_the_report_says_which_way_the_dose_should_move(tmp_path: Path, best: fl
             optuna.create_trial(value=score, params=params, distributions=search.SEARCH_SPACE, user_attrs=attrs)
         )
     assert says in search.Results(study, tmp_path).dose_advice()
+
+
+def test_doses_that_were_stopped_early_count_for_the_advice(tmp_path: Path) -> None:
+    """Only the five best have a score; they have the highest doses of all that were tried."""
+    study = optuna.create_study(direction="maximize")
+    for number in range(12):
+        params = {**SAFE, "learning_rate": 6e-5 + number * 6e-5 / 11}
+        attrs = {"training_params": search.complete_params(params), "ended": "scored", "terms": TERMS}
+        end: dict[str, object] = {"value": number / 20}
+        if number < 7:
+            attrs["ended"] = "stopped early"
+            end = {"state": TrialState.PRUNED, "intermediate_values": {50: number / 20}}
+        study.add_trial(optuna.create_trial(params=params, distributions=search.SEARCH_SPACE, user_attrs=attrs, **end))
+    results = search.Results(study, tmp_path)
+    assert "upper end: raise" in results.dose_advice()
+
+
+def test_a_study_of_an_earlier_version_has_no_plot_of_scores_while_training(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    for number in range(3):
+        attrs = {"training_params": search.complete_params(SAFE), "ended": "scored", "terms": TERMS}
+        space = search.SEARCH_SPACE
+        study.add_trial(optuna.create_trial(value=number / 9, params=SAFE, distributions=space, user_attrs=attrs))
+    plots = search.Results(study, tmp_path).plots()
+    assert "Score against dose" in plots and "Score while training" not in plots

@@ -1025,6 +1025,26 @@ def test_a_trial_is_screened_confirmed_and_scored_the_same_in_every_process(
     assert names == {"epoch-000002", "epoch-000004", "epoch-000006", "confirm", search.CONTACT_SHEET}
 
 
+def test_what_a_paused_training_has_saved_is_screened_once_for_the_search_and_anew_for_a_user(output_dir: Path) -> None:
+    folder = make_trial(output_dir, "trial_0006", [0.2, 1.0, 4.0], 6)
+    last = (folder / "lora.safetensors").rename(folder / "later")
+    with pytest.raises(search.RefusedInput, match=r"has no lora\.safetensors"):
+        search.score_folder(folder, "cpu")
+    search.score_folder(folder, "cpu", by_search=True)
+    file = folder / "scores" / search.SCREENED
+    screened = search.read_json(file)["screen"]
+    assert [result["epoch"] for result in screened] == [2, 4] and not (folder / "metrics.json").exists()
+    screened[1]["score"] = 2.0
+    search.write_json(file, {"screen": screened})
+    last.rename(folder / "lora.safetensors")
+    search.score_folder(folder, "cpu", by_search=True)
+    assert [result["score"] for result in search.read_json(folder / "metrics.json")["screen"]][1] == 2.0
+    assert not file.exists()
+    search.write_json(file, {"screen": screened})
+    search.score_folder(folder, "cpu")
+    assert search.read_json(folder / "metrics.json")["screen"][1]["score"] <= 1.0
+
+
 def test_scoring_again_keeps_what_was_screened_of_checkpoints_that_are_deleted_since(output_dir: Path) -> None:
     folder = make_trial(output_dir, "trial_0003", [0.2, 1.0, 4.0], 6)
     search.score_folder(folder, "cpu")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ def run(settings: search.Settings, trainings: list[Step] = (), scorings: list[St
     train: Iterator[Step] = itertools.chain(trainings, itertools.repeat(good_training))
     score: Iterator[Step] = itertools.chain(scorings, itertools.repeat(good_scoring))
 
-    def trainer(config: Path, _usual_step: float | None, _pauses: object) -> tuple[float, float]:
+    def trainer(config: Path, _usual_step: float | None, _pause: object) -> tuple[float, float]:
         next(train)(config.parent)
         return 7.0, 0.5
 
@@ -165,7 +165,7 @@ def test_accumulated_batches_make_no_step_slow(tmp_path: Path) -> None:
     """Four batches a step take four times as long, and the card is well."""
     usual: list[float | None] = []
 
-    def trainer(config: Path, usual_step: float | None, _pauses: object) -> tuple[float, float]:
+    def trainer(config: Path, usual_step: float | None, _pause: object) -> tuple[float, float]:
         good_training(config.parent)
         batches = search.read_toml(config, "config")["gradient_accumulation_steps"]
         usual.append(usual_step and usual_step / batches)
@@ -236,11 +236,11 @@ class Pausing:
 
     settings: search.Settings
     halves: list[Step]  # of the trainings that are paused, in order
-    pauses: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # checkpoints, by the trial's folder
+    pauses: dict[str, str] = dataclasses.field(default_factory=dict)  # checkpoints, by the trial's folder
 
-    def train(self, config: Path, _usual_step: float | None, pauses: Sequence[search.Pause]) -> tuple[float, float]:
-        self.pauses[config.parent.name] = [pause.checkpoint.name for pause in pauses]
-        for pause in pauses:
+    def train(self, config: Path, _usual_step: float | None, pause: search.Pause | None) -> tuple[float, float]:
+        if pause:
+            self.pauses[config.parent.name] = pause.checkpoint.stem
             pause.work(3.0)
         good_training(config.parent)
         return 7.0, 0.5
@@ -270,13 +270,15 @@ def test_a_training_that_scores_below_the_median_half_way_is_stopped_and_counts(
     pausing = Pausing(settings_for(tmp_path, 4), [screening(0.05, 5), screening(0.9, 5)])
     study = pausing.run()
     assert endings(study) == [SCORED, SCORED, STOPPED, SCORED]
-    assert [len(pausing.pauses[f"trial_{number:04d}"]) for number in range(4)] == [0, 0, 1, 1]
+    assert list(pausing.pauses) == ["trial_0002", "trial_0003"]
     stopped = study.get_trials()[2]
     assert stopped.intermediate_values[50] == 0.05 and search.is_trained(stopped)
     assert stopped.user_attrs["stopped"]["training_seconds"] == 3.0 and "lost_seconds" not in stopped.user_attrs
     epochs, epoch = stopped.params["max_train_epochs"], stopped.user_attrs["stopped"]["stopped_epoch"]
-    assert search.EarlyStopping.seconds_saved(stopped) == pytest.approx(3.0 * (epochs - epoch) / epoch)
-    assert search.facts_of(stopped)["score"] is None  # Optuna gives it its last value
+    facts = search.facts_of(stopped)
+    assert facts["saved_seconds"] == pytest.approx(3.0 * (epochs - epoch) / epoch)
+    assert facts["score"] is None  # Optuna gives it its last value
+    assert "0.050, below 0.105, which 50% of 2 whole trainings had by then" in stopped.user_attrs["reason"]
 
 
 @pytest.mark.parametrize(("epochs", "pause"), [(12, "lora-000005"), (16, "lora-000005"), (20, "lora-000010")])
@@ -286,7 +288,7 @@ def test_the_pause_is_at_the_last_checkpoint_up_to_half_of_the_epochs(tmp_path: 
     for _ in range(3):
         study.enqueue_trial({"max_train_epochs": epochs})
     pausing.run()
-    assert pausing.pauses["trial_0002"] == [f"{pause}.safetensors"]
+    assert pausing.pauses["trial_0002"] == pause
 
 
 def test_trainings_of_different_lengths_compare_at_the_same_share(tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_what_was_reported_before_is_not_reported_again(tmp_path: Path, recwarn:
 
 def test_without_early_stopping_nothing_is_paused(tmp_path: Path) -> None:
     pausing = Pausing(settings_for(tmp_path, 4), [])
-    assert endings(pausing.run(stops=False)) == [SCORED] * 4 and not any(pausing.pauses.values())
+    assert endings(pausing.run(stops=False)) == [SCORED] * 4 and not pausing.pauses
 
 
 def test_a_screening_that_fails_is_said_once_and_all_others_are_trained_whole(
@@ -322,8 +324,25 @@ def test_a_screening_that_fails_is_said_once_and_all_others_are_trained_whole(
     full = search.ScoringFailed("the card has 2.0GB free beside the trainer, and screening needs 6.0GB")
     pausing = Pausing(settings_for(tmp_path, 6), [failing(full)])
     assert endings(pausing.run()) == [SCORED] * 6
-    assert [len(pauses) for pauses in pausing.pauses.values()] == [0, 0, 1, 0, 0, 0]
+    assert list(pausing.pauses) == ["trial_0002"]
     assert capsys.readouterr().out.count("no more trainings are stopped early in this run") == 1
+
+
+def test_a_screening_that_failed_is_tried_again_by_the_next_start(tmp_path: Path) -> None:
+    """Whoever made room on the card gives the same command again."""
+    pausing = Pausing(settings_for(tmp_path, 3), [failing(search.ScoringFailed("no room")), screening(0.9, 5)])
+    pausing.run()
+    pausing.settings = settings_for(tmp_path, 4)
+    pausing.run()
+    assert list(pausing.pauses) == ["trial_0002", "trial_0003"]
+
+
+def test_trainings_that_told_nothing_half_way_are_no_measure(tmp_path: Path) -> None:
+    """They are of an earlier version."""
+    run(settings_for(tmp_path, 2))
+    pausing = Pausing(settings_for(tmp_path, 5), [screening(0.05, 5)])
+    assert endings(pausing.run()) == [SCORED] * 4 + [STOPPED]
+    assert list(pausing.pauses) == ["trial_0004"]
 
 
 def test_a_kill_before_a_stop_is_told_does_not_train_again(tmp_path: Path) -> None:
@@ -332,7 +351,9 @@ def test_a_kill_before_a_stop_is_told_does_not_train_again(tmp_path: Path) -> No
     with killed, pytest.raises(KeyboardInterrupt):
         pausing.run()
     pausing.pauses.clear()
-    assert endings(pausing.run()) == [SCORED, SCORED, STOPPED] and not pausing.pauses
+    study = pausing.run()
+    assert endings(study) == [SCORED, SCORED, STOPPED] and not pausing.pauses
+    assert "lost_seconds" not in study.get_trials()[2].user_attrs
 
 
 # --- counting ----------------------------------------------------------------------------------------

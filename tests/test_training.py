@@ -430,7 +430,7 @@ def test_a_trainer_stands_still_in_a_pause_and_goes_on(saver: search.KohyaTraine
         assert all(tick < began + 0.1 for tick in ticks) and 1 < seconds < 10
 
     started = time.monotonic()
-    seconds, _ = saver(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000002.safetensors", work)])
+    seconds, _ = saver(tmp_path / "config.toml", None, search.Pause(tmp_path / "lora-000002.safetensors", work))
     assert seen == ["T"]
     assert seconds == pytest.approx(time.monotonic() - started - 4, abs=0.5)
 
@@ -443,7 +443,7 @@ def test_an_error_in_a_pause_ends_the_training(saver: search.KohyaTrainer, tmp_p
         raise search.StoppedEarly("too low to win")
 
     with pytest.raises(search.StoppedEarly):
-        saver(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000001.safetensors", work)])
+        saver(tmp_path / "config.toml", None, search.Pause(tmp_path / "lora-000001.safetensors", work))
     assert wait_until_dead(pids, 1) and not (tmp_path / "lora.safetensors").exists()
 
 
@@ -451,21 +451,21 @@ def test_weights_that_are_not_finite_end_the_training_at_its_pause(tmp_path: Pat
     (tmp_path / "train_network.py").write_text(SAVER.replace("np.ones(4,", "np.full(4, np.nan,"))
     trainer = search.KohyaTrainer(sys.executable, tmp_path / "train_network.py", "cpu")
     with pytest.raises(search.Diverged, match="not finite in lora-000001"):
-        trainer(tmp_path / "config.toml", None, [search.Pause(tmp_path / "lora-000001.safetensors", print)])
+        trainer(tmp_path / "config.toml", None, search.Pause(tmp_path / "lora-000001.safetensors", print))
 
 
 def test_a_torn_checkpoint_is_not_saved_yet(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     file = tmp_path / "lora-000001.safetensors"
-    assert not search.is_saved(file)
+    assert not search.Checkpoint.is_saved(file)
     save_file({"a.lora_up.weight": np.ones(64, np.float16)}, file)
     whole = file.read_bytes()
     for size in (0, 4, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        assert not search.is_saved(file)
+        assert not search.Checkpoint.is_saved(file)
     file.write_bytes(whole)
-    assert search.is_saved(file)
+    assert search.Checkpoint.is_saved(file)
 
 
 # --- sd-scripts itself -------------------------------------------------------------------------------
