@@ -2985,7 +2985,7 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
 
 @dataclass
 class EarlyStopping:
-    """Ends trainings that are unlikely to win: half-way the trainer waits, and its checkpoints so far are screened."""
+    """Ends trainings that are unlikely to win: the trainer waits once, while its checkpoints so far are screened."""
 
     settings: Mapping[str, float]  # [stop_early] of the scoring config
     save_every: int  # epochs
@@ -3771,8 +3771,8 @@ TABLE = """
     optimizer={optimizer_type} scheduler={lr_scheduler} accum={gradient_accumulation_steps:5d}
     warmup={lr_warmup_steps:6d} minutes={minutes:7.1f}
 """
-# How strongly a training acts is proportional to alpha ratio x learning rate x updates: that explained 78% of a judge's
-# verdicts. Updates are the batches of an epoch, the same in all trials, times epochs / accumulation.
+# A training acts about in proportion to alpha ratio x learning rate x updates, which explains half of the variance of a
+# score (tests/search_table). Updates are an epoch's batches, the same in all trials, times epochs / accumulation.
 DOSE_PARTS = ("network_alpha_ratio", "max_train_epochs", "gradient_accumulation_steps")
 REPORT_NAME = "report.html"
 DATA_SET_PICTURES = "data_set"  # in reference/

@@ -363,7 +363,7 @@ def stop_early(night: Night, first_score: float) -> None:
     """From the second trial on; the first one's scores while it was trained are these."""
     file = night.world / "scoring.toml"
     settings = toml.loads(file.read_text())
-    settings["stop_early"]["whole_trials"] = 1
+    settings["stop_early"] |= {"at_percent": 50, "whole_trials": 1}
     file.write_text(toml.dumps(settings))
     with closing(sqlite3.connect(night.output_dir / search.DATABASE_NAME)) as database, database:
         database.execute("UPDATE trial_intermediate_values SET intermediate_value = ?", (first_score,))

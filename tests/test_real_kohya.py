@@ -91,7 +91,7 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text())
     scoring["images"] |= {"resolution": 64, "steps": 2}
     scoring["screen"] = scoring["confirm"] = scoring["final"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
-    scoring["stop_early"]["whole_trials"] = 0  # the trainer is paused at epoch 6 all the same
+    scoring["stop_early"] |= {"at_percent": 50, "whole_trials": 0}  # the trainer is paused at epoch 6
     scoring["encoders"] = {
         "dinov2": str(tmp_path / "dinov2"), "clip": str(tmp_path / "clip"), "pipeline_config": str(configs),
     }  # fmt: skip
