@@ -382,7 +382,8 @@ def test_what_can_not_win_is_stopped_half_way_and_counts(night: Night) -> None:
     epochs = trial.params["max_train_epochs"]
     epoch = epochs // 2 // 5 * 5
     best = max(trial.intermediate_values.values())
-    reason = f"its best score up to epoch {epoch} of {epochs} was {best:.3f}, too low to win"
+    reason = f"its best score up to epoch {epoch} of {epochs} was {best:.3f}, below 2.000, "
+    reason += "which 50% of 1 whole trainings had by then"
     assert f"epoch {epoch}/{epochs}: {PAUSED}" in done.stdout
     assert f"Trial 1 stopped early: {reason}" in done.stdout and trial.user_attrs["reason"] == reason
     assert trial.intermediate_values.keys() == {p for p in range(10, 51, 10) if p * epochs >= 100 * 5}
