@@ -15,6 +15,7 @@ LoRA that a search would hand over: its score over all pictures of the table. Ho
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -190,14 +191,13 @@ def print_gates(table: Table) -> None:
         print(f"noise of {stage}: {all_of_it:.3f}, of which trials of a study do not share {alone:.3f}")
     errors = models.validated(table)
     print("cross-validated error of a checkpoint:", ", ".join(f"{name} {error:.3f}" for name, error in errors.items()))
-    for name, found in models.gates_of_both(table, models.fitted(table, min(errors, key=errors.__getitem__))).items():
-        print(
-            f"{name:<17} rank correlation {found.rank:.2f}; error {found.error:.3f}, {found.error / noise:.2f} x noise",
-            end="",
-        )
-        print(
-            f"; {found.top} of the true top three in its top tenth; error of a checkpoint {found.checkpoint_error:.3f}"
-        )
+    model = models.fitted(table, min(errors, key=errors.__getitem__))
+    for name, several in models.gates_of_all(table, model).items():
+        rank, error, top, checkpoint = np.mean([dataclasses.astuple(one) for one in several], axis=0)
+        print(f"{name:<17} rank correlation {rank:.2f}; error {error:.3f}, {error / noise:.2f} x noise; {top:.2g} of "
+              f"the true top three in its top tenth; error of a checkpoint {checkpoint:.3f}")  # fmt: skip
+        passed = {name: [passes(one, noise) for one in several] for name, passes in models.GATES.items()}
+        print(f"{'':17} passes", ", ".join(f"{name} {np.mean(shares):.0%}" for name, shares in passed.items()))
     explained = ", ".join(f"{name} {share:.2f}" for name, share in models.dose_explains(table).items())
     print(f"R2 of a checkpoint's score, cross-validated: {explained}")
 

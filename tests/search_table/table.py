@@ -31,7 +31,7 @@ WEIGHTS: Mapping[str, float] = CONFIG["weights"]
 AVERAGED = ("q", "m", "copies", "plain", "usable")
 NO_SPREAD = {"spread": 1.0, "data_spread": 1.0}  # variety has no weight, and is not drawn
 NEW = "new"  # the group that no model learns from
-FEATURES = ("dose", "text dose", "ratio", "dim", "accumulation", "updates", "rate now", "share", "Lion")
+FEATURES = ("dose", "text dose", "ratio", "dim", "accumulation", "updates", "warm-up", "rate now", "share", "Lion")
 Params = dict[str, Any]
 
 
@@ -61,17 +61,19 @@ def learning_rate_shape(params: Mapping[str, Any]) -> np.ndarray:
 
 
 def features_of(params: Mapping[str, Any], epochs: Sequence[int]) -> np.ndarray:
-    """What a model knows of each checkpoint, shape (epochs, FEATURES). A dose is ratio x the sum of learning rates."""
+    """What a model knows of each checkpoint, shape (epochs, FEATURES).
+
+    A dose is ratio x root of dim x the sum of learning rates: alpha / root of dim, as rsLoRA scales (arXiv 2312.03732).
+    """
     shape = learning_rate_shape(params)
     accumulation, ratio = params["gradient_accumulation_steps"], params["network_alpha_ratio"]
     done = np.array([min(len(shape), epoch * math.ceil(BATCHES / accumulation)) for epoch in epochs])
-    spent = np.maximum(np.cumsum(shape)[done - 1], 0.5)
+    spent = ratio * math.sqrt(params["network_dim"]) * np.maximum(np.cumsum(shape)[done - 1], 0.5)
     columns = {
-        "dose": np.log(ratio * params["learning_rate"] * spent),
-        "text dose": np.log(ratio * params["text_encoder_lr"] * spent),
+        "dose": np.log(params["learning_rate"] * spent), "text dose": np.log(params["text_encoder_lr"] * spent),
         "ratio": np.log(ratio), "dim": np.log(params["network_dim"]), "accumulation": np.log(accumulation),
-        "updates": np.log(done), "rate now": shape[done - 1], "share": np.array(epochs) / params["max_train_epochs"],
-        "Lion": float(params["optimizer_type"] == "Lion"),
+        "updates": np.log(done), "warm-up": warm_up(params) / len(shape), "rate now": shape[done - 1],
+        "share": np.array(epochs) / params["max_train_epochs"], "Lion": float(params["optimizer_type"] == "Lion"),
     }  # fmt: skip
     return np.stack([np.broadcast_to(columns[name], len(done)) for name in FEATURES], axis=1)
 
@@ -237,17 +239,25 @@ class Table:
         known: dict[str, int] = {}
         return np.array([known.setdefault(str(sorted(params.items())), len(known)) for params in self.params])
 
+    @functools.cached_property
+    def deviations(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a training seed does to a curve: (shares, score minus the mean) of each repeated training."""
+        found, settings = [], self.settings()
+        for setting in np.unique(settings):
+            same = np.flatnonzero(settings == setting)
+            if len(same) > 1:
+                shares = np.array(self.epochs[same[0]]) / self.epochs[same[0]][-1]
+                curves = self.true[same, : len(shares)]
+                found += [
+                    (shares, one) for one in (curves - curves.mean(axis=0)) * math.sqrt(len(same) / (len(same) - 1))
+                ]
+        return found or [(np.ones(1), np.zeros(1))]
+
     def seed_noise(self) -> tuple[float, float]:
         """Standard deviations between trainings of the same settings: what a whole curve shares, and what is left."""
-        shared, rest, settings = [], [], self.settings()
-        for setting in np.unique(settings):
-            curves = self.true[settings == setting]
-            curves = curves[:, np.isfinite(curves).all(axis=0)]
-            if len(curves) > 1:
-                deviations = (curves - curves.mean(axis=0)) * math.sqrt(len(curves) / (len(curves) - 1))
-                shared += list(deviations.mean(axis=1))
-                rest += list((deviations - deviations.mean(axis=1, keepdims=True)).ravel())
-        return (root_mean_square(shared), root_mean_square(rest)) if shared else (0.0, 0.0)
+        curves = [curve for _, curve in self.deviations]
+        left = np.concatenate([curve - curve.mean() for curve in curves])
+        return root_mean_square([curve.mean() for curve in curves]), root_mean_square(left)
 
 
 def averaged(values: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from search_table.table import (
 
 import optuna_hyperparameter_search as search
 
+LOOKED_UP = ("regressor", "nearest training")
 SHAPE = (4, 2, 3)  # subject prompts, seeds, plain prompts
 
 
@@ -202,6 +203,19 @@ def test_a_sampler_proposes_what_may_be_trained_in_the_guides_bands(name: str) -
 def test_a_regressor_learns_a_table_without_noise(name: str) -> None:
     pytest.importorskip("sklearn", reason="of the search table's regressors (pip install scipy scikit-learn)")
     table = made_table(80, new=20)
-    found = landscape.gates_of_both(table, landscape.fitted(table, name))
-    assert found["regressor"].rank > 0.8
-    assert found["regressor"].checkpoint_error < found["nearest training"].checkpoint_error
+    (found,), (near,) = (landscape.gates_of_all(table, landscape.fitted(table, name))[of] for of in LOOKED_UP)
+    assert found.rank > 0.8
+    assert found.checkpoint_error < near.checkpoint_error
+
+
+@pytest.mark.filterwarnings("ignore:.*optimal value found")
+def test_a_perfect_model_fails_a_gate_by_the_noise_of_training_seeds_alone() -> None:
+    pytest.importorskip("sklearn", reason="of the search table's regressors (pip install scipy scikit-learn)")
+    quiet, noisy = made_table(80, new=20), made_table(80, new=20)
+    deviations = [(np.array([0.0, 1.0]), np.full(2, shift)) for shift in (-0.3, 0.3)]
+    object.__setattr__(noisy, "deviations", deviations)
+    perfect = [
+        landscape.gates_of_all(table, landscape.fitted(table, "extra trees"))["perfect"] for table in (quiet, noisy)
+    ]
+    assert {one.rank for one in perfect[0]} == {1.0}
+    assert np.mean([one.rank for one in perfect[1]]) < 0.9
