@@ -50,6 +50,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import select
@@ -419,6 +420,7 @@ class Settings:
     seed: int
     enqueue: Path | None
     timeout_hours: float | None
+    search_space: Path | None = None  # V2.1
     stall_minutes: float = 30.0
     keep_checkpoints: str = "best"  # or "all"
     prune: str = "on"  # or "off": no training is stopped early
@@ -435,7 +437,8 @@ class Settings:
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
-    kind = "JSON" if path.suffix.lower() == ".json" and what == "--dataset-config" else "TOML"
+    kinds = {"--dataset-config": ".json", "--training-config": ".json"}
+    kind = "JSON" if path.suffix.lower() == kinds.get(what) else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
@@ -544,12 +547,13 @@ class ScoringSettings:
         return f"must have {{subject}}, and no other braces, in {', '.join(map(repr, odd))}" if odd else ""
 
 
-# Options that a fixed training config must not hold, and why.
-REFUSED_OPTIONS: dict[str, str] = {
-    key: table["why"]
-    for table in toml.loads((HERE / "configs" / "refused_options.toml").read_text(encoding="utf-8"))["refused"]
-    for key in table["options"].split()
-}
+# Options that a fixed training config must not hold, and why; some of them may be searched.
+_REFUSED = toml.loads((HERE / "configs" / "refused_options.toml").read_text(encoding="utf-8"))["refused"]
+REFUSED_OPTIONS: dict[str, str] = {key: table["why"] for table in _REFUSED for key in table["options"].split()}
+SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
+    {key for table in _REFUSED if table.get(mark) for key in table["options"].split()}
+    for mark in ("may_be_searched", "is_ignored")
+)
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 _SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # the search can score no others
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
@@ -572,6 +576,7 @@ def read_training_options(path: Path) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for key, value in read_toml(path, "--training-config").items():
         given.update(value if isinstance(value, dict) else {key: value})
+    given = read_preset(given) if path.suffix.lower() == ".json" else given
     options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
     for key, value in given.items():
         if value == [] or (key in REFUSED_OPTIONS and (value is False or value == "")):
@@ -581,9 +586,31 @@ def read_training_options(path: Path) -> dict[str, Any]:
     return options
 
 
+def read_preset(given: Mapping[str, Any]) -> Params:
+    """The options in a preset of kohya's GUI, as that gives them to sd-scripts: 0 and "" are unset, "2" is a number."""
+    options = {}
+    for key, value in given.items():
+        number = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", value)
+        options[key] = toml.loads(f"it = {value}")["it"] if number else value
+    if (attention := options.pop("xformers", None)) in ("xformers", "sdpa"):
+        options[attention] = True
+    if options.get("max_token_length") == 75:  # the GUI's name for the default
+        del options["max_token_length"]
+    if (kind := options.pop("LoRA_type", "Standard")) != "Standard":
+        options["network_module"] = kind
+    return {key: value for key, value in options.items() if value not in ("", 0, None)}
+
+
+def ignored_options(options: Params, path: Path, known: Mapping[str, Any]) -> list[str]:
+    """Options of a training config that the search sets, and those of a GUI's preset that sd-scripts does not have."""
+    is_preset = path.suffix.lower() == ".json"
+    return [key for key in options if key in IGNORED_OPTIONS or (is_preset and known and key not in known)]
+
+
 def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
-    """The options of that file. `known` are those of the trainer's parser, if any; RefusedInput lists what is wrong."""
-    problems = []
+    """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser."""
+    problems, ignored = [], ignored_options(options, path, known)
+    options = {key: value for key, value in options.items() if key not in ignored}
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
@@ -696,11 +723,15 @@ def read_data_set_file(path: Path) -> dict[str, Any]:
 
 
 def why_stopped(answer: Mapping[str, Any]) -> str:
-    """kohya's last error and what stopped it, without the Japanese half of the messages."""
+    """kohya's last error and what stopped it."""
     errors = [message for level, message in answer["said"] if level in ("ERROR", "CRITICAL")]
     texts = [*errors[-1:], *(message for _, message in answer.get("stopped", [])[:1])]
-    texts = [re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", text) for text in texts]
-    return one_line("; ".join(filter(None, texts))) or "no reason"
+    return one_line("; ".join(filter(None, map(in_english, texts)))) or "no reason"
+
+
+def in_english(message: str) -> str:
+    """A message of kohya's without its Japanese half."""
+    return re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", message)
 
 
 class DataSetReader:
@@ -967,7 +998,8 @@ class BaseModel:
 
 
 # ======================================================================================================
-# 4. Search space (V2.1). The distributions never depend on the machine, so that a study can move.
+# 4. Search space: V2.1, or a file of --search-space. The distributions never depend on the machine, so that a study
+#    can move. Reads that file.
 # ======================================================================================================
 
 SEARCH_SPACE: dict[str, BaseDistribution] = {
@@ -982,20 +1014,204 @@ SEARCH_SPACE: dict[str, BaseDistribution] = {
     "lr_warmup_steps": IntDistribution(50, 200, step=50),  # optimizer updates
 }
 RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cycle would be plain cosine
+_COMPARISON = re.compile(r"(<=|>=|<|>) *([-+.\de]+)", re.IGNORECASE)
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+Condition = Mapping[str, Any]  # by parameter: a value, a list of values, or a text such as "> 1e-4"
 
 
-def complete_params(values: Mapping[str, Any]) -> Params:
-    """The suggested values with the network_alpha that follows from them."""
-    ratio = round(values["network_alpha_ratio"], 2)  # Optuna may give 0.6000000000000001
-    return {**values, "network_alpha_ratio": ratio, "network_alpha": int(values["network_dim"] * ratio)}
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched, what is fixed besides, and what must not be trained."""
+
+    name: str = dataclasses.field(compare=False)
+    searched: dict[str, BaseDistribution]  # a parameter with a condition comes after those that it names
+    when: dict[str, Condition]  # of parameters that not every trial has
+    fixed: list[tuple[Condition, Params]]  # values, and when they are set
+    forbidden: list[tuple[Condition, str]]  # and why
+    safety_constraints: bool = True
+    alpha_bands: bool = True
+
+    @classmethod
+    def read(cls, path: Path) -> SearchSpace:
+        """Read a file such as configs/search_space_v2.1.toml, which explains its form; RefusedInput lists faults."""
+        content, problems = read_toml(path, "--search-space"), Problems()
+        space = cls(path.name, {}, {}, [({}, {})], [])
+        switches = {name: content.pop(name, None) for name in ("safety_constraints", "alpha_bands")}
+        rules = {name: content.pop(name, []) for name in ("set", "forbid")}
+        for name, given in content.items():
+            if isinstance(given, dict):
+                problems.of(space._add, name, given)
+            else:
+                space.fixed[0][1][name] = given
+        for kind, tables in rules.items():
+            for table in tables if isinstance(tables, list) else [tables]:
+                problems.of(space._add_rule, kind, table)
+        wrong = [name for name, value in switches.items() if value not in (None, True, False)]
+        problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
+        has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
+        if switches["alpha_bands"] and not has_bands:
+            problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
+        problems.lines += [] if problems.lines else sorted(set(space._faults()))
+        Problems(f"--search-space: {path}: {problem}" for problem in problems.lines).refuse()
+        bands = has_bands and switches["alpha_bands"] is not False
+        return replace(space, safety_constraints=switches["safety_constraints"] is not False, alpha_bands=bands)
+
+    def _add(self, name: str, given: Params) -> None:
+        """Add a parameter's table; RefusedInput if it describes none."""
+        condition, log = given.pop("when", {}), given.get("log", False)
+        known = ("low", "high", "step", "log", "choices")
+        numbers = {key: value for key, value in given.items() if key in known[:3]}
+        try:
+            for key in given.keys() - set(known):
+                raise ValueError(f"unknown key '{key}'{nearest(key, known)}")
+            for key, value in numbers.items():
+                if wrong := _wrong_value(value, "float"):
+                    raise ValueError(f"{key} {wrong}")
+            if wrong := _wrong_value(log, "switch"):
+                raise ValueError(f"log {wrong}")
+            if missing := {"low", "high"} - given.keys() if "choices" not in given else ():
+                raise ValueError(f"no {' and no '.join(sorted(missing))}")
+            self.searched[name] = self._distribution(all(type(one) is int for one in numbers.values()), **given)
+        except (ValueError, TypeError, UserWarning) as error:
+            said = one_line(error).replace("`", "")
+            raise RefusedInput(f"[{name}]: {said}; give low and high (and step or log), or choices") from error
+        self._check_condition(condition, f"[{name}], when", but=name)
+        self.when.update({name: condition} if condition else {})
+
+    @staticmethod
+    def _distribution(whole: bool, **given: Any) -> BaseDistribution:
+        if "choices" not in given:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # Optuna would move `high` to the last step
+                return IntDistribution(**given) if whole else FloatDistribution(**given)
+        choices = given["choices"] if isinstance(given["choices"], list) and len(given) == 1 else [None]
+        if not all(isinstance(choice, (str, int, float)) for choice in choices):
+            raise ValueError("choices must be a list of texts, numbers or switches, and stand alone")
+        return CategoricalDistribution(choices)
+
+    def _add_rule(self, kind: str, table: Any) -> None:
+        """Add a [[set]] or [[forbid]] table."""
+        where = f"[[{kind}]]"
+        if not isinstance(table, dict):
+            raise RefusedInput(f"{kind} must be a table; write {where} above it")
+        given = dict(table)
+        if kind == "set":
+            condition = given.pop("when", None)
+            self.fixed.append((condition, given))
+        else:
+            condition, reason = given, given.pop("reason", "")
+            self.forbidden.append((condition, str(reason)))
+            if not (isinstance(reason, str) and reason.strip()):
+                raise RefusedInput(f'{where} has no reason; add reason = "..."')
+        if not condition:
+            raise RefusedInput(f"{where} holds always; {'add when = {...}' if kind == 'set' else 'name parameters'}")
+        self._check_condition(condition, where)
+
+    def _check_condition(self, condition: Any, where: str, but: str = "") -> None:
+        """RefusedInput unless it compares parameters that are searched with values that they may have."""
+        if not isinstance(condition, dict):
+            raise RefusedInput(f"{where} must be a table of parameters and values; correct it")
+        for name, wanted in condition.items():
+            if name not in self.searched or name == but:
+                raise RefusedInput(f"{where}: {name!r} is not searched above it{nearest(name, self.searched)}")
+            is_comparison = isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
+            if is_comparison and any(isinstance(value, str) for value in self.values(name)):
+                raise RefusedInput(f"{where}: {name} is no number, so it can't be {wanted}; give a value or a list")
+            for value in [] if is_comparison else wanted if isinstance(wanted, list) else [wanted]:
+                if not holds(self.searched[name], value):
+                    raise RefusedInput(f"{where}: {name} is never {value!r}; correct it")
+
+    def _faults(self) -> Iterator[str]:
+        """What is wrong with drawn settings: each must have all that V2.1 has, searched or fixed."""
+        rng = np.random.default_rng(0)
+        for values in (self.draw(rng) for _ in range(500)):
+            for name in SEARCH_SPACE.keys() - complete_params(values, self).keys():
+                yield f"no {name} in some trials; search it, or fix it: {name} = ... above the first table"
+            for fixed in [fixed for condition, fixed in self.fixed if meets(values, condition)]:
+                for name in fixed.keys() & values.keys():
+                    yield f"{name} is both searched and fixed in some trials; give one of them another `when`"
+
+    def values(self, name: str) -> list[Any]:
+        """What a parameter may be: all choices, or the lowest and the highest value; fixed values, too."""
+        searched = self.searched.get(name)
+        found = list(getattr(searched, "choices", ())) or [searched.low, searched.high] if searched else []
+        return [*found, *(values[name] for _, values in self.fixed if name in values)]
+
+    def optimizers(self) -> list[Params]:
+        """Those that trials may have, each once, with the options that belong to them. None of V2.1, which all have."""
+        names = ("optimizer_type", "optimizer_args", "learning_rate")
+        rng, found = np.random.default_rng(0), {}
+        for params in (complete_params(self.draw(rng), self) for _ in range(500 if self != V2_1 else 0)):
+            about = {name: params[name] for name in names if name in params}
+            found.setdefault(str([about.get(name) for name in names[:2]]), about)
+        return list(found.values())
+
+    def draw(self, rng: np.random.Generator) -> Params:
+        """Values for all parameters, drawn at random."""
+        values: Params = {}
+        for name, distribution in self.searched.items():
+            if meets(values, self.when.get(name, {})):
+                values[name] = _draw(distribution, rng)
+        return values
+
+    def fingerprint(self) -> Any:
+        """What a study must not change in it; of V2.1 a digest, as studies from before there were files have it."""
+        space = {name: optuna.distributions.distribution_to_json(one) for name, one in self.searched.items()}
+        names = ("when", "fixed", "forbidden", "safety_constraints", "alpha_bands")
+        return digest(json.dumps(space))[:16] if self == V2_1 else {**space, **{n: getattr(self, n) for n in names}}
 
 
-def suggest_hyperparameters(trial: optuna.trial.BaseTrial) -> Params:
+def meets(params: Mapping[str, Any], condition: Condition) -> bool:
+    """Whether each parameter that the condition names has the value that it wants."""
+
+    def meets_one(value: Any, wanted: Any) -> bool:
+        if found := isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
+            return _COMPARE[found[1]](value, float(found[2]))
+        return value in (wanted if isinstance(wanted, list) else [wanted])
+
+    return all(name in params and meets_one(params[name], wanted) for name, wanted in condition.items())
+
+
+def holds(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a parameter may have a value."""
+    if type(value) not in map(type, getattr(distribution, "choices", (1, 1.0))):  # Optuna takes True and 1.0 for 1
+        return False
+    with contextlib.suppress(ValueError, OverflowError):
+        optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
+        return True
+    return False
+
+
+V2_1 = SearchSpace(
+    name="V2.1",
+    searched={**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES},
+    when={"lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"}},
+    fixed=[({}, {})],
+    forbidden=[],
+)
+
+
+def complete_params(values: Mapping[str, Any], space: SearchSpace = V2_1) -> Params:
+    """The suggested values with those that are fixed, and the network_alpha that follows from them."""
+    params = {**values}
+    for condition, fixed in space.fixed:
+        params |= fixed if meets(values, condition) else {}
+    for name in [name for name in params if name.endswith("_args") and isinstance(params[name], str)]:
+        params[name] = params[name].split()  # kohya wants a list, and Optuna has none
+    if {"network_alpha_ratio", "network_dim"} <= params.keys():
+        params["network_alpha_ratio"] = round(params["network_alpha_ratio"], 4)  # Optuna may give 0.6000000000000001
+        # kohya takes an alpha of 0 for dim.
+        params["network_alpha"] = max(1, int(params["network_dim"] * params["network_alpha_ratio"]))
+    return params
+
+
+def suggest_hyperparameters(trial: optuna.trial.BaseTrial, space: SearchSpace = V2_1) -> Params:
     """All parameters of a trial, network_alpha included; lr_scheduler_num_cycles only with restarts."""
-    values = {name: _suggest(trial, name, distribution) for name, distribution in SEARCH_SPACE.items()}
-    if values["lr_scheduler"] == "cosine_with_restarts":
-        values["lr_scheduler_num_cycles"] = _suggest(trial, "lr_scheduler_num_cycles", RESTART_CYCLES)
-    return complete_params(values)
+    values: Params = {}
+    for name, distribution in space.searched.items():
+        if meets(values, space.when.get(name, {})):
+            values[name] = _suggest(trial, name, distribution)
+    return complete_params(values, space)
 
 
 def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistribution) -> Any:
@@ -1003,6 +1219,20 @@ def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistrib
         return trial.suggest_categorical(name, distribution.choices)
     suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
     return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
+    """A uniform draw; for a log distribution, its logarithm is uniform."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[rng.integers(len(distribution.choices))]
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if distribution.log:
+        value = float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
+        return round(value) if isinstance(distribution, IntDistribution) else value
+    if step is None:
+        return float(rng.uniform(low, high))
+    value = low + step * int(rng.integers(round((high - low) / step) + 1))
+    return int(value) if isinstance(distribution, IntDistribution) else round(value, 10)
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
@@ -1024,11 +1254,6 @@ def brief_params(params: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def search_space_digest() -> str:
-    space = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}
-    return digest(json.dumps({name: optuna.distributions.distribution_to_json(d) for name, d in space.items()}))
-
-
 # ======================================================================================================
 # 5. Safety constraints (V2.1). Pure.
 # ======================================================================================================
@@ -1036,17 +1261,18 @@ def search_space_digest() -> str:
 
 def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether a combination is safe to train, and if not, why: (is_valid, rejection_reason)."""
-    lr = params["learning_rate"]
-    dim = params["network_dim"]
-    ratio = params["network_alpha_ratio"]
-    optimizer = params["optimizer_type"]
-    epochs = params["max_train_epochs"]
-    grad_accum = params["gradient_accumulation_steps"]
-    warmup = params["lr_warmup_steps"]
+    # What a --search-space does not search breaks no constraint.
+    lr = params.get("learning_rate", 0.0)
+    dim = params.get("network_dim", 0)
+    ratio = params.get("network_alpha_ratio", 0.0)
+    optimizer = params.get("optimizer_type", "AdamW")
+    epochs = params.get("max_train_epochs", math.inf)
+    grad_accum = params.get("gradient_accumulation_steps", math.inf)
+    warmup = params.get("lr_warmup_steps", math.inf)
 
     if lr > 0.00012 and optimizer == "AdamW8bit":
         return False, "High LR (>0.00012) + AdamW8bit = unstable"
-    if abs(params["network_alpha"] - dim) < 1:
+    if abs(params.get("network_alpha", math.inf) - dim) < 1:
         return False, "Alpha ≈ Dim causes overfitting + instability"
     if dim >= 256 and epochs < 16:
         return False, "High dim (≥256) needs ≥16 epochs for convergence"
@@ -1066,6 +1292,18 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
     if ratio >= 0.85 and lr > 0.0001:
         return False, "Very high alpha (≥0.85) + LR >0.0001 = explosion risk"
     return True, ""
+
+
+def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
+    """As check_safety_constraints, for what the space searches and unless it says no; then the space's own rules."""
+    if space.safety_constraints:
+        names = [name for name in space.searched if meets(params, space.when.get(name, {}))]
+        names += ["network_alpha"] if "network_alpha_ratio" in names else []
+        is_valid, reason = check_safety_constraints({name: params[name] for name in names if name in params})
+        if not is_valid:
+            return False, reason
+    broken = (reason for condition, reason in space.forbidden if meets(params, condition))
+    return next(((False, reason) for reason in broken), (True, ""))
 
 
 # ======================================================================================================
@@ -1088,21 +1326,29 @@ def fixed_params(trial: FrozenTrial) -> Params:
 
 
 class FeasibleTPESampler(optuna.samplers.BaseSampler):
-    """TPE over all unconditional parameters, drawn again until the proposal may be trained.
+    """TPE over all parameters without a condition, drawn again until the proposal may be trained.
 
     Every draw depends on (seed, trial.number) alone, so neither a resumed study nor parallel workers repeat one.
     `can_train`: what this machine can train (AdamW8bit needs CUDA and bitsandbytes). `prefers`: what it should train
     if it has the choice (a warm-up shorter than the run). The first 20 trials that were not enqueued get their alpha
-    bands from shuffled blocks of 3 low, 4 middle and 3 high ones; TPE proposes the rest. Enqueued values are kept and
-    completed. If no proposal passes all checks, the first safe one is taken, else the first one that this machine can
-    train, which `train_lora` rejects.
+    bands from shuffled blocks of 3 low, 4 middle and 3 high ones; TPE proposes the rest. Parameters with a condition
+    are drawn one by one: a joint space with them would hide from TPE all trials without them. Enqueued values are kept
+    and completed. If no proposal passes all checks, the first safe one is taken, else the first one that this machine
+    can train, which `train_lora` rejects.
     """
 
-    def __init__(self, seed: int, *, can_train: Check = lambda _: True, prefers: Check = lambda _: True) -> None:
-        self._seed, self._can_train, self._prefers = seed, can_train, prefers
+    def __init__(
+        self,
+        seed: int,
+        space: SearchSpace = V2_1,
+        *,
+        can_train: Check = lambda _: True,
+        prefers: Check = lambda _: True,
+    ) -> None:
+        self._seed, self._space, self._can_train, self._prefers = seed, space, can_train, prefers
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(SEARCH_SPACE)
+        return dict(self._space.searched)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -1110,36 +1356,43 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         rng = np.random.default_rng((self._seed, trial.number))
         given = {**fixed_params(trial), **trial.params}  # an interrupted trial has some or all values
         fixed = given if fixed_params(trial) else {**self._dealt_ratio(study, trial, rng), **given}
-        if "lr_scheduler_num_cycles" in fixed:  # it exists only with restarts
-            fixed = {"lr_scheduler": "cosine_with_restarts", **fixed}
-        free = {name: distribution for name, distribution in search_space.items() if name not in fixed}
+        for name in [name for name in self._space.when if name in fixed]:  # what it depends on
+            wanted = self._space.when[name].items()
+            fixed = {**{other: value for other, value in wanted if holds(search_space[other], value)}, **fixed}
+        names = [name for name in search_space if name not in fixed]
+        joint = {name: search_space[name] for name in names if name not in self._space.when}
+        others = [other.params for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+        known = [complete_params(params, self._space) for params in others]  # to train one again would tell nothing
         tpe = self._tpe(trial.number, multivariate=True)
         proposals: list[Params] = []
+        alone = functools.cache(lambda name: self.sample_independent(study, trial, name, search_space[name]))
         for attempt in range(TPE_TRIES + RANDOM_TRIES):
-            learnt = tpe.sample_relative(study, trial, free) if attempt < TPE_TRIES else {}  # {}: too few trials
-            drawn = learnt or {name: _draw(distribution, rng) for name, distribution in free.items()}
-            proposals.append({**fixed, **drawn})
-            if self._is_possible(proposals[-1]) and self._prefers(complete_params(proposals[-1])):
-                return proposals[-1]
+            learnt = tpe.sample_relative(study, trial, joint) if attempt < TPE_TRIES else {}  # {}: too few trials
+            values = {**fixed, **(learnt or {name: _draw(one, rng) for name, one in joint.items()})}
+            for name in [name for name in names if name not in joint and meets(values, self._space.when[name])]:
+                values[name] = alone(name) if attempt < TPE_TRIES else _draw(search_space[name], rng)
+            proposals.append(values)
+            params = complete_params(values, self._space)
+            if self._is_possible(values) and self._prefers(params) and params not in known:
+                return values
         safe = filter(self._is_possible, proposals)
-        trainable = (values for values in proposals if self._can_train(complete_params(values)))
+        trainable = (values for values in proposals if self._can_train(complete_params(values, self._space)))
         return next(itertools.chain(safe, trainable, proposals[-1:]))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """For lr_scheduler_num_cycles alone: a joint space with it would hide from TPE all trials without it."""
         sampler = self._tpe(trial.number, multivariate=False)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _is_possible(self, values: Params) -> bool:
-        params = complete_params(values)
-        return check_safety_constraints(params)[0] and self._can_train(params)
+        params = complete_params(values, self._space)
+        return may_train(params, self._space)[0] and self._can_train(params)
 
     def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
         """A ratio from the band whose turn it is. Enqueued trials take no turn."""
         turn = sum(t.number < trial.number and not fixed_params(t) for t in study.get_trials(deepcopy=False))
-        if turn >= DEALT_TRIALS:
+        if turn >= DEALT_TRIALS or not self._space.alpha_bands:
             return {}
         block, position = divmod(turn, len(BAND_BLOCK))
         order = np.random.default_rng((self._seed, block)).permutation(len(BAND_BLOCK))
@@ -1151,19 +1404,6 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         with warnings.catch_warnings():  # 4.6 calls both arguments experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(multivariate=multivariate, constant_liar=True, seed=seed)
-
-
-def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
-    """A uniform draw; for a log distribution, its logarithm is uniform."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[rng.integers(len(distribution.choices))]
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if distribution.log:
-        return float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
-    if step is None:
-        return float(rng.uniform(low, high))
-    value = low + step * int(rng.integers(round((high - low) / step) + 1))
-    return int(value) if isinstance(distribution, IntDistribution) else round(value, 10)
 
 
 # ======================================================================================================
@@ -1705,7 +1945,7 @@ class TrainerFacts:
     def can_train(self, params: Mapping[str, Any]) -> bool:
         """AdamW8bit needs bitsandbytes and a CUDA card; without them it is never proposed."""
         has_8bit = self.answer["bitsandbytes"] and self.device_name != "cpu"
-        return has_8bit or params.get("optimizer_type") != "AdamW8bit"
+        return has_8bit or "8bit" not in str(params.get("optimizer_type")).lower()
 
     def check_card(self, settings: Settings) -> None:
         if not self.device_name:
@@ -1723,6 +1963,7 @@ class Probe:
     options: Mapping[str, Any]
     base_model: Path
     data_set: Mapping[str, Any]  # its file's content
+    optimizers: Sequence[Params] = ()  # that kohya must be able to make
 
     def ask(self, cache: Path | None = None) -> TrainerFacts:
         """The answer, from `cache` if nothing has changed since; RefusedInput for a trainer that does not work."""
@@ -1731,7 +1972,7 @@ class Probe:
             raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
         about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
-        about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files()]
+        about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files(), self.optimizers]
         key = digest(json.dumps(about, default=str))
         answer = (read_json(cache) if cache else None) or {}
         if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
@@ -1776,11 +2017,13 @@ class Probe:
         """Run configs/kohya_probe.py, whose files are deleted afterwards."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            data_set, config, answer_file = (folder / name for name in ("dataset.json", "config.toml", "answer.json"))
+            files = ("dataset.json", "config.toml", "answer.json", "optimizers.json")
+            data_set, config, answer_file, optimizers = (folder / name for name in files)
             # As JSON, because the toml package garbles odd keys before kohya can refuse them.
             data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
+            optimizers.write_text(json.dumps(self.optimizers), encoding="utf-8")
             write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
-            command = [self.python, *map(str, (PROBE, script, config, answer_file))]
+            command = [self.python, *map(str, (PROBE, script, config, answer_file, optimizers))]
             output = ProcessOutput()
             output.read(capture(command, self.device, PROBE_SECONDS)[1] + "\n")
             answer = read_json(answer_file)
@@ -2983,6 +3226,11 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
         raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 
+def params_of(trial: optuna.Trial | FrozenTrial) -> Params:
+    """All that a trial is trained with; only what was suggested, where it has not come to that."""
+    return trial.user_attrs.get("training_params", trial.params)
+
+
 @dataclass
 class EarlyStopping:
     """Ends trainings that are unlikely to win: the trainer waits once, while its checkpoints so far are screened."""
@@ -2999,7 +3247,7 @@ class EarlyStopping:
 
     def pause(self, trial: optuna.Trial, folder: Path) -> Pause | None:
         """Where the training is judged: at its last checkpoint up to `at_percent`, if enough others are whole."""
-        epochs = trial.params["max_train_epochs"]
+        epochs = params_of(trial)["max_train_epochs"]
         epoch = int(epochs * self.settings["at_percent"] / 100) // self.save_every * self.save_every
         if self.has_failed or len(self._others(trial)) < self.settings["whole_trials"] or not 0 < epoch < epochs:
             return None
@@ -3014,7 +3262,7 @@ class EarlyStopping:
 
     def judge(self, trial: optuna.Trial, folder: Path, epoch: int, training_seconds: float) -> None:
         """While the trainer waits: screen what it has saved, and StoppedEarly if that is too bad to go on."""
-        started, epochs = time.monotonic(), trial.params["max_train_epochs"]
+        started, epochs = time.monotonic(), params_of(trial)["max_train_epochs"]
         screen.show("train", f"epoch {epoch}/{epochs}  paused", epoch, epochs)
         say(f"  epoch {epoch}/{epochs}: the trainer is paused, and its checkpoints are screened", detail=True)
         try:
@@ -3045,7 +3293,7 @@ class EarlyStopping:
 
         So trainings of 12, 16 and 20 epochs compare at the same step. What was reported before stays, as Optuna has it.
         """
-        epochs = trial.params["max_train_epochs"]
+        epochs = params_of(trial)["max_train_epochs"]
         known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for percent in sorted(set(range(CURVE_STEP, until + 1, CURVE_STEP)) - known.keys()):
             scores = [result["score"] for result in screened if 100 * result["epoch"] <= percent * epochs]
@@ -3063,9 +3311,10 @@ class LoraObjective:
     trainer: Callable[[Path, float | None, Pause | None], tuple[float, float | None]]
     scorer: Callable[[Path], None]
     early_stopping: EarlyStopping | None = None
+    space: SearchSpace = V2_1
 
     def __call__(self, trial: optuna.Trial) -> float:
-        params = suggest_hyperparameters(trial)
+        params = suggest_hyperparameters(trial, self.space)
         trial.set_user_attr("training_params", params)
         checkpoint = self.train_lora(trial, params)
         return self.score_checkpoints(trial, checkpoint.parent)
@@ -3075,7 +3324,7 @@ class LoraObjective:
 
         Raises optuna.TrialPruned for unsafe parameters, before anything is made, and TrialFailed as the trainer does.
         """
-        is_valid, rejection_reason = check_safety_constraints(params)
+        is_valid, rejection_reason = may_train(params, self.space)
         if not is_valid:
             say(f"\n❌ TRIAL REJECTED: {rejection_reason}")
             say(f"Parameters: {json.dumps(params, indent=2)}\n", detail=True)
@@ -3758,10 +4007,10 @@ def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
 TERMS = ("fidelity", "text", "preservation", "originality", "variety", "usable")
 OPTIMAL_SHARE_OF_BEST = 0.95  # the guide's "optimal configs": within 5% of the best score
 QUALITY_FAILURE_BELOW = 0.9  # share of usable images
-ALPHA_BANDS = {  # the guide's, with the shares of the trials that it expects
-    "low alpha (0.25-0.40)": (LOW_ALPHA, "30%"),
-    "mid alpha (0.45-0.70)": (MID_ALPHA, "40%"),
-    "high alpha (0.75-0.90)": (HIGH_ALPHA, "30%"),
+ALPHA_BANDS = {  # the guide's: lowest and highest ratio, and the share of the trials that it expects
+    "low alpha (0.25-0.40)": (0.0, 0.42, "30%"),
+    "mid alpha (0.45-0.70)": (0.42, 0.72, "40%"),
+    "high alpha (0.75-0.90)": (0.72, math.inf, "30%"),
 }
 # The table's columns: the head, and how a trial's facts are formatted below it.
 TABLE = """
@@ -3769,7 +4018,7 @@ TABLE = """
     pres.={preservation:.3f} orig.={originality:.3f} usable={usable:6.3f} epoch={best_epoch:2d}/{max_train_epochs}
     learning_rate={learning_rate:13.2e} te_lr={text_encoder_lr:.1e} dim={network_dim:3d} alpha={network_alpha:5d}
     optimizer={optimizer_type} scheduler={lr_scheduler} accum={gradient_accumulation_steps:5d}
-    warmup={lr_warmup_steps:6d} minutes={minutes:7.1f}
+    warmup={lr_warmup_steps:6g} minutes={minutes:7.1f}
 """
 # A training acts about in proportion to alpha ratio x learning rate x updates, which explains half of the variance of a
 # score (tests/search_table). Updates are an epoch's batches, the same in all trials, times epochs / accumulation.
@@ -3786,9 +4035,9 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
     `places`: what final_places() tells.
     """
     attrs = {**trial.user_attrs, **trial.user_attrs.get("stopped", {})}
-    trained = attrs.get("stopped_epoch", math.nan) / trial.params.get("max_train_epochs", math.nan)
-    found, params = (places or {}).get(trial.number, {}), attrs.get("training_params", trial.params)
+    found, params = (places or {}).get(trial.number, {}), params_of(trial)
     ratio, epochs, steps = (params.get(name, math.nan) for name in DOSE_PARTS)
+    trained = attrs.get("stopped_epoch", math.nan) / epochs
     return {
         **dict.fromkeys((*TERMS, "standard_error"), math.nan),  # an earlier version has not measured all
         "final": with_error(found) if found else "-",
@@ -3820,7 +4069,10 @@ def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]
     failures = [facts for facts in scored if facts["usable"] < QUALITY_FAILURE_BELOW]
     optimal = [facts for facts in scored if facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"]]
     ratios = [facts["network_alpha_ratio"] for facts in trained]
-    bands = [(name, sum(r in band for r in ratios), len(trained), share) for name, (band, share) in ALPHA_BANDS.items()]
+    bands = [
+        (name, sum(low < ratio <= high for ratio in ratios), len(trained), share)
+        for name, (low, high, share) in ALPHA_BANDS.items()
+    ]
     return [
         ("rejected proposals", proposals.count("rejected"), len(proposals), "< 10%"),
         ("stable trainings", len(stable), len(trained), "80-90%"),
@@ -4016,13 +4268,14 @@ class Results:
     def write_trials_csv(self) -> None:
         about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
         about += "scoring_seconds stopped_epoch rejection_reason reason folder"
-        columns = [*about.split(), *TERMS, *SEARCH_SPACE, "network_alpha", "lr_scheduler_num_cycles"]
-        columns += ["dose", "text_encoder_dose"]
+        trials = [facts_of(trial, self.places) for trial in self.study.get_trials(deepcopy=False)]
+        others = (name for facts in trials for name in facts.get("training_params", ()))
+        columns = [*about.split(), *TERMS, *V2_1.searched, "network_alpha", "dose", "text_encoder_dose", *others]
+        columns = list(dict.fromkeys(columns))
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        for trial in self.study.get_trials(deepcopy=False):
-            facts = facts_of(trial, self.places)
+        for facts in trials:
             writer.writerow({name: facts.get(name) for name in columns if facts.get(name) == facts.get(name)})  # no NaN
         write_atomically(self.folder / "trials.csv", file.getvalue())
 
@@ -4119,7 +4372,7 @@ class Results:
         folder = find_trial_folder(trial, self.output_dir)
         metrics = read_json(folder / "metrics.json") or {}
         epochs, copies = metrics.get("screen", []), metrics.get("copies", {}).get("images", [])
-        loss = loss_curve(folder / "training.log", trial.user_attrs["training_params"]["max_train_epochs"])
+        loss = loss_curve(folder / "training.log", params_of(trial)["max_train_epochs"])
         lines = [
             {"name": "loss", "x": [epoch for epoch, _ in loss], "y": [value for _, value in loss], "yaxis": "y2"},
             *({"name": name, "y": [one["terms"].get(name) for one in epochs], "line": {"width": 1}} for name in TERMS),
@@ -4138,7 +4391,7 @@ class Results:
         """Plotly figures by title: Optuna's own where they can be drawn, and two of ours."""
         from optuna import importance, visualization
 
-        figures = {}
+        figures, common = {}, set.intersection(*(set(trial.params) for trial in self.ranked))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental in 4.x; few trials, which the page says too
             evaluator = importance.PedAnovaImportanceEvaluator()
@@ -4146,7 +4399,7 @@ class Results:
                 ("History of the best", visualization.plot_optimization_history, {}),
                 ("Score while training", self._plot_while_training, {}),
                 ("Parameter importances", visualization.plot_param_importances, {"evaluator": evaluator}),
-                ("Parallel coordinates", visualization.plot_parallel_coordinate, {"params": list(SEARCH_SPACE)}),
+                ("Parallel coordinates", visualization.plot_parallel_coordinate, {"params": sorted(common)}),
             ):
                 with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # e.g. all scores are equal
                     figures[title] = draw(self.study, **options)
@@ -4168,8 +4421,8 @@ class Results:
         from plotly.graph_objects import Figure
 
         by_dose, by_band = Figure(), Figure()
-        for name, (ratios, _) in ALPHA_BANDS.items():
-            found = [facts for facts in map(facts_of, self.ranked) if facts["network_alpha_ratio"] in ratios]
+        for name, (low, high, _) in ALPHA_BANDS.items():
+            found = [facts for facts in map(facts_of, self.ranked) if low < facts["network_alpha_ratio"] <= high]
             scores = {"y": [one["score"] for one in found], "text": [f"trial {one['trial']}" for one in found]}
             by_dose.add_scatter(x=[one["dose"] for one in found], mode="markers", marker_size=10, name=name, **scores)
             by_band.add_box(boxpoints="all", name=f"{name}: {len(found)}", **scores)
@@ -4280,6 +4533,7 @@ class Inputs:
     trainer: TrainerFacts
     enqueued: list[Params]
     study: optuna.Study | None  # None before its first run
+    space: SearchSpace = V2_1
 
     @property
     def trials_left(self) -> int:
@@ -4314,7 +4568,7 @@ class Inputs:
             encoders[name] = f"files {digest(''.join(map(quick_digest, files)))[:16]}" if files else place
         return {
             STUDY_FORM[0]: STUDY_FORM[1],
-            "search space": search_space_digest()[:16],
+            "search space": self.space.fingerprint(),
             "Optuna's major version": optuna.__version__.split(".")[0],
             "seed (--seed)": self.settings.seed,
             "base model (--base-model)": self.base_model.fingerprint[:16],
@@ -4342,11 +4596,28 @@ class Inputs:
         return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
 
     def sampler(self) -> FeasibleTPESampler:
-        return FeasibleTPESampler(self.settings.seed, can_train=self.trainer.can_train, prefers=self.prefers)
+        checks = {"can_train": self.trainer.can_train, "prefers": self.prefers}
+        return FeasibleTPESampler(self.settings.seed, self.space, **checks)
+
+    @functools.cached_property
+    def drawn(self) -> list[Params]:
+        """2,000 settings of the space, drawn at random."""
+        rng = np.random.default_rng(0)
+        return [complete_params(self.space.draw(rng), self.space) for _ in range(2000)]
+
+    @functools.cached_property
+    def allowed(self) -> list[Params]:
+        """Those of the drawn settings that may be trained; RefusedInput if there are none."""
+        found = [params for params in self.drawn if may_train(params, self.space)[0] and self.trainer.can_train(params)]
+        if not found:
+            why, count = Counter(may_train(params, self.space)[1] for params in self.drawn).most_common(1)[0]
+            said = f"none of {len(self.drawn)} settings drawn from {self.space.name} may be trained"
+            raise RefusedInput(f"--search-space: {said}, {count} of them since: {why or 'AdamW8bit'}; loosen its rules")
+        return found
 
     def trial_size(self, choose: Callable[[Sequence[int]], float]) -> tuple[int, float, float]:
         """How many checkpoints a trial has, the bytes of each, and those of its pictures; `choose`: max or np.mean."""
-        dim, epochs = (choose(SEARCH_SPACE[name].choices) for name in ("network_dim", "max_train_epochs"))
+        dim, epochs = (choose(self.space.values(name)) for name in ("network_dim", "max_train_epochs"))
         checkpoints = math.ceil(epochs / self.options["save_every_n_epochs"])
         halves = 1 if self.options.get("save_precision") in ("fp16", "bf16") else 2
         pictures = checkpoints * self.stage_bytes("screen") + self.stage_bytes("confirm")
@@ -4388,7 +4659,8 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
-    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, afresh)
+    space = (problems.of(SearchSpace.read, settings.search_space) if settings.search_space else None) or V2_1
+    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, space, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
@@ -4409,14 +4681,17 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(check_scoring_model, "clip", scoring.clip, ENCODER_FILES)
         if settings.base_model and settings.base_model.is_file():  # it holds no pipeline config
             problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, PIPELINE_FILES)
-    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer) if settings.enqueue else []
+    if space is not V2_1:
+        problems.of(check_space_options, space, raw or {}, answer)
+    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue else []
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
-    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study)
+    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space)
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
     problems.refuse()
+    problems.of(lambda: inputs.allowed)
     if study:
         problems.of(check_fingerprint, study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
@@ -4424,12 +4699,37 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     return inputs
 
 
-def ask_trainer(settings: Settings, options: Mapping[str, Any], config: Any, afresh: bool) -> TrainerFacts:
+def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str, Any]) -> None:
+    """RefusedInput unless a --search-space holds options that this sd-scripts has, with values that they may have."""
+    known, problems = answer.get("options", {}), []
+    for name in dict.fromkeys([*space.searched, *(name for _, values in space.fixed for name in values)]):
+        wrong = [text for value in space.values(name) if (text := _wrong_option(name, value, known.get(name, {})))]
+        if name == "network_alpha":
+            problems.append("network_alpha follows from network_alpha_ratio; give that instead")
+        elif name in REFUSED_OPTIONS.keys() - SEARCHABLE_OPTIONS:
+            problems.append(f"'{name}' {REFUSED_OPTIONS[name]}")
+        elif name in _SCORED or name in _SMALLEST:
+            problems.append(f"'{name}' is the same in all trials; give it in the training config")
+        elif name in options.keys() - IGNORED_OPTIONS:
+            problems.append(f"'{name}' is in the training config, too; delete one of them")
+        elif known and name not in known and name != "network_alpha_ratio":
+            problems.append(f"'{name}' is no option of this sd-scripts{nearest(name, known)}")
+        problems += [f"a value of {name} {text}" for text in wrong[:1]]
+    failed = answer.get("optimizers", [])
+    problems += [
+        f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it" for name, why in failed
+    ]
+    Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
+
+
+def ask_trainer(
+    settings: Settings, options: Mapping[str, Any], config: Any, space: SearchSpace, afresh: bool
+) -> TrainerFacts:
     """What sd-scripts answers about inputs of which some may be missing."""
     fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.device if DEVICE.fullmatch(settings.device) else "cpu"
-    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []})
+    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []}, space.optimizers())
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
 
@@ -4500,49 +4800,42 @@ def make_plan(
     return build_scoring_plan(images, subject, scoring, *about)
 
 
-def read_enqueue_file(path: Path, trainer: TrainerFacts | None) -> list[Params]:
+def read_enqueue_file(path: Path, trainer: TrainerFacts | None, space: SearchSpace = V2_1) -> list[Params]:
     """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
     content = read_toml(path, "--enqueue")
     given = content.pop("trial", [])
     tables = [given] if isinstance(given, dict) else given or [content]
     if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
         raise RefusedInput(f"--enqueue: {path} has no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables")
-    problems = [problem for table in tables for problem in _wrong_parameters(table, trainer)]
+    problems = [problem for table in tables for problem in _wrong_parameters(table, trainer, space)]
     if content and given:
         problems.append("has parameters outside of its [[trial]] tables; put all into tables")
     Problems(f"--enqueue: {path}: {problem}" for problem in problems).refuse()
     return tables
 
 
-def _wrong_parameters(table: Params, trainer: TrainerFacts | None) -> Iterator[str]:
+def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: SearchSpace) -> Iterator[str]:
     """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
-    space, dim = {**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES}, table.get("network_dim")
-    if "network_alpha_ratio" not in table and dim in SEARCH_SPACE["network_dim"].choices:
-        for ratio in LOW_ALPHA + MID_ALPHA + HIGH_ALPHA:
-            if int(dim * ratio) == table.get("network_alpha"):
+    dim, ratios = table.get("network_dim"), space.searched.get("network_alpha_ratio")
+    if "network_alpha_ratio" not in table and dim in space.values("network_dim"):
+        for ratio in (*LOW_ALPHA, *MID_ALPHA, *HIGH_ALPHA):
+            if int(dim * ratio) == table.get("network_alpha") and ratios and holds(ratios, ratio):
                 del table["network_alpha"]
                 table["network_alpha_ratio"] = ratio
     for name, value in table.items():
         if name == "network_alpha":
             rule = "must be 0.25 to 0.9, in steps of 0.05, of a network_dim beside it"
             yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
-        elif name not in space:
-            yield f"unknown parameter '{name}'{nearest(name, space)}"
-        elif not _holds(space[name], value):
-            yield f"{name} = {value!r} is outside the search space, {space[name]}; give a value in it"
+        elif name not in space.searched:
+            yield f"unknown parameter '{name}'{nearest(name, space.searched)}"
+        elif not holds(space.searched[name], value):
+            yield f"{name} = {value!r} is outside the search space, {space.searched[name]}; give a value in it"
     if trainer and not trainer.can_train(table):
         yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
-    if "lr_scheduler_num_cycles" in table and table.get("lr_scheduler") != "cosine_with_restarts":
-        yield "lr_scheduler_num_cycles needs lr_scheduler = 'cosine_with_restarts'; add it"
-
-
-def _holds(distribution: BaseDistribution, value: Any) -> bool:
-    if type(value) not in map(type, getattr(distribution, "choices", (1, 1.0))):  # Optuna takes True and 1.0 for 1
-        return False
-    with contextlib.suppress(ValueError, OverflowError):
-        optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
-        return True
-    return False
+    for name in table.keys() & space.when.keys():
+        if not meets(table, space.when[name]):
+            needed = " and ".join(f"{other} = {value!r}" for other, value in space.when[name].items())
+            yield f"{name} needs {needed}; add it"
 
 
 def file_system(folder: Path) -> str:
@@ -4576,6 +4869,9 @@ class CheckReport:
 
     def __str__(self) -> str:
         notes, tokens = [*self.inputs.data_set.notes], self.inputs.data_set.class_tokens
+        file = self.settings.training_config
+        if ignored := ignored_options(read_training_options(file), file, self.inputs.trainer.answer.get("options", {})):
+            notes.append(f"the search does not take these from {file.name}: {', '.join(ignored)}")
         if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
             notes.append(f"class_tokens {tokens!r} are trained nowhere: every picture has a caption without them")
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
@@ -4587,7 +4883,9 @@ class CheckReport:
         data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
-        has_8bit = trainer.can_train({"optimizer_type": "AdamW8bit"})
+        optimizers = list(dict.fromkeys(map(str, inputs.space.values("optimizer_type"))))
+        able = [name for name in optimizers if trainer.can_train({"optimizer_type": name})]
+        unable = [name for name in optimizers if name not in able]
         needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
@@ -4598,7 +4896,9 @@ class CheckReport:
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name,
-            "optimizers": "AdamW, AdamW8bit" if has_8bit else "AdamW (no bitsandbytes on CUDA: no AdamW8bit)",
+            "space": f"{inputs.space.name}, {len(inputs.space.searched)} parameters, of which "
+            f"{len(inputs.allowed) / len(inputs.drawn):.0%} of the combinations may be trained",
+            "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
             "early stop": self._early_stop(),
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
@@ -4607,7 +4907,7 @@ class CheckReport:
 
     def _early_stop(self) -> str:
         stop, every = self.inputs.plan["stop_early"], self.inputs.options["save_every_n_epochs"]
-        half = int(min(SEARCH_SPACE["max_train_epochs"].choices) * stop["at_percent"] / 100)
+        half = int(min(self.inputs.space.values("max_train_epochs")) * stop["at_percent"] / 100)
         if self.settings.prune == "off" or not half:
             return "off"
         rare = "" if every <= half else " (some trainings have no checkpoint by then)"
@@ -4630,7 +4930,8 @@ class CheckReport:
         """Updates an epoch and a training, for all accumulations and epochs that may be drawn."""
         if self.inputs.data_set.batches_per_epoch is None:
             return "to be told by the first step"
-        epochs, accumulations = (SEARCH_SPACE[n].choices for n in ("max_train_epochs", "gradient_accumulation_steps"))
+        values = self.inputs.space.values
+        epochs, accumulations = (values(name) for name in ("max_train_epochs", "gradient_accumulation_steps"))
         trainings = [{"max_train_epochs": 1, "gradient_accumulation_steps": number} for number in accumulations]
         each = [self.inputs.data_set.updates(training) for training in trainings]
         by_accumulation = " or ".join(dict.fromkeys(map(str, each)))
@@ -4646,6 +4947,8 @@ class CheckReport:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
         yield from self._long_warmup()
+        if (different := len(set(map(str, inputs.allowed)))) < self.settings.n_trials:
+            yield f"{inputs.space.name} allows only {different} different settings, so that some are trained twice"
         jobs = inputs.trial_size(np.mean)[0] * inputs.plan["screen"] + inputs.plan["confirm"]
         pixels = sum(job["width"] * job["height"] * job["steps"] for job in jobs)
         seconds = pixels / (512 * 512 * 25) * SECONDS_PER_IMAGE
@@ -4656,22 +4959,21 @@ class CheckReport:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in inputs.enqueued:
-            study = optuna.create_study(sampler=FeasibleTPESampler(0, can_train=inputs.trainer.can_train))
+            sampler = FeasibleTPESampler(0, inputs.space, can_train=inputs.trainer.can_train)
+            study = optuna.create_study(sampler=sampler)
             study.enqueue_trial(table)
-            if reason := check_safety_constraints(suggest_hyperparameters(study.ask()))[1]:
+            if reason := may_train(suggest_hyperparameters(study.ask(), inputs.space), inputs.space)[1]:
                 yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
         known = inputs.study.user_attrs.get("environment") if inputs.study else None
         for difference in fingerprint_differences(known or inputs.tools, inputs.tools):
             yield f"the study was begun with other tools: {difference}"
 
     def _long_warmup(self) -> Iterator[str]:
-        """Draws 2,000 proposals: how many of the safe ones warm up for over half of the run, or for all of it."""
-        if self.inputs.data_set.batches_per_epoch is None:
+        """How many of the allowed settings warm up for over half of the run, or for all of it."""
+        data_set = self.inputs.data_set
+        if data_set.batches_per_epoch is None:
             return
-        rng, can_train = np.random.default_rng(0), self.inputs.trainer.can_train
-        drawn = (complete_params({n: _draw(d, rng) for n, d in SEARCH_SPACE.items()}) for _ in range(2000))
-        safe = [params for params in drawn if check_safety_constraints(params)[0] and can_train(params)]
-        shares = np.array([params["lr_warmup_steps"] / self.inputs.data_set.updates(params) for params in safe])
+        shares = np.array([params["lr_warmup_steps"] / data_set.updates(params) for params in self.inputs.allowed])
         if (shares > 0.5).any():
             said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
@@ -4861,6 +5163,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("settings files").add_argument
     add("--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)")
+    add("--search-space", type=_path, metavar="TOML", help="what is searched (V2.1, configs/search_space_v2.1.toml)")
     add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
 
     add = parser.add_argument_group("instead of searching").add_mutually_exclusive_group().add_argument
@@ -4958,7 +5261,8 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
 
         early = EarlyStopping(inputs.plan["stop_early"], inputs.options["save_every_n_epochs"], scorer)
         study.pruner = early.pruner()
-        objective = LoraObjective(settings, inputs.options, trainer, scorer, early if settings.prune == "on" else None)
+        early_or_none = early if settings.prune == "on" else None
+        objective = LoraObjective(settings, inputs.options, trainer, scorer, early_or_none, inputs.space)
         ours = Study(study, settings, objective, started, before_trial)
         with screen.live():
             ours.show()

@@ -1,10 +1,11 @@
 """Asks sd-scripts what it would train; optuna_hyperparameter_search.py runs this in the trainer's Python.
 
-    python kohya_probe.py SCRIPT CONFIG ANSWER
+    python kohya_probe.py SCRIPT CONFIG ANSWER OPTIMIZERS
 
 Runs a training script of kohya-ss/sd-scripts, `SCRIPT --config_file CONFIG`, until it asks for the card, and writes to
 the file ANSWER, as JSON, what the script would train. kohya's own code reads options, data set and captions, and stops
-at what it refuses; this file only records it. Nothing else is written.
+at what it refuses; this file only records it. Then kohya makes each optimizer of the JSON file OPTIMIZERS, a list of
+tables of options. Nothing else is written.
 
     missing     packages that are not installed; if there are any, the answer has no other key
     torch, card, bitsandbytes, packages    the trainer's Python: PyTorch's version, the first card's name, whether
@@ -16,6 +17,7 @@ at what it refuses; this file only records it. Nothing else is written.
     trusted     which cached latents kohya takes: "plain" arrays of any size, "sized" ones (latents_64x64)
     said        [level, message] of warnings and errors in kohya's log
     stopped     [[place in the data set's file, message]] of what ended the script before the card
+    optimizers  [optimizer_type, message] of those that kohya can't make
     unknown     the error that a part of sd-scripts raised here, which has probably been renamed
 """
 
@@ -209,6 +211,22 @@ def draw_an_epoch() -> None:
         pass
 
 
+def try_optimizers(tables: list[dict[str, Any]]) -> None:
+    import torch
+
+    if "args" not in kohya or not tables:
+        return
+    from library.train_util import get_optimizer  # of sd-scripts
+
+    found["optimizers"] = []
+    for options in tables:
+        args = argparse.Namespace(**{**vars(kohya["args"]), **options})
+        try:
+            get_optimizer(args, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+        except Exception as error:  # a package is missing, or an argument is unknown
+            found["optimizers"].append([options["optimizer_type"], f"{type(error).__name__}: {error}"])
+
+
 def describe_error(error: BaseException) -> list[Any]:
     parts = getattr(error, "errors", None)  # voluptuous lists all errors of a file
     if isinstance(parts, list):
@@ -219,7 +237,7 @@ def describe_error(error: BaseException) -> list[Any]:
     return [[[], f"{type(error).__name__}: {error} at `{line}`"]]
 
 
-def run(script: str, config: str) -> None:
+def run(script: str, config: str, optimizers: list[dict[str, Any]]) -> None:
     import accelerate
 
     describe_python()
@@ -239,12 +257,13 @@ def run(script: str, config: str) -> None:
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
             found["stopped"] = describe_error(error)
+    try_optimizers(optimizers)
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's folder
     found["missing"] = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    _, script, config, answer = sys.argv
+    _, script, config, answer, optimizers = sys.argv
     if not found["missing"]:
-        run(script, config)
+        run(script, config, json.loads(Path(optimizers).read_text(encoding="utf-8")))
     Path(answer).write_text(json.dumps(found), encoding="utf-8")

@@ -134,15 +134,19 @@ def test_flattens_one_level_of_tables(training: Callable[[str], Path]) -> None:
     assert not {"model", "save"} & options.keys()
 
 
-FORBIDDEN = (
+IGNORED = (
     # searched
-    "learning_rate text_encoder_lr network_dim network_alpha optimizer_type max_train_epochs lr_scheduler "
+    "learning_rate unet_lr text_encoder_lr network_dim network_alpha optimizer_type max_train_epochs lr_scheduler "
     "lr_scheduler_num_cycles gradient_accumulation_steps lr_warmup_steps "
+    # set by the program
+    "max_train_steps epoch train_data_dir save_last_n_epochs save_last_n_steps save_last_n_epochs_state "
+    "save_last_n_steps_state output_dir output_name output_config logging_dir pretrained_model_name_or_path "
+    "dataset_config"
+).split()
+FORBIDDEN = (
     # would quietly beat the search or the program
-    "unet_lr use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only "
-    "network_train_text_encoder_only dim_from_weights network_weights max_train_steps train_data_dir "
-    "save_last_n_epochs save_last_n_steps save_last_n_epochs_state save_last_n_steps_state "
-    "output_dir output_name output_config logging_dir pretrained_model_name_or_path dataset_config "
+    "use_8bit_adam use_lion_optimizer lr_scheduler_type network_train_unet_only network_train_text_encoder_only "
+    "dim_from_weights network_weights "
     # secrets
     "huggingface_token wandb_api_key "
     # would fill the disk
@@ -161,12 +165,49 @@ def test_refuses_a_fixed_option_that_would_beat_the_search(
     assert str(path) in problem
 
 
+@pytest.mark.parametrize("table", ["", "[some]\n"], ids=["top", "table"])
+def test_what_the_search_sets_is_left_out_and_named(table: str, training: Callable[[str], Path]) -> None:
+    path = training(table + "".join(f"{key} = 1\n" for key in IGNORED) + "seed = 7\n")
+    options = read_training_options(path)
+    assert options["seed"] == 7 and not set(IGNORED) & options.keys()
+    assert search.ignored_options(search.read_training_options(path), path, {}) == IGNORED
+
+
+def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> None:
+    known = json.loads((Path(__file__).parent / "kohya" / "train_network_options.json").read_text(encoding="utf-8"))
+    path = tmp_path / "preset.json"
+    preset = {
+        "LoRA_type": "Standard", "learning_rate": 0.0001, "network_dim": 32, "epoch": 50, "max_resolution": "512,512",
+        "optimizer": "AdamW", "lr_warmup": 10, "xformers": "sdpa", "max_token_length": "75", "clip_skip": "2",
+        "seed": "", "vae_batch_size": 0, "min_snr_gamma": 5, "noise_offset": "0.05", "cache_latents": True,
+        "full_bf16": False, "keep_tokens": "0", "max_data_loader_n_workers": "0", "mixed_precision": "bf16",
+        "output_dir": "D:/out", "v2": False, "wandb_api_key": "", "save_every_n_epochs": 1, "optimizer_args": "",
+    }  # fmt: skip
+    path.write_text(json.dumps(preset), encoding="utf-8")
+    options = read_training_options(path, known)
+    assert options == {
+        "network_module": "networks.lora", "save_model_as": "safetensors", "save_every_n_epochs": 1, "clip_skip": 2,
+        "seed": 42, "sdpa": True, "min_snr_gamma": 5, "noise_offset": 0.05, "cache_latents": True,
+        "mixed_precision": "bf16",
+    }  # fmt: skip
+    ignored = search.ignored_options(search.read_training_options(path), path, known)
+    assert ignored == [
+        "learning_rate",
+        "network_dim",
+        "epoch",
+        "max_resolution",
+        "optimizer",
+        "lr_warmup",
+        "output_dir",
+    ]
+    path.write_text(json.dumps({**preset, "LoRA_type": "LyCORIS/LoHa"}), encoding="utf-8")
+    assert "LyCORIS/LoHa" in the_refusal(read_training_options, path, known)
+
+
 def test_reports_all_forbidden_options_at_once(training: Callable[[str], Path]) -> None:
-    path = training(
-        'learning_rate = 1e-4\nunet_lr = 1e-4\nwandb_api_key = "x"\nsave_model_as = "ckpt"\nclip_skip = 0\n'
-    )
+    path = training('save_state = true\nwandb_api_key = "x"\nsave_model_as = "ckpt"\nclip_skip = 0\n')
     problems = "\n".join(refusal(read_training_options, path))
-    for word in ("learning_rate", "unet_lr", "wandb_api_key", "save_model_as", "clip_skip"):
+    for word in ("save_state", "wandb_api_key", "save_model_as", "clip_skip"):
         assert word in problems
 
 
@@ -176,7 +217,7 @@ def test_a_forbidden_option_at_kohyas_default_is_dropped(line: str, training: Ca
     assert line.split()[0] not in options and options["sdpa"] is True
 
 
-@pytest.mark.parametrize("line", ["learning_rate = 0", "v2 = true", 'vae = "vae.safetensors"', 'base_weights = ["a"]'])
+@pytest.mark.parametrize("line", ["lr_decay_steps = 0", "v2 = true", 'vae = "vae.safetensors"', 'base_weights = ["a"]'])
 def test_a_forbidden_option_with_any_other_value_is_refused(line: str, training: Callable[[str], Path]) -> None:
     assert line.split()[0] in the_refusal(read_training_options, training(line))
 

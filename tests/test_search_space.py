@@ -145,10 +145,3 @@ def test_describes_every_other_parameter_as_name_and_value() -> None:
     assert [line for line in lines if not line.startswith("  network_alpha:")] == [
         f"  {name}: {value}" for name, value in plain.items()
     ]
-
-
-def test_the_digest_follows_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = search.search_space_digest()
-    assert search.search_space_digest() == before
-    monkeypatch.setitem(search.SEARCH_SPACE, "learning_rate", FloatDistribution(6e-5, 1.3e-4, log=True))
-    assert search.search_space_digest() != before

@@ -69,7 +69,14 @@ class BandSampler(search.FeasibleTPESampler):
         return (self._band is None or ratio in self._band) and super()._is_possible(values)
 
 
-class DoseSampler(search.FeasibleTPESampler):
+class UnconditionalSampler(search.FeasibleTPESampler):
+    """Leaves the cycles of a schedule, which not every trial has, to sample_independent()."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(search.SEARCH_SPACE)
+
+
+class DoseSampler(UnconditionalSampler):
     """TPE sees the dose, ratio x learning rate x updates, in place of the learning rate, which follows from it."""
 
     def sample_relative(
@@ -119,7 +126,7 @@ def with_doses(study: optuna.Study) -> optuna.Study:
     return seen
 
 
-class FeasibleGPSampler(search.FeasibleTPESampler):
+class FeasibleGPSampler(UnconditionalSampler):
     """Optuna's Gaussian process; its acquisition function chooses between feasible draws in the dealt bands."""
 
     def sample_relative(

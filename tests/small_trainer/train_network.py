@@ -9,7 +9,7 @@ seconds on a CPU, with nothing beside PyTorch, diffusers, transformers, peft and
 It really trains: noise prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
 change nothing here (attention kernels, gradient checkpointing, loader workers, model hub) and
 those that it leaves out (augmentation, a weight for regularisation images, other losses, validation, samples,
-saved states, optimizer_args, network_args) are accepted and ignored.
+saved states, network_args) are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import toml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from library import config_util
 from library.strategy_base import LatentsCachingStrategy, suffix_of
+from library.train_util import get_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -177,28 +178,6 @@ def kohya_state_dict(pipeline: StableDiffusionPipeline, args: argparse.Namespace
 # Training
 
 
-def make_optimizer(args: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    import torch
-
-    name = args.optimizer_type
-    if "8bit" in name.lower():
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ImportError("No bitsandbytes / bitsandbytesがインストールされていないようです") from None
-        kind = getattr(bitsandbytes.optim, name)
-    elif name.lower() == "lion":
-        try:
-            import lion_pytorch
-        except ImportError:
-            raise ImportError("No lion_pytorch / lion_pytorch がインストールされていないようです") from None
-        kind = lion_pytorch.Lion
-    else:
-        kind = getattr(torch.optim, name)
-    log.info("use %s optimizer | {}", name)
-    return kind(groups, lr=args.learning_rate)
-
-
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     from diffusers.optimization import get_scheduler
 
@@ -287,7 +266,7 @@ class Training:
         print("prepare optimizer, data loader etc.")
         rates = learning_rates(args)
         groups = [{"params": group, "lr": rate} for group, rate in zip(trainable, rates, strict=True)]
-        optimizer = make_optimizer(args, groups)
+        _, _, optimizer = get_optimizer(args, groups)
         self.epochs = count_steps(args, len(group))
         schedule = make_schedule(args, optimizer)
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)

@@ -474,12 +474,12 @@ def test_adamw8bit_without_bitsandbytes_is_an_import_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     with pytest.raises(ImportError, match="No bitsandbytes"):
-        trainer.make_optimizer(trainer.read_arguments(["--optimizer_type", "AdamW8bit"]), [])
+        trainer.get_optimizer(trainer.read_arguments(["--optimizer_type", "AdamW8bit"]), [])
 
 
 def test_an_unknown_optimizer_is_an_attribute_error(trainer: ModuleType) -> None:
     with pytest.raises(AttributeError, match="NoSuchOptimizer"):
-        trainer.make_optimizer(trainer.read_arguments(["--optimizer_type", "NoSuchOptimizer"]), [])
+        trainer.get_optimizer(trainer.read_arguments(["--optimizer_type", "NoSuchOptimizer"]), [])
 
 
 def test_fp16_on_the_cpu_fails_at_the_first_step(train_here: Callable[..., Any]) -> None:
