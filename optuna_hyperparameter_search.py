@@ -442,6 +442,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
+        json.dumps(content, ensure_ascii=False, default=str).encode()  # ValueError for what is no Unicode
         return {**content}  # TypeError where the JSON holds no object
     except OSError as error:
         raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable {kind} file") from error
@@ -449,6 +450,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise RefusedInput(f"{what}: {path} is not text in UTF-8; save it as UTF-8") from error
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
         remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "correct it there"
+        remedy = "write the numbers of a list alike, such as 1.0" if "homogeneous" in str(error) else remedy
         raise RefusedInput(f"{what}: {path} is not valid {kind} ({one_line(error)}); {remedy}") from error
 
 
@@ -459,6 +461,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "switch": ("true or false", (bool,)),
     "int": ("a whole number", (int,)),
     "float": ("a number", (int, float)),
+    "int_or_float": ("a number", (int, float)),
     "str": ('a text, in quotes (such as "512,768")', (str,)),
     "list": ("a list", (list,)),
 }
@@ -557,6 +560,7 @@ SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 _SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # the search can score no others
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
+GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no", "noise_offset_type": "Original"}  # sd-scripts has none
 
 
 def path_remedy(text: str) -> str:
@@ -579,38 +583,45 @@ def read_training_options(path: Path) -> dict[str, Any]:
     given = read_preset(given) if path.suffix.lower() == ".json" else given
     options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
     for key, value in given.items():
-        if value == [] or (key in REFUSED_OPTIONS and (value is False or value == "")):
+        if value == "" or value == [] or GUI_DEFAULTS.get(key) == value or (key in REFUSED_OPTIONS and value is False):
             continue  # kohya's GUI and others save every option, set or not
         is_path = isinstance(value, str) and "/" in value and os.path.exists(value)  # noqa: PTH110 - Path raises
         options[key] = str(Path(value).resolve()) if is_path else value  # the config is used from other folders too
+        if key.endswith("_args") and isinstance(value, str):
+            options[key] = value.split()  # kohya would take each letter for an argument
     return options
 
 
 def read_preset(given: Mapping[str, Any]) -> Params:
-    """The options in a preset of kohya's GUI, as that gives them to sd-scripts: 0 and "" are unset, "2" is a number."""
+    """The options in a JSON preset of kohya's GUI, as it gives them to sd-scripts: "2" is a number, and 0 is unset."""
     options = {}
     for key, value in given.items():
-        number = isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", value)
-        options[key] = toml.loads(f"it = {value}")["it"] if number else value
-    if (attention := options.pop("xformers", None)) in ("xformers", "sdpa"):
-        options[attention] = True
-    if options.get("max_token_length") == 75:  # the GUI's name for the default
-        del options["max_token_length"]
+        if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,14}", value):
+            options[key] = int(value)
+        elif isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?(e[-+]?\d\d?)?", value):
+            options[key] = float(value) if "." in value or "e" in value else value
+        elif isinstance(value, (str, int, float)):
+            options[key] = value
+    if options.get("xformers") in ("xformers", "sdpa"):
+        options[options.pop("xformers")] = True
     if (kind := options.pop("LoRA_type", "Standard")) != "Standard":
         options["network_module"] = kind
-    return {key: value for key, value in options.items() if value not in ("", 0, None)}
+    return {key: value for key, value in options.items() if value != 0}
 
 
 def ignored_options(options: Params, path: Path, known: Mapping[str, Any]) -> list[str]:
     """Options of a training config that the search sets, and those of a GUI's preset that sd-scripts does not have."""
-    is_preset = path.suffix.lower() == ".json"
-    return [key for key in options if key in IGNORED_OPTIONS or (is_preset and known and key not in known)]
+    is_preset, no_args = path.suffix.lower() == ".json", {"optimizer", "optimizer_type"} & options.keys()
+    others = {"optimizer_args"} if no_args else set()  # of an optimizer that is not taken from the file either
+    names = IGNORED_OPTIONS | others
+    return [key for key in options if key in names or (is_preset and known and key not in known)]
 
 
 def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
     """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser."""
     problems, ignored = [], ignored_options(options, path, known)
-    options = {key: value for key, value in options.items() if key not in ignored}
+    fit = functools.partial(_fit, is_preset=path.suffix.lower() == ".json")
+    options = {key: fit(value, known.get(key, {})) for key, value in options.items() if key not in ignored}
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
@@ -620,6 +631,16 @@ def check_training_options(options: Params, path: Path, known: Mapping[str, Mapp
             problems.append(f"{key} = {value!r} in {path} {wrong}")
     Problems(f"--training-config: {problem}" for problem in problems).refuse()
     return options
+
+
+def _fit(value: Any, option: Mapping[str, Any], *, is_preset: bool) -> Any:
+    """A value as the option's kind has it, where that says the same: 1 for a switch, 2.0 for a whole number."""
+    kind = option.get("kind")
+    if kind == "switch" and type(value) is int and value in (0, 1):
+        return bool(value)
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return str(value) if is_preset and kind == "str" and type(value) in (int, float) else value
 
 
 def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
@@ -1014,7 +1035,12 @@ SEARCH_SPACE: dict[str, BaseDistribution] = {
     "lr_warmup_steps": IntDistribution(50, 200, step=50),  # optimizer updates
 }
 RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cycle would be plain cosine
-_COMPARISON = re.compile(r"(<=|>=|<|>) *([-+.\de]+)", re.IGNORECASE)
+_COMPARISON = re.compile(r"(<=|>=|<|>) *([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
+NEEDED = {  # kinds and smallest values of what V2.1 searches
+    "network_dim": ("int", 1), "max_train_epochs": ("int", 1), "gradient_accumulation_steps": ("int", 1),
+    "lr_warmup_steps": ("float", 0), "learning_rate": ("float", 0), "text_encoder_lr": ("float", 0),
+    "network_alpha_ratio": ("float", 0), "optimizer_type": ("str", None), "lr_scheduler": ("str", None),
+}  # fmt: skip
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 Condition = Mapping[str, Any]  # by parameter: a value, a list of values, or a text such as "> 1e-4"
 
@@ -1046,8 +1072,9 @@ class SearchSpace:
         for kind, tables in rules.items():
             for table in tables if isinstance(tables, list) else [tables]:
                 problems.of(space._add_rule, kind, table)
-        wrong = [name for name, value in switches.items() if value not in (None, True, False)]
+        wrong = [name for name, value in switches.items() if value is not None and type(value) is not bool]
         problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
+        problems.lines += space._wrong_kinds()
         has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
         if switches["alpha_bands"] and not has_bands:
             problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
@@ -1071,9 +1098,13 @@ class SearchSpace:
                 raise ValueError(f"log {wrong}")
             if missing := {"low", "high"} - given.keys() if "choices" not in given else ():
                 raise ValueError(f"no {' and no '.join(sorted(missing))}")
-            self.searched[name] = self._distribution(all(type(one) is int for one in numbers.values()), **given)
-        except (ValueError, TypeError, UserWarning) as error:
+            whole = all(type(one) is int for one in numbers.values()) and NEEDED.get(name, ("int",))[0] == "int"
+            distribution = self._distribution(whole or name == "lr_warmup_steps", **given)
+            _draw(distribution, np.random.default_rng(0))  # OverflowError for a range without end
+            self.searched[name] = distribution
+        except (ValueError, TypeError, ArithmeticError, UserWarning) as error:
             said = one_line(error).replace("`", "")
+            said = "high is not low and some steps more" if isinstance(error, UserWarning) else said
             raise RefusedInput(f"[{name}]: {said}; give low and high (and step or log), or choices") from error
         self._check_condition(condition, f"[{name}], when", but=name)
         self.when.update({name: condition} if condition else {})
@@ -1087,6 +1118,8 @@ class SearchSpace:
         choices = given["choices"] if isinstance(given["choices"], list) and len(given) == 1 else [None]
         if not all(isinstance(choice, (str, int, float)) for choice in choices):
             raise ValueError("choices must be a list of texts, numbers or switches, and stand alone")
+        if len(set(map(repr, choices))) < len(choices):
+            raise ValueError("a choice stands there twice")
         return CategoricalDistribution(choices)
 
     def _add_rule(self, kind: str, table: Any) -> None:
@@ -1098,6 +1131,8 @@ class SearchSpace:
         if kind == "set":
             condition = given.pop("when", None)
             self.fixed.append((condition, given))
+            if not given:
+                raise RefusedInput(f"{where} sets nothing; add a value, or delete it")
         else:
             condition, reason = given, given.pop("reason", "")
             self.forbidden.append((condition, str(reason)))
@@ -1113,13 +1148,25 @@ class SearchSpace:
             raise RefusedInput(f"{where} must be a table of parameters and values; correct it")
         for name, wanted in condition.items():
             if name not in self.searched or name == but:
-                raise RefusedInput(f"{where}: {name!r} is not searched above it{nearest(name, self.searched)}")
+                hint = nearest(name, self.searched.keys() - {name, but})
+                raise RefusedInput(f"{where}: {name!r} is not searched above it{hint}")
             is_comparison = isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
             if is_comparison and any(isinstance(value, str) for value in self.values(name)):
                 raise RefusedInput(f"{where}: {name} is no number, so it can't be {wanted}; give a value or a list")
+            if wanted == []:
+                raise RefusedInput(f"{where}: {name} can't be one of no values; correct it")
             for value in [] if is_comparison else wanted if isinstance(wanted, list) else [wanted]:
                 if not holds(self.searched[name], value):
                     raise RefusedInput(f"{where}: {name} is never {value!r}; correct it")
+
+    def _wrong_kinds(self) -> Iterator[str]:
+        """What is wrong with the values that the search itself reckons with, and with those that nobody takes."""
+        for name, (kind, smallest) in NEEDED.items():
+            for wrong in filter(None, (_wrong_value(value, kind, smallest) for value in self.values(name))):
+                yield f"{name} {wrong}; correct it"
+        for name, value in [item for _, values in self.fixed for item in values.items()]:
+            if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
+                yield f"{name} must be a text, a number, true, false, or a list of these; correct it"
 
     def _faults(self) -> Iterator[str]:
         """What is wrong with drawn settings: each must have all that V2.1 has, searched or fixed."""
@@ -1156,15 +1203,19 @@ class SearchSpace:
 
     def fingerprint(self) -> Any:
         """What a study must not change in it; of V2.1 a digest, as studies from before there were files have it."""
-        space = {name: optuna.distributions.distribution_to_json(one) for name, one in self.searched.items()}
+        of = optuna.distributions.distribution_to_json
+        if self == V2_1:
+            return digest(json.dumps({name: of(one) for name, one in V2_1.searched.items()}))[:16]
         names = ("when", "fixed", "forbidden", "safety_constraints", "alpha_bands")
-        return digest(json.dumps(space))[:16] if self == V2_1 else {**space, **{n: getattr(self, n) for n in names}}
+        space = {name: json.loads(of(one))["attributes"] for name, one in self.searched.items()}
+        return {**space, **{name: getattr(self, name) for name in names}}
 
 
 def meets(params: Mapping[str, Any], condition: Condition) -> bool:
     """Whether each parameter that the condition names has the value that it wants."""
 
     def meets_one(value: Any, wanted: Any) -> bool:
+        value = " ".join(value) if isinstance(value, list) else value  # several arguments, as they were drawn
         if found := isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
             return _COMPARE[found[1]](value, float(found[2]))
         return value in (wanted if isinstance(wanted, list) else [wanted])
@@ -1199,7 +1250,7 @@ def complete_params(values: Mapping[str, Any], space: SearchSpace = V2_1) -> Par
     for name in [name for name in params if name.endswith("_args") and isinstance(params[name], str)]:
         params[name] = params[name].split()  # kohya wants a list, and Optuna has none
     if {"network_alpha_ratio", "network_dim"} <= params.keys():
-        params["network_alpha_ratio"] = round(params["network_alpha_ratio"], 4)  # Optuna may give 0.6000000000000001
+        params["network_alpha_ratio"] = round(params["network_alpha_ratio"], 10)  # Optuna may give 0.6000000000000001
         # kohya takes an alpha of 0 for dim.
         params["network_alpha"] = max(1, int(params["network_dim"] * params["network_alpha_ratio"]))
     return params
@@ -1296,10 +1347,16 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
     """As check_safety_constraints, for what the space searches and unless it says no; then the space's own rules."""
+    if missing := SEARCH_SPACE.keys() - params.keys():
+        return False, f"{space.name} gives no {', '.join(sorted(missing))} for it"
     if space.safety_constraints:
         names = [name for name in space.searched if meets(params, space.when.get(name, {}))]
-        names += ["network_alpha"] if "network_alpha_ratio" in names else []
-        is_valid, reason = check_safety_constraints({name: params[name] for name in names if name in params})
+        names += ["network_alpha", "network_dim"] if "network_alpha_ratio" in names else []
+        searched = {name: params[name] for name in names if name in params}
+        for name in ("AdamW", "AdamW8bit"):  # kohya takes them in either case
+            if searched.get("optimizer_type", "").lower() == name.lower():
+                searched["optimizer_type"] = name
+        is_valid, reason = check_safety_constraints(searched)
         if not is_valid:
             return False, reason
     broken = (reason for condition, reason in space.forbidden if meets(params, condition))
@@ -1365,12 +1422,16 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         known = [complete_params(params, self._space) for params in others]  # to train one again would tell nothing
         tpe = self._tpe(trial.number, multivariate=True)
         proposals: list[Params] = []
+        ruled = {*NEEDED, *(name for condition, _ in self._space.forbidden for name in condition)}
         alone = functools.cache(lambda name: self.sample_independent(study, trial, name, search_space[name]))
         for attempt in range(TPE_TRIES + RANDOM_TRIES):
             learnt = tpe.sample_relative(study, trial, joint) if attempt < TPE_TRIES else {}  # {}: too few trials
             values = {**fixed, **(learnt or {name: _draw(one, rng) for name, one in joint.items()})}
-            for name in [name for name in names if name not in joint and meets(values, self._space.when[name])]:
-                values[name] = alone(name) if attempt < TPE_TRIES else _draw(search_space[name], rng)
+            for name in names:
+                if name not in joint and meets(values, self._space.when[name]):
+                    values[name] = (
+                        alone(name) if attempt < TPE_TRIES or name not in ruled else _draw(search_space[name], rng)
+                    )
             proposals.append(values)
             params = complete_params(values, self._space)
             if self._is_possible(values) and self._prefers(params) and params not in known:
@@ -1382,7 +1443,10 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        sampler = self._tpe(trial.number, multivariate=False)
+        place = (
+            [*self._space.when].index(param_name) if param_name in self._space.when else 0
+        )  # else two would be alike
+        sampler = self._tpe(trial.number, *([place] if place else []), multivariate=False)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _is_possible(self, values: Params) -> bool:
@@ -1398,9 +1462,9 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         order = np.random.default_rng((self._seed, block)).permutation(len(BAND_BLOCK))
         return {"network_alpha_ratio": float(rng.choice(BAND_BLOCK[order[position]]))}
 
-    def _tpe(self, number: int, *, multivariate: bool) -> optuna.samplers.TPESampler:
-        """A TPE whose random numbers depend on the study's seed and the trial's number alone."""
-        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+    def _tpe(self, *numbers: int, multivariate: bool) -> optuna.samplers.TPESampler:
+        """A TPE whose random numbers depend on the study's seed and these numbers alone, the first a trial's."""
+        seed = int(np.random.SeedSequence((self._seed, *numbers)).generate_state(1)[0])
         with warnings.catch_warnings():  # 4.6 calls both arguments experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(multivariate=multivariate, constant_liar=True, seed=seed)
@@ -4511,6 +4575,7 @@ class Notes:
 #     its row, the trainer's first step, the reference. Touches the study, reference/ and caches of latents.
 # ======================================================================================================
 
+OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}  # besides those of scoring
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
@@ -4659,7 +4724,8 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
-    space = (problems.of(SearchSpace.read, settings.search_space) if settings.search_space else None) or V2_1
+    given = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
+    space = given or V2_1
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, space, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
@@ -4682,8 +4748,8 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         if settings.base_model and settings.base_model.is_file():  # it holds no pipeline config
             problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, PIPELINE_FILES)
     if space is not V2_1:
-        problems.of(check_space_options, space, raw or {}, answer)
-    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue else []
+        problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
+    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue and given else []
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
@@ -4699,7 +4765,9 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     return inputs
 
 
-def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str, Any]) -> None:
+def check_space_options(
+    space: SearchSpace, options: Params, answer: Mapping[str, Any], can_train: Check = lambda _: True
+) -> None:
     """RefusedInput unless a --search-space holds options that this sd-scripts has, with values that they may have."""
     known, problems = answer.get("options", {}), []
     for name in dict.fromkeys([*space.searched, *(name for _, values in space.fixed for name in values)]):
@@ -4708,14 +4776,16 @@ def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str
             problems.append("network_alpha follows from network_alpha_ratio; give that instead")
         elif name in REFUSED_OPTIONS.keys() - SEARCHABLE_OPTIONS:
             problems.append(f"'{name}' {REFUSED_OPTIONS[name]}")
-        elif name in _SCORED or name in _SMALLEST:
+        elif name in _SCORED or name in _SMALLEST or name in OF_ALL_TRIALS:
             problems.append(f"'{name}' is the same in all trials; give it in the training config")
         elif name in options.keys() - IGNORED_OPTIONS:
             problems.append(f"'{name}' is in the training config, too; delete one of them")
         elif known and name not in known and name != "network_alpha_ratio":
             problems.append(f"'{name}' is no option of this sd-scripts{nearest(name, known)}")
+        if known.get(name, {}).get("kind") == "float" and isinstance(space.searched.get(name), IntDistribution):
+            problems.append(f"{name} would be a whole number; write its range with points, such as 1.0")
         problems += [f"a value of {name} {text}" for text in wrong[:1]]
-    failed = answer.get("optimizers", [])
+    failed = [one for one in answer.get("optimizers", []) if can_train({"optimizer_type": one[0]})]
     problems += [
         f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it" for name, why in failed
     ]
@@ -4816,15 +4886,15 @@ def read_enqueue_file(path: Path, trainer: TrainerFacts | None, space: SearchSpa
 
 def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: SearchSpace) -> Iterator[str]:
     """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
-    dim, ratios = table.get("network_dim"), space.searched.get("network_alpha_ratio")
-    if "network_alpha_ratio" not in table and dim in space.values("network_dim"):
-        for ratio in (*LOW_ALPHA, *MID_ALPHA, *HIGH_ALPHA):
-            if int(dim * ratio) == table.get("network_alpha") and ratios and holds(ratios, ratio):
-                del table["network_alpha"]
-                table["network_alpha_ratio"] = ratio
+    dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), space.searched.get("network_alpha_ratio"))
+    if "network_alpha_ratio" not in table and ratios and type(dim) is type(alpha) is int and dim > 0:
+        grid = (*LOW_ALPHA, *MID_ALPHA, *HIGH_ALPHA, round(alpha / dim, 10))
+        for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
+            del table["network_alpha"]
+            table["network_alpha_ratio"] = ratio
     for name, value in table.items():
         if name == "network_alpha":
-            rule = "must be 0.25 to 0.9, in steps of 0.05, of a network_dim beside it"
+            rule = "is not a network_alpha_ratio of this search space times a network_dim beside it"
             yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
         elif name not in space.searched:
             yield f"unknown parameter '{name}'{nearest(name, space.searched)}"
@@ -4835,6 +4905,7 @@ def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: Search
     for name in table.keys() & space.when.keys():
         if not meets(table, space.when[name]):
             needed = " and ".join(f"{other} = {value!r}" for other, value in space.when[name].items())
+            needed = re.sub(r"= '([<>][^']*)'", r"\1", needed)
             yield f"{name} needs {needed}; add it"
 
 
@@ -4871,7 +4942,8 @@ class CheckReport:
         notes, tokens = [*self.inputs.data_set.notes], self.inputs.data_set.class_tokens
         file = self.settings.training_config
         if ignored := ignored_options(read_training_options(file), file, self.inputs.trainer.answer.get("options", {})):
-            notes.append(f"the search does not take these from {file.name}: {', '.join(ignored)}")
+            more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
+            notes.append(f"the search does not take from {file.name}: {', '.join(ignored[:12])}{more}")
         if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
             notes.append(f"class_tokens {tokens!r} are trained nowhere: every picture has a caption without them")
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
@@ -4947,7 +5019,9 @@ class CheckReport:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
         yield from self._long_warmup()
-        if (different := len(set(map(str, inputs.allowed)))) < self.settings.n_trials:
+        if len(inputs.allowed) < len(inputs.drawn) / 200:
+            yield f"{inputs.space.name} forbids so much that trials may be rejected; narrow its ranges instead"
+        if (different := len(set(map(str, inputs.allowed)))) < min(self.settings.n_trials, len(inputs.allowed)):
             yield f"{inputs.space.name} allows only {different} different settings, so that some are trained twice"
         jobs = inputs.trial_size(np.mean)[0] * inputs.plan["screen"] + inputs.plan["confirm"]
         pixels = sum(job["width"] * job["height"] * job["steps"] for job in jobs)

@@ -181,27 +181,51 @@ def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> N
         "optimizer": "AdamW", "lr_warmup": 10, "xformers": "sdpa", "max_token_length": "75", "clip_skip": "2",
         "seed": "", "vae_batch_size": 0, "min_snr_gamma": 5, "noise_offset": "0.05", "cache_latents": True,
         "full_bf16": False, "keep_tokens": "0", "max_data_loader_n_workers": "0", "mixed_precision": "bf16",
-        "output_dir": "D:/out", "v2": False, "wandb_api_key": "", "save_every_n_epochs": 1, "optimizer_args": "",
+        "output_dir": "D:/out", "v2": False, "wandb_api_key": "", "save_every_n_epochs": 1, "output_name": "001",
+        "optimizer_args": "decouple=True d_coef=2", "dynamo_backend": "no", "metadata_title": "1984", "odd": [[1, {}]],
+        "multires_noise_iterations": 6.0, "network_args": "rank_dropout=0.1 module_dropout=0.2",
     }  # fmt: skip
     path.write_text(json.dumps(preset), encoding="utf-8")
     options = read_training_options(path, known)
     assert options == {
         "network_module": "networks.lora", "save_model_as": "safetensors", "save_every_n_epochs": 1, "clip_skip": 2,
         "seed": 42, "sdpa": True, "min_snr_gamma": 5, "noise_offset": 0.05, "cache_latents": True,
-        "mixed_precision": "bf16",
+        "mixed_precision": "bf16", "metadata_title": "1984", "multires_noise_iterations": 6,
+        "network_args": ["rank_dropout=0.1", "module_dropout=0.2"],
     }  # fmt: skip
     ignored = search.ignored_options(search.read_training_options(path), path, known)
-    assert ignored == [
-        "learning_rate",
-        "network_dim",
-        "epoch",
-        "max_resolution",
-        "optimizer",
-        "lr_warmup",
-        "output_dir",
-    ]
+    names = "learning_rate network_dim epoch max_resolution optimizer lr_warmup output_dir output_name optimizer_args"
+    assert ignored == names.split()
     path.write_text(json.dumps({**preset, "LoRA_type": "LyCORIS/LoHa"}), encoding="utf-8")
     assert "LyCORIS/LoHa" in the_refusal(read_training_options, path, known)
+
+
+def test_a_toml_that_kohyas_gui_saved_is_taken(training: Callable[[str], Path]) -> None:
+    known = json.loads((Path(__file__).parent / "kohya" / "train_network_options.json").read_text(encoding="utf-8"))
+    text = """
+bucket_no_upscale = true
+clip_skip = 1
+dynamo_backend = "no"
+epoch = 8
+huggingface_token = ""
+learning_rate = 0.00004
+lr_scheduler_args = []
+max_token_length = 75
+max_train_steps = 1600
+noise_offset_type = "Original"
+optimizer_args = ["d_coef=2"]
+optimizer_type = "Prodigy"
+output_dir = "/app/outputs"
+persistent_data_loader_workers = 1
+sample_prompts = ""
+xformers = true
+"""
+    options = read_training_options(training(text), known)
+    expected = {"bucket_no_upscale": True, "clip_skip": 1, "persistent_data_loader_workers": True, "xformers": True}
+    assert options == {
+        "network_module": "networks.lora", "save_model_as": "safetensors", "save_every_n_epochs": 1, "seed": 42,
+        **expected,
+    }  # fmt: skip
 
 
 def test_reports_all_forbidden_options_at_once(training: Callable[[str], Path]) -> None:
@@ -276,7 +300,8 @@ def test_refuses_numbers_that_the_program_cannot_work_with(line: str, training: 
         ("caption_prefix = 5", "must be a text"),
         ("max_grad_norm = 'big'", "must be a number"),
         ("train_batch_size = 1.5", "must be a whole number"),
-        ("sdpa = 1", "must be true or false"),
+        ("sdpa = 2", "must be true or false"),
+        ("sdpa = 1", ""),
         ("gradient_checkpointing = 'yes'", "must be true or false"),
         ("mixed_precision = 'fp8'", "one of no, fp16, bf16"),
         ("optimizer_args = 'weight_decay=0.1'", ""),

@@ -169,18 +169,71 @@ reason = "it burns"
     )
     for seed in range(5):
         assert all(params["learning_rate"] == 1 or params["learning_rate"] <= 3e-5 for params in proposals(space, seed))
-    assert search.may_train({"optimizer_type": "AdamW", "learning_rate": 1e-4}, space) == (False, "it burns")
-    assert search.may_train({"optimizer_type": "Prodigy", "learning_rate": 1.0}, space) == (True, "")
+    for values, expected in (
+        ({"optimizer_type": "AdamW", "learning_rate": 1e-4}, (False, "it burns")),
+        ({"optimizer_type": "Prodigy"}, (True, "")),
+    ):
+        assert search.may_train(search.complete_params(values, space), space) == expected
 
 
 def test_v2_1s_constraints_hold_for_what_is_searched_unless_the_file_says_no(read: Any) -> None:
     text = SMALL.replace("max_train_epochs = 10", "").replace("network_dim = 64", "")
     text += "[network_dim]\nchoices = [64, 256]\n[max_train_epochs]\nchoices = [12, 16]\n"
-    large = {"network_dim": 256, "max_train_epochs": 12, "optimizer_type": "Prodigy", "learning_rate": 1.0,
-             "gradient_accumulation_steps": 1, "lr_warmup_steps": 100}  # fmt: skip
-    assert "High dim" in search.may_train(large, read(text))[1]
-    assert search.may_train({**large, "max_train_epochs": 16}, read(text)) == (True, "")  # 1.0 is not searched
-    assert search.may_train(large, read("safety_constraints = false\n" + text)) == (True, "")
+    large = {"network_dim": 256, "max_train_epochs": 12, "optimizer_type": "Prodigy"}
+    for values, more, expected in (
+        (large, "", (False, "High dim (≥256) needs ≥16 epochs for convergence")),
+        ({**large, "max_train_epochs": 16}, "", (True, "")),  # its learning rate of 1 is not searched
+        (large, "safety_constraints = false\n", (True, "")),
+    ):
+        space = read(more + text)
+        assert search.may_train(search.complete_params(values, space), space) == expected
+
+
+def test_an_alpha_of_dim_is_not_proposed_where_the_constraints_hold(read: Any) -> None:
+    text = SMALL.replace("network_alpha_ratio = 0.5", "") + "[network_alpha_ratio]\nlow = 0.8\nhigh = 1.0\nstep = 0.1\n"
+    assert 64 not in {params["network_alpha"] for params in proposals(read(text), 0)}
+
+
+CHAIN = (
+    SMALL
+    + """
+[loss_type]
+choices = ["l2", "huber"]
+[huber_schedule]
+choices = ["snr", "constant"]
+when = { loss_type = "huber" }
+[huber_c]
+low = 0.1
+high = 0.2
+when = { huber_schedule = "snr" }
+[[forbid]]
+huber_c = "> 0.11"
+reason = "too much"
+[weighting]
+choices = ["a=1 b=2", "a=1"]
+"""
+)
+
+
+def test_rules_hold_along_a_chain_of_conditions_and_for_several_arguments(read: Any) -> None:
+    space = read(CHAIN.replace("weighting", "network_args") + '[[forbid]]\nnetwork_args = "a=1 b=2"\nreason = "x"\n')
+    found = [params for seed in range(4) for params in proposals(space, seed)]
+    assert {params["network_args"][0] for params in found} == {"a=1"} and len(found[0]["network_args"]) == 1
+    depths = [params["huber_c"] for params in found if "huber_c" in params]
+    assert len(depths) > 5 and max(depths) <= 0.11
+
+
+def test_parameters_with_conditions_are_drawn_apart() -> None:
+    space = search.SearchSpace.read(CONFIGS / "search_space_prodigy.toml")
+    found = [params for seed in range(20) for params in proposals(space, seed, 10) if params["learning_rate"] < 1]
+    rates = np.log([[params["learning_rate"], params["text_encoder_lr"]] for params in found])
+    assert abs(np.corrcoef(rates.T)[0, 1]) < 0.3
+
+
+def test_v2_1_proposes_what_it_did_before_there_were_files() -> None:
+    study = optuna.create_study(sampler=search.FeasibleTPESampler(0), direction="maximize")
+    found = [sorted(search.suggest_hyperparameters(study.ask()).items()) for _ in range(20)]  # before TPE has learnt
+    assert search.digest(str(found))[:16] == "84fe91d951ebd5e6"
 
 
 def test_alpha_bands_can_be_left_out(read: Any) -> None:
@@ -218,7 +271,7 @@ REFUSED = [
     ("[learning_rate]\nlow = 'a'\nhigh = 1e-5\n", "[learning_rate]: low must be a number"),
     (f"{LR}high = 1e-4\nlog = 'yes'\n", "[learning_rate]: log must be true or false"),
     (f"{LR}high = 1e-4\nhihg = 1\n", "[learning_rate]: unknown key 'hihg'; did you mean 'high'?"),
-    ("[lr_warmup_steps]\nlow = 0\nhigh = 100\nstep = 30\n", "[lr_warmup_steps]: The distribution is specified by"),
+    ("[lr_warmup_steps]\nlow = 0\nhigh = 100\nstep = 30\n", "[lr_warmup_steps]: high is not low and some steps more"),
     ("[network_dim]\nchoices = []\n", "[network_dim]: The choices must contain one or more elements"),
     ("[network_dim]\nchoices = 64\n", "[network_dim]: choices must be a list"),
     ("[network_dim]\nchoices = [64]\nlow = 1\n", "[network_dim]: choices must be a list"),
@@ -231,6 +284,19 @@ REFUSED = [
     ("[[set]]\nlearning_rate = 1.0\n", "[[set]] holds always; add when = {...}"),
     ("forbid = 3\n", "forbid must be a table; write [[forbid]] above it"),
     ("alpha_bands = 'yes'\n", "alpha_bands must be true or false"),
+    ("alpha_bands = 0\n", "alpha_bands must be true or false"),
+    ("network_alpha_ratio = 'half'\n", "network_alpha_ratio must be a number"),
+    ("[network_dim]\nchoices = ['64']\n", "network_dim must be a whole number"),
+    ("network_dim = -8\n", "network_dim must be a whole number of 1 or more"),
+    ("lr_warmup_steps = '10%'\n", "lr_warmup_steps must be a number"),
+    ("gradient_accumulation_steps = 0\n", "gradient_accumulation_steps must be a whole number of 1 or more"),
+    ("learning_rate = 2026-01-01\n", "learning_rate must be a number"),
+    ("max_grad_norm = 2026-01-01\n", "max_grad_norm must be a text, a number, true, false, or a list of these"),
+    ("[network_dim]\nlow = 8\nhigh = 100000000000000000000\n", "[network_dim]: "),
+    ("[max_grad_norm]\nlow = -1.7e308\nhigh = 1.7e308\n", "[max_grad_norm]: "),
+    ("[network_dim]\nchoices = [64, 64]\n", "[network_dim]: a choice stands there twice"),
+    (f"{SCHEDULER}[[forbid]]\nlr_scheduler = []\nreason = 'x'\n", "lr_scheduler can't be one of no values"),
+    (f"{SCHEDULER}[[set]]\nwhen = {{ lr_scheduler = 'cosine' }}\n", "[[set]] sets nothing"),
     ("alpha_bands = true\n", "alpha_bands = true needs V2.1's network_alpha_ratio"),
 ]  # fmt: skip
 
@@ -294,6 +360,6 @@ def test_an_optimizer_that_kohya_cant_make_is_refused(read: Any) -> None:
     assert {"learning_rate": 1.0, "optimizer_type": "Prodigy", "optimizer_args": ["d_coef=2", "weight_decay=0.01"]} in (
         space.optimizers()
     )
-    answer = {"options": KNOWN, "optimizers": [["Prodigy", "ImportError: No prodigyopt"]]}
+    answer = {"options": KNOWN, "optimizers": [["AdamW8bit", "no"], ["Prodigy", "ImportError: No prodigyopt"]]}
     with pytest.raises(search.RefusedInput, match=r"kohya can't make Prodigy \(ImportError: No prodigyopt\)"):
-        search.check_space_options(space, {}, answer)
+        search.check_space_options(space, {}, answer, lambda params: params["optimizer_type"] != "AdamW8bit")

@@ -22,7 +22,7 @@ SHARED_NOISE = 3.0  # times the variance of the noise of a checkpoint
 MOST_ROWS = 400  # of a fit of the Gaussian process's length scales: more take minutes
 # How far trainings are apart: weights of standardised features of the last checkpoint. Of some hundred weights those
 # that tell the best checkpoint's score best, when each setting is told by the nearest other one.
-NEAR = {"dose": 2.0, "text dose": 0.5, "ratio": 0.5, "dim": 1.0, "accumulation": 0.5, "Lion": 2.0}
+NEAR = {"dose": 2.0, "dim": 0.5, "accumulation": 1.0, "updates": 1.0, "Lion": 0.5}
 
 
 @dataclass(frozen=True)
