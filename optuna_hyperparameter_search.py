@@ -560,7 +560,8 @@ SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 _SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # the search can score no others
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
-GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no", "noise_offset_type": "Original"}  # sd-scripts has none
+GUI_OPTIONS = {"epoch", "noise_offset_type"}  # of kohya's GUI, which it writes for sd-scripts, too
+GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no"}  # which sd-scripts does not have
 
 
 def path_remedy(text: str) -> str:
@@ -613,7 +614,7 @@ def ignored_options(options: Params, path: Path, known: Mapping[str, Any]) -> li
     """Options of a training config that the search sets, and those of a GUI's preset that sd-scripts does not have."""
     is_preset, no_args = path.suffix.lower() == ".json", {"optimizer", "optimizer_type"} & options.keys()
     others = {"optimizer_args"} if no_args else set()  # of an optimizer that is not taken from the file either
-    names = IGNORED_OPTIONS | others
+    names = IGNORED_OPTIONS | GUI_OPTIONS | others
     return [key for key in options if key in names or (is_preset and known and key not in known)]
 
 

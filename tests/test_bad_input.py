@@ -412,9 +412,8 @@ DATA_SET = [
 ]
 
 TRAINING = [
-    bad("searched key", "'learning_rate'", lambda d: d.training("learning_rate = 1e-4")),
-    bad("searched key in a table", "'network_dim'", lambda d: d.training("[network]\nnetwork_dim = 64")),
-    bad("path key", "'output_dir'", lambda d: d.training('output_dir = "x"')),
+    bad("beating key", "'network_weights'", lambda d: d.training('network_weights = "a.safetensors"')),
+    bad("beating key in a table", "'lr_scheduler_type'", lambda d: d.training('[rate]\nlr_scheduler_type = "x"')),
     bad("secret key", "'wandb_api_key'", lambda d: d.training(f'wandb_api_key = "{PASSWORD}"')),
     bad("pickle", "is a pickle", lambda d: d.training('sample_prompts = "lora.pt"')),
     bad("training key", "'noise_ofset'", lambda d: d.training("noise_ofset = 0.1")),
@@ -424,7 +423,7 @@ TRAINING = [
     bad("seed a date", "seed = ", lambda d: d.training("seed = 2024-01-01")),
     bad("clip_skip a text", "clip_skip = '2'", lambda d: d.training('clip_skip = "2"')),
     bad("save_every_n_epochs 0", "save_every_n_epochs = 0", lambda d: d.training("save_every_n_epochs = 0")),
-    bad("switch 1", "must be true or false", lambda d: d.training("sdpa = 1")),
+    bad("switch 2", "must be true or false", lambda d: d.training("sdpa = 2")),
     bad("precision a number", "mixed_precision = 16", lambda d: d.training("mixed_precision = 16")),
     bad("training resolution a number", "resolution", lambda d: d.training("resolution = 64")),
     bad("training option nan", "max_grad_norm", lambda d: d.training("max_grad_norm = nan")),

@@ -131,7 +131,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_made(
 ) -> None:
     inputs = tmp_path / "inputs"
     (inputs / "empty").mkdir(parents=True)
-    (inputs / "training.toml").write_text("learning_rate = 1.0\nunet_lr = 2.0\n")
+    (inputs / "training.toml").write_text("v2 = true\nuse_8bit_adam = true\n")
     (inputs / "scoring.toml").write_text("[images]\nresolutoin = 512\n")
     (inputs / "model.ckpt").write_bytes(b"\x80\x04pickle")
     (inputs / "first.toml").write_text("network_dim = 96\n")
@@ -146,7 +146,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_made(
     )  # fmt: skip
     text = "\n".join(errors_of(capsys, arguments))
     for part in (
-        "'learning_rate' in", "'unet_lr' in", "unknown key 'resolutoin' in [images]", "did you mean 'resolution'?",
+        "'v2' in", "'use_8bit_adam' in", "unknown key 'resolutoin' in [images]", "did you mean 'resolution'?",
         "has no table [prompts]", "may be a pickle", "unknown key 'bach_size'", "did you mean 'batch_size'?",
         "has no images", "network_dim = 96",
     ):  # fmt: skip
@@ -220,7 +220,7 @@ def test_an_output_folder_below_a_file_is_refused(
     ("line", "says"),
     [
         ('mixed_precision = "fp61"', "must be one of no, fp16, bf16"),
-        ("sdpa = 1", "must be true or false"),
+        ("sdpa = 2", "must be true or false"),
         ("noise_offset = true", "must be a number"),
     ],
 )

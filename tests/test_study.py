@@ -96,7 +96,7 @@ def good_scoring(folder: Path) -> None:
 
 
 def failing(error: BaseException) -> Step:
-    def fail(_folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     return fail
