@@ -437,8 +437,8 @@ class Settings:
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
-    kinds = {"--dataset-config": ".json", "--training-config": ".json"}
-    kind = "JSON" if path.suffix.lower() == kinds.get(what) else "TOML"
+    may_be_json = what in ("--dataset-config", "--training-config")
+    kind = "JSON" if may_be_json and path.suffix.lower() == ".json" else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
@@ -599,8 +599,8 @@ def read_preset(given: Mapping[str, Any]) -> Params:
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,14}", value):
             options[key] = int(value)
-        elif isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d{1,15})?(e[-+]?\d\d?)?", value):
-            options[key] = float(value) if "." in value or "e" in value else value
+        elif isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d{1,15}|(\.\d{1,15})?e[-+]?\d\d?)", value):
+            options[key] = float(value)
         elif isinstance(value, (str, int, float)):
             options[key] = value
     if options.get("xformers") in ("xformers", "sdpa"):
@@ -612,9 +612,9 @@ def read_preset(given: Mapping[str, Any]) -> Params:
 
 def ignored_options(options: Params, path: Path, known: Mapping[str, Any]) -> list[str]:
     """Options of a training config that the search sets, and those of a GUI's preset that sd-scripts does not have."""
-    is_preset, no_args = path.suffix.lower() == ".json", {"optimizer", "optimizer_type"} & options.keys()
-    others = {"optimizer_args"} if no_args else set()  # of an optimizer that is not taken from the file either
-    names = IGNORED_OPTIONS | GUI_OPTIONS | others
+    is_preset, names = path.suffix.lower() == ".json", IGNORED_OPTIONS | GUI_OPTIONS
+    if {"optimizer", "optimizer_type"} & options.keys():  # which is not taken from the file, and they belong to it
+        names = names | {"optimizer_args"}
     return [key for key in options if key in names or (is_preset and known and key not in known)]
 
 
@@ -1039,11 +1039,47 @@ RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cy
 _COMPARISON = re.compile(r"(<=|>=|<|>) *([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
 NEEDED = {  # kinds and smallest values of what V2.1 searches
     "network_dim": ("int", 1), "max_train_epochs": ("int", 1), "gradient_accumulation_steps": ("int", 1),
-    "lr_warmup_steps": ("float", 0), "learning_rate": ("float", 0), "text_encoder_lr": ("float", 0),
+    "lr_warmup_steps": ("int_or_float", 0), "learning_rate": ("float", 0), "text_encoder_lr": ("float", 0),
     "network_alpha_ratio": ("float", 0), "optimizer_type": ("str", None), "lr_scheduler": ("str", None),
 }  # fmt: skip
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 Condition = Mapping[str, Any]  # by parameter: a value, a list of values, or a text such as "> 1e-4"
+
+
+def meets(params: Mapping[str, Any], condition: Condition) -> bool:
+    """Whether each parameter that the condition names has the value that it wants."""
+
+    def meets_one(value: Any, wanted: Any) -> bool:
+        value = " ".join(value) if isinstance(value, list) else value  # several arguments, as they were drawn
+        if found := isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
+            return _COMPARE[found[1]](value, float(found[2]))
+        return value in (wanted if isinstance(wanted, list) else [wanted])
+
+    return all(name in params and meets_one(params[name], wanted) for name, wanted in condition.items())
+
+
+def holds(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a parameter may have a value."""
+    if type(value) not in map(type, getattr(distribution, "choices", (1, 1.0))):  # Optuna takes True and 1.0 for 1
+        return False
+    with contextlib.suppress(ValueError, OverflowError):
+        optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
+        return True
+    return False
+
+
+def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
+    """A uniform draw; for a log distribution, its logarithm is uniform."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[rng.integers(len(distribution.choices))]
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if distribution.log:
+        value = float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
+        return round(value) if isinstance(distribution, IntDistribution) else value
+    if step is None:
+        return float(rng.uniform(low, high))
+    value = low + step * int(rng.integers(round((high - low) / step) + 1))
+    return int(value) if isinstance(distribution, IntDistribution) else round(value, 10)
 
 
 @dataclass(frozen=True)
@@ -1053,7 +1089,7 @@ class SearchSpace:
     name: str = dataclasses.field(compare=False)
     searched: dict[str, BaseDistribution]  # a parameter with a condition comes after those that it names
     when: dict[str, Condition]  # of parameters that not every trial has
-    fixed: list[tuple[Condition, Params]]  # values, and when they are set
+    fixed: list[tuple[Condition, Params]]  # values, and when they are set; the first ones always
     forbidden: list[tuple[Condition, str]]  # and why
     safety_constraints: bool = True
     alpha_bands: bool = True
@@ -1075,7 +1111,7 @@ class SearchSpace:
                 problems.of(space._add_rule, kind, table)
         wrong = [name for name, value in switches.items() if value is not None and type(value) is not bool]
         problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
-        problems.lines += space._wrong_kinds()
+        problems.lines += dict.fromkeys(space._wrong_kinds())
         has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
         if switches["alpha_bands"] and not has_bands:
             problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
@@ -1099,8 +1135,8 @@ class SearchSpace:
                 raise ValueError(f"log {wrong}")
             if missing := {"low", "high"} - given.keys() if "choices" not in given else ():
                 raise ValueError(f"no {' and no '.join(sorted(missing))}")
-            whole = all(type(one) is int for one in numbers.values()) and NEEDED.get(name, ("int",))[0] == "int"
-            distribution = self._distribution(whole or name == "lr_warmup_steps", **given)
+            whole = all(type(one) is int for one in numbers.values()) and NEEDED.get(name, ("",))[0] != "float"
+            distribution = self._distribution(whole, **given)
             _draw(distribution, np.random.default_rng(0))  # OverflowError for a range without end
             self.searched[name] = distribution
         except (ValueError, TypeError, ArithmeticError, UserWarning) as error:
@@ -1173,7 +1209,7 @@ class SearchSpace:
         """What is wrong with drawn settings: each must have all that V2.1 has, searched or fixed."""
         rng = np.random.default_rng(0)
         for values in (self.draw(rng) for _ in range(500)):
-            for name in SEARCH_SPACE.keys() - complete_params(values, self).keys():
+            for name in SEARCH_SPACE.keys() - self.complete(values).keys():
                 yield f"no {name} in some trials; search it, or fix it: {name} = ... above the first table"
             for fixed in [fixed for condition, fixed in self.fixed if meets(values, condition)]:
                 for name in fixed.keys() & values.keys():
@@ -1186,10 +1222,10 @@ class SearchSpace:
         return [*found, *(values[name] for _, values in self.fixed if name in values)]
 
     def optimizers(self) -> list[Params]:
-        """Those that trials may have, each once, with the options that belong to them. None of V2.1, which all have."""
+        """Those that trials may have, each once, with the options that belong to them."""
         names = ("optimizer_type", "optimizer_args", "learning_rate")
         rng, found = np.random.default_rng(0), {}
-        for params in (complete_params(self.draw(rng), self) for _ in range(500 if self != V2_1 else 0)):
+        for params in (self.complete(self.draw(rng)) for _ in range(500)):
             about = {name: params[name] for name in names if name in params}
             found.setdefault(str([about.get(name) for name in names[:2]]), about)
         return list(found.values())
@@ -1202,36 +1238,18 @@ class SearchSpace:
                 values[name] = _draw(distribution, rng)
         return values
 
-    def fingerprint(self) -> Any:
-        """What a study must not change in it; of V2.1 a digest, as studies from before there were files have it."""
-        of = optuna.distributions.distribution_to_json
-        if self == V2_1:
-            return digest(json.dumps({name: of(one) for name, one in V2_1.searched.items()}))[:16]
-        names = ("when", "fixed", "forbidden", "safety_constraints", "alpha_bands")
-        space = {name: json.loads(of(one))["attributes"] for name, one in self.searched.items()}
-        return {**space, **{name: getattr(self, name) for name in names}}
-
-
-def meets(params: Mapping[str, Any], condition: Condition) -> bool:
-    """Whether each parameter that the condition names has the value that it wants."""
-
-    def meets_one(value: Any, wanted: Any) -> bool:
-        value = " ".join(value) if isinstance(value, list) else value  # several arguments, as they were drawn
-        if found := isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
-            return _COMPARE[found[1]](value, float(found[2]))
-        return value in (wanted if isinstance(wanted, list) else [wanted])
-
-    return all(name in params and meets_one(params[name], wanted) for name, wanted in condition.items())
-
-
-def holds(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a parameter may have a value."""
-    if type(value) not in map(type, getattr(distribution, "choices", (1, 1.0))):  # Optuna takes True and 1.0 for 1
-        return False
-    with contextlib.suppress(ValueError, OverflowError):
-        optuna.create_trial(value=0.0, params={"it": value}, distributions={"it": distribution})
-        return True
-    return False
+    def complete(self, values: Mapping[str, Any]) -> Params:
+        """The suggested values with those that are fixed, and the network_alpha that follows from them."""
+        params = {**values}
+        for condition, fixed in self.fixed:
+            params |= fixed if meets(values, condition) else {}
+        for name in [name for name in params if name.endswith("_args") and isinstance(params[name], str)]:
+            params[name] = params[name].split()  # kohya wants a list, and Optuna has none
+        if {"network_alpha_ratio", "network_dim"} <= params.keys():
+            params["network_alpha_ratio"] = round(params["network_alpha_ratio"], 10)  # Optuna: 0.6000000000000001
+            # kohya takes an alpha of 0 for dim.
+            params["network_alpha"] = max(1, int(params["network_dim"] * params["network_alpha_ratio"]))
+        return params
 
 
 V2_1 = SearchSpace(
@@ -1244,17 +1262,8 @@ V2_1 = SearchSpace(
 
 
 def complete_params(values: Mapping[str, Any], space: SearchSpace = V2_1) -> Params:
-    """The suggested values with those that are fixed, and the network_alpha that follows from them."""
-    params = {**values}
-    for condition, fixed in space.fixed:
-        params |= fixed if meets(values, condition) else {}
-    for name in [name for name in params if name.endswith("_args") and isinstance(params[name], str)]:
-        params[name] = params[name].split()  # kohya wants a list, and Optuna has none
-    if {"network_alpha_ratio", "network_dim"} <= params.keys():
-        params["network_alpha_ratio"] = round(params["network_alpha_ratio"], 10)  # Optuna may give 0.6000000000000001
-        # kohya takes an alpha of 0 for dim.
-        params["network_alpha"] = max(1, int(params["network_dim"] * params["network_alpha_ratio"]))
-    return params
+    """As SearchSpace.complete()."""
+    return space.complete(values)
 
 
 def suggest_hyperparameters(trial: optuna.trial.BaseTrial, space: SearchSpace = V2_1) -> Params:
@@ -1271,20 +1280,6 @@ def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistrib
         return trial.suggest_categorical(name, distribution.choices)
     suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
     return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-def _draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
-    """A uniform draw; for a log distribution, its logarithm is uniform."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[rng.integers(len(distribution.choices))]
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if distribution.log:
-        value = float(np.clip(math.exp(rng.uniform(math.log(low), math.log(high))), low, high))
-        return round(value) if isinstance(distribution, IntDistribution) else value
-    if step is None:
-        return float(rng.uniform(low, high))
-    value = low + step * int(rng.integers(round((high - low) / step) + 1))
-    return int(value) if isinstance(distribution, IntDistribution) else round(value, 10)
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
@@ -1304,6 +1299,16 @@ def brief_params(params: Mapping[str, Any]) -> list[str]:
         f"accumulation {params['gradient_accumulation_steps']}",
         f"warm-up {params['lr_warmup_steps']}",
     ]
+
+
+def space_fingerprint(space: SearchSpace) -> Any:
+    """What a study must not change in it; of V2.1 a digest, as studies from before there were files have it."""
+    of = optuna.distributions.distribution_to_json
+    if space == V2_1:
+        return digest(json.dumps({name: of(one) for name, one in V2_1.searched.items()}))[:16]
+    names = ("when", "fixed", "forbidden", "safety_constraints", "alpha_bands")
+    searched = {name: json.loads(of(one))["attributes"] for name, one in space.searched.items()}
+    return {**searched, **{name: getattr(space, name) for name in names}}
 
 
 # ======================================================================================================
@@ -1347,7 +1352,8 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
-    """As check_safety_constraints, for what the space searches and unless it says no; then the space's own rules."""
+    """Whether a setting may be trained, and if not, why: by the safety constraints on what the space searches, unless
+    it switches them off, and by its own rules."""
     if missing := SEARCH_SPACE.keys() - params.keys():
         return False, f"{space.name} gives no {', '.join(sorted(missing))} for it"
     if space.safety_constraints:
@@ -1419,8 +1425,10 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
             fixed = {**{other: value for other, value in wanted if holds(search_space[other], value)}, **fixed}
         names = [name for name in search_space if name not in fixed]
         joint = {name: search_space[name] for name in names if name not in self._space.when}
-        others = [other.params for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        known = [complete_params(params, self._space) for params in others]  # to train one again would tell nothing
+        others = [
+            t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.state != TrialState.FAIL
+        ]
+        known = [self._space.complete(other.params) for other in others]  # to train one again would tell nothing
         tpe = self._tpe(trial.number, multivariate=True)
         proposals: list[Params] = []
         ruled = {*NEEDED, *(name for condition, _ in self._space.forbidden for name in condition)}
@@ -1430,28 +1438,28 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
             values = {**fixed, **(learnt or {name: _draw(one, rng) for name, one in joint.items()})}
             for name in names:
                 if name not in joint and meets(values, self._space.when[name]):
-                    values[name] = (
-                        alone(name) if attempt < TPE_TRIES or name not in ruled else _draw(search_space[name], rng)
-                    )
+                    is_redrawn = attempt >= TPE_TRIES and name in ruled  # one draw may break a rule with all others
+                    values[name] = _draw(search_space[name], rng) if is_redrawn else alone(name)
             proposals.append(values)
-            params = complete_params(values, self._space)
+            params = self._space.complete(values)
             if self._is_possible(values) and self._prefers(params) and params not in known:
                 return values
         safe = filter(self._is_possible, proposals)
-        trainable = (values for values in proposals if self._can_train(complete_params(values, self._space)))
+        trainable = (values for values in proposals if self._can_train(self._space.complete(values)))
         return next(itertools.chain(safe, trainable, proposals[-1:]))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        place = (
-            [*self._space.when].index(param_name) if param_name in self._space.when else 0
-        )  # else two would be alike
-        sampler = self._tpe(trial.number, *([place] if place else []), multivariate=False)
+        """For parameters with a condition, each with random numbers of its own."""
+        place = [*self._space.when].index(param_name) if param_name in self._space.when else 0
+        sampler = self._tpe(
+            trial.number, *([place] if place else []), multivariate=False
+        )  # V2.1's only one has no place
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _is_possible(self, values: Params) -> bool:
-        params = complete_params(values, self._space)
+        params = self._space.complete(values)
         return may_train(params, self._space)[0] and self._can_train(params)
 
     def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
@@ -4634,7 +4642,7 @@ class Inputs:
             encoders[name] = f"files {digest(''.join(map(quick_digest, files)))[:16]}" if files else place
         return {
             STUDY_FORM[0]: STUDY_FORM[1],
-            "search space": self.space.fingerprint(),
+            "search space": space_fingerprint(self.space),
             "Optuna's major version": optuna.__version__.split(".")[0],
             "seed (--seed)": self.settings.seed,
             "base model (--base-model)": self.base_model.fingerprint[:16],
@@ -4669,7 +4677,7 @@ class Inputs:
     def drawn(self) -> list[Params]:
         """2,000 settings of the space, drawn at random."""
         rng = np.random.default_rng(0)
-        return [complete_params(self.space.draw(rng), self.space) for _ in range(2000)]
+        return [self.space.complete(self.space.draw(rng)) for _ in range(2000)]
 
     @functools.cached_property
     def allowed(self) -> list[Params]:
@@ -4740,9 +4748,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(read_eval_prompts, settings.eval_prompts)
     ready = data_set and scoring and options
     plan = problems.of(make_plan, settings, data_set, scoring, options) if ready else None
-    tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
-    if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
-        problems.lines.append(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+    problems.of(check_packages)
     if scoring:
         problems.of(check_scoring_model, "dinov2", scoring.dinov2, ENCODER_FILES)
         problems.of(check_scoring_model, "clip", scoring.clip, ENCODER_FILES)
@@ -4800,8 +4806,20 @@ def ask_trainer(
     fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.device if DEVICE.fullmatch(settings.device) else "cpu"
-    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []}, space.optimizers())
+    about = (
+        fixed,
+        settings.base_model or Path("missing"),
+        config or {"datasets": []},
+        [] if space is V2_1 else space.optimizers(),
+    )
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
+
+
+def check_packages() -> None:
+    """RefusedInput if this Python lacks what requirements.txt lists."""
+    tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
+    if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
+        raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
 
 
 def check_scoring_model(key: str, name: str, files: Sequence[str]) -> None:
@@ -4905,9 +4923,9 @@ def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: Search
         yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
     for name in table.keys() & space.when.keys():
         if not meets(table, space.when[name]):
-            needed = " and ".join(f"{other} = {value!r}" for other, value in space.when[name].items())
-            needed = re.sub(r"= '([<>][^']*)'", r"\1", needed)
-            yield f"{name} needs {needed}; add it"
+            wanted = space.when[name].items()
+            needed = (f"{n} {v}" if _COMPARISON.fullmatch(str(v)) else f"{n} = {v!r}" for n, v in wanted)
+            yield f"{name} needs {' and '.join(needed)}; add it"
 
 
 def file_system(folder: Path) -> str:
@@ -4969,8 +4987,8 @@ class CheckReport:
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name,
-            "space": f"{inputs.space.name}, {len(inputs.space.searched)} parameters, of which "
-            f"{len(inputs.allowed) / len(inputs.drawn):.0%} of the combinations may be trained",
+            "space": f"{inputs.space.name}: {len(inputs.space.searched)} parameters; "
+            f"{len(inputs.allowed) / len(inputs.drawn):.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
             "early stop": self._early_stop(),
@@ -5336,8 +5354,8 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
 
         early = EarlyStopping(inputs.plan["stop_early"], inputs.options["save_every_n_epochs"], scorer)
         study.pruner = early.pruner()
-        early_or_none = early if settings.prune == "on" else None
-        objective = LoraObjective(settings, inputs.options, trainer, scorer, early_or_none, inputs.space)
+        stopping = early if settings.prune == "on" else None
+        objective = LoraObjective(settings, inputs.options, trainer, scorer, stopping, inputs.space)
         ours = Study(study, settings, objective, started, before_trial)
         with screen.live():
             ours.show()
