@@ -30,6 +30,7 @@ LIGHT_PACKAGES = Path(__file__).resolve().parent / "light_packages"
 SMALL_WORLD = Path(__file__).resolve().parent / "small_world"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SUBJECT = "luca"
+TINY_PIPELINES = {"SD1.x": tiny_models.make_tiny_pipeline, "SDXL": tiny_models.make_tiny_xl_pipeline}
 MODELS = ("base_model", "clip", "dinov2")
 DONE = "complete"  # a file that says what of this version is whole, and where its paths lead
 VERSION = "3"
@@ -58,11 +59,11 @@ def make_demo_world(folder: Path) -> None:
     _once(folder, make)
 
 
-def make_tiny_world(folder: Path) -> None:
-    """The same files with random weights: quicker, and pictures of noise."""
+def make_tiny_world(folder: Path, family: str = "SD1.x") -> None:
+    """The same files with random weights: quicker, and pictures of noise. The family is SD1.x or SDXL."""
 
     def make(folder: Path) -> None:
-        tiny_models.make_tiny_pipeline(folder / "base_model")
+        TINY_PIPELINES[family](folder / "base_model")
         tiny_models.make_tiny_dinov2(folder / "dinov2")
         tiny_models.make_tiny_clip(folder / "clip")
         draw_images(folder / "images", 10, 64)

@@ -1,6 +1,7 @@
 """Tiny random models with the classes and module names of the real ones, for the demo, the tests and the benchmarks.
 
     make_tiny_pipeline(folder)   Stable Diffusion 1.x as a diffusers folder, 64-pixel images, 8 x 8 latents
+    make_tiny_xl_pipeline(folder)  SDXL as a diffusers folder, of the same sizes
     make_tiny_dinov2(folder)     DINOv2 with its image processor
     make_tiny_clip(folder)       CLIP, text and image, with tokenizer and image processor
     write_single_file(folder, file)  the first one as a single file
@@ -17,10 +18,19 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 32  # of the text encoder's states, the UNet's cross-attention and the encoders' embeddings
+WIDTH_2 = 48  # of the states of SDXL's second text encoder
 START, END = 512, 513  # token ids behind the byte alphabet
+XL_SCALING = 0.13025  # SDXL's: latents times this have about unit variance
+XL_PAD = "!"  # token 0, with which SDXL's second tokenizer pads
+XL_SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "interpolation_type": "linear",
+    "prediction_type": "epsilon", "steps_offset": 1, "timestep_spacing": "leading",
+}  # fmt: skip
 
 
-def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = (), max_length: int = 77) -> None:
+def write_tokenizer(
+    folder: Path, merges: Sequence[tuple[str, str]] = (), max_length: int = 77, pad: str = "<|endoftext|>"
+) -> None:
     """CLIP's tokenizer. Without merges every byte is a token, and 75 letters of a prompt are read."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -28,7 +38,7 @@ def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = (), max_le
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
     special = {"bos_token": symbols[-2], "eos_token": symbols[-1], "unk_token": symbols[-1]}
-    special["pad_token"] = symbols[-1]
+    special["pad_token"] = pad
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", {symbol: number for number, symbol in enumerate(symbols)})
@@ -42,25 +52,54 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _text_config() -> dict[str, Any]:
+def _text_config(width: int = WIDTH) -> dict[str, Any]:
     return {
         "vocab_size": END + 1,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "max_position_embeddings": 77,
-        "projection_dim": WIDTH,
+        "projection_dim": width,
         "bos_token_id": START,
         "eos_token_id": END,
         "pad_token_id": END,
     }
 
 
+def _make_tiny_vae(**more: Any) -> Any:
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        **more,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 4  # random weights alone would draw flat grey
+    return vae
+
+
+def xl_conditioning(first: int, second: int) -> dict[str, Any]:
+    """What tells a UNet that it reads two text encoders of these widths, pooled text and six sizes."""
+    return {
+        "cross_attention_dim": first + second,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": second + 6 * 8,
+    }
+
+
 def make_tiny_pipeline(folder: Path, seed: int = 1) -> None:
     """A StableDiffusionPipeline of random weights; its images are coloured noise, not flat."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
@@ -74,16 +113,7 @@ def make_tiny_pipeline(folder: Path, seed: int = 1) -> None:
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
-    )
-    with torch.no_grad():
-        vae.decoder.conv_out.weight *= 4  # random weights alone would draw flat grey
+    vae = _make_tiny_vae()
     text_encoder = CLIPTextModel(CLIPTextConfig(**_text_config()))
     write_tokenizer(folder / "tokenizer")
     scheduler = DDIMScheduler(
@@ -98,6 +128,41 @@ def make_tiny_pipeline(folder: Path, seed: int = 1) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def make_tiny_xl_pipeline(folder: Path, seed: int = 1) -> None:
+    """A StableDiffusionXLPipeline of random weights, whose blocks are arranged as SDXL's are."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 4),
+        norm_num_groups=8,
+        **xl_conditioning(WIDTH, WIDTH_2),
+    )
+    vae = _make_tiny_vae(scaling_factor=XL_SCALING, force_upcast=True)
+    first = CLIPTextModel(CLIPTextConfig(**_text_config()))
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(WIDTH_2), hidden_act="gelu"))
+    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer_2", pad=XL_PAD)
+    StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**XL_SCHEDULER),
+        add_watermarker=False,
     ).save_pretrained(folder)
 
 

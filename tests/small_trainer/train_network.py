@@ -6,10 +6,10 @@ The same options, config file, data set file (library/config_util.py), output, c
 metadata, latents cache and exit statuses; but made for Stable Diffusion 1.x folders so tiny that a training takes
 seconds on a CPU, with nothing beside PyTorch, diffusers, transformers, peft and accelerate. Demo and tests use it.
 
-It really trains: noise prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
-change nothing here (attention kernels, gradient checkpointing, loader workers, model hub) and
-those that it leaves out (augmentation, a weight for regularisation images, other losses, validation, samples,
-saved states, network_args) are accepted and ignored.
+It really trains: noise or v prediction by gradient descent on LoRA layers of UNet and text encoder. Options that
+change nothing here (attention kernels, gradient checkpointing, loader workers, model hub) and those that it leaves out
+(augmentation, a weight for regularisation images, other losses, validation, samples, saved states, network_args) are
+accepted and ignored. sdxl_train_network.py beside it is the script for SDXL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import toml
 
@@ -38,7 +38,8 @@ from library.train_util import get_optimizer
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler, DiffusionPipeline
+    from transformers import CLIPTokenizer
 
 OPTIONS = Path(__file__).resolve().parent.parent / "kohya" / "train_network_options.json"  # the real trainer's
 # kohya's defaults of the options that this trainer honours. An option without one is None.
@@ -49,11 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "caption_extension": ".caption", "train_batch_size": 1, "dataset_repeats": 1, "output_name": "last",
     "save_model_as": "safetensors", "keep_tokens": 0,
 }  # fmt: skip
-VAE_SCALE = 0.18215  # of Stable Diffusion 1.x: latents times this have about unit variance
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-Batch = dict[str, Any]  # latents (batch, 4, height / 8, width / 8) and captions
+Batch = dict[str, Any]  # latents (batch, 4, height / 8, width / 8), captions, infos of the pictures
 
 log = logging.getLogger("trainer")
 
@@ -68,10 +68,10 @@ def int_or_float(value: str) -> int | float:
 KINDS = {"str": str, "int": int, "float": float, "Path": Path, "int_or_float": int_or_float}
 
 
-def setup_parser() -> argparse.ArgumentParser:
+def setup_parser(options: Path = OPTIONS) -> argparse.ArgumentParser:
     """Every option of the real trainer, with its kind and choices."""
-    parser = argparse.ArgumentParser(prog="train_network.py")
-    for name, option in json.loads(OPTIONS.read_text(encoding="utf-8")).items():
+    parser = argparse.ArgumentParser()
+    for name, option in json.loads(options.read_text(encoding="utf-8")).items():
         if option["kind"] == "switch":
             parser.add_argument(f"--{name}", action="store_true")
             continue
@@ -82,9 +82,9 @@ def setup_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str], options: Path = OPTIONS) -> argparse.Namespace:
     """Command line over config file over defaults; names and types in the file are not checked."""
-    parser = setup_parser()
+    parser = setup_parser(options)
     args = parser.parse_args(argv)
     if args.config_file:
         file = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
@@ -103,7 +103,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 # The model
 
 
-def load_latents(info: config_util.ImageInfo, pipeline: StableDiffusionPipeline, to_disk: bool) -> torch.Tensor:
+def load_latents(info: config_util.ImageInfo, pipeline: DiffusionPipeline, to_disk: bool) -> torch.Tensor:
     """The picture's unscaled latents: from the cache beside it, else encoded, and cached there.
 
     As in kohya, a cold run draws the encoder's noise.
@@ -126,53 +126,30 @@ def load_latents(info: config_util.ImageInfo, pipeline: StableDiffusionPipeline,
     with torch.no_grad():
         latents = pipeline.vae.encode(inputs).latent_dist.sample()[0].cpu()
     if to_disk:
-        corners = np.array([0, 0, *info.bucket_reso], dtype=np.float64)
+        corners = np.array(config_util.crop_ltrb(info.bucket_reso, info.image_size), dtype=np.float64)
         np.savez(cache, latents=latents.numpy(), original_size=np.array(info.image_size), crop_ltrb=corners)
     return latents
 
 
-def encode_captions(pipeline: StableDiffusionPipeline, captions: Sequence[str], clip_skip: int | None) -> torch.Tensor:
-    """The UNet's conditioning; clip_skip N takes the Nth last hidden state, through the final layer norm."""
-    tokens = pipeline.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-    encoder = pipeline.text_encoder
-    output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
-    if not clip_skip:
-        return output.last_hidden_state
-    norm = getattr(encoder, "text_model", encoder).final_layer_norm  # transformers 5 has no text_model
-    return norm(output.hidden_states[-clip_skip])
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def add_lora(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> list[list[torch.nn.Parameter]]:
-    """LoRA layers on text encoder and UNet; what there is to train of each."""
+def add_lora(model: torch.nn.Module, targets: list[str], args: argparse.Namespace) -> list[torch.nn.Parameter]:
+    """LoRA layers on the layers of these names; what there is to train of them."""
     from peft import LoraConfig
 
-    log.info("create LoRA network. base dim (rank): %s, alpha: %s", args.network_dim, args.network_alpha)
-    trainable = []
-    for model, targets in ((pipeline.text_encoder, TEXT_TARGETS), (pipeline.unet, UNET_TARGETS)):
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=args.network_dim, lora_alpha=args.network_alpha, target_modules=targets))
-        trainable.append([parameter for parameter in model.parameters() if parameter.requires_grad])
-    return trainable
+    model.add_adapter(LoraConfig(r=args.network_dim, lora_alpha=args.network_alpha, target_modules=targets))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def kohya_state_dict(pipeline: StableDiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """The LoRA's weights under kohya's names, in save_precision."""
-    import torch
+def lora_weights(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Module, side (lora_down or lora_up) and weight."""
     from peft import get_peft_model_state_dict
 
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes.get(args.save_precision, torch.float32)
-    weights: dict[str, torch.Tensor] = {}
-    for prefix, model in (("lora_te", pipeline.text_encoder), ("lora_unet", pipeline.unet)):
-        for name, weight in get_peft_model_state_dict(model).items():
-            module, _, side = name.removesuffix(".weight").rpartition(".")
-            if prefix == "lora_te":
-                module = f"text_model.{module.removeprefix('text_model.')}"
-            key = f"{prefix}_{module.replace('.', '_')}"
-            side = {"lora_A": "lora_down", "lora_B": "lora_up"}[side]
-            weights[f"{key}.{side}.weight"] = weight.detach().to("cpu", dtype).contiguous()
-            weights[f"{key}.alpha"] = torch.tensor(float(args.network_alpha), dtype=dtype)
-    return weights
+    for name, weight in get_peft_model_state_dict(model).items():
+        module, _, side = name.removesuffix(".weight").rpartition(".")
+        yield module, {"lora_A": "lora_down", "lora_B": "lora_up"}[side], weight
 
 
 # Training
@@ -195,13 +172,24 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) ->
     )
 
 
-def learning_rates(args: argparse.Namespace) -> tuple[float, float]:
-    """(text encoder's, UNet's); text_encoder_lr may be a list of one."""
+def learning_rates(args: argparse.Namespace) -> dict[str, float]:
+    """text_encoder_lr may be a list, whose first rate networks.lora takes for all text encoders."""
     text = args.text_encoder_lr
     if isinstance(text, list):
         text = text[0] if text else None
     unet = args.learning_rate if args.unet_lr is None else args.unet_lr
-    return (args.learning_rate if text is None else text), unet
+    return {"textencoder": args.learning_rate if text is None else text, "unet": unet}
+
+
+def make_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=bool(args.zero_terminal_snr),
+    )
 
 
 def count_steps(args: argparse.Namespace, batches: int) -> int:
@@ -217,22 +205,6 @@ def count_steps(args: argparse.Namespace, batches: int) -> int:
             f"指定エポックまでのステップ数: {args.max_train_steps}"
         )
     return math.ceil(args.max_train_steps / per_epoch)
-
-
-def noise_prediction_loss(
-    pipeline: StableDiffusionPipeline, noise_scheduler: DDPMScheduler, batch: Batch, clip_skip: int | None
-) -> torch.Tensor:
-    """Mean squared error of the UNet's guess at the noise in noised latents (DDPM, epsilon)."""
-    import torch
-
-    latents = batch["latents"] * VAE_SCALE
-    noise = torch.randn_like(latents)
-    last = noise_scheduler.config.num_train_timesteps
-    steps = torch.randint(0, last, (len(latents),), device=latents.device)
-    noisy = noise_scheduler.add_noise(latents, noise, steps)
-    conditioning = encode_captions(pipeline, batch["captions"], clip_skip)
-    guess = pipeline.unet(noisy, steps, conditioning).sample
-    return torch.nn.functional.mse_loss(guess.float(), noise.float())
 
 
 class AverageLoss:
@@ -253,24 +225,29 @@ class AverageLoss:
 class Training:
     """One run: the model, what trains it, and how far it is."""
 
-    def __init__(self, args: argparse.Namespace, group: config_util.DatasetGroup, accelerator: Accelerator) -> None:
-        from diffusers import DDPMScheduler
-
-        self.args, self.group, self.accelerator = args, group, accelerator
+    def __init__(
+        self,
+        trainer: NetworkTrainer,
+        args: argparse.Namespace,
+        group: config_util.DatasetGroup,
+        accelerator: Accelerator,
+    ) -> None:
+        self.trainer, self.args, self.group, self.accelerator = trainer, args, group, accelerator
         self.started, self.epoch, self.step = time.time(), 0, 0
-        self.pipeline = load_pipeline(args, accelerator)
+        self.pipeline = trainer.load_pipeline(args, accelerator)
         self.latents = cache_latents(args, group, self.pipeline) if args.cache_latents else {}
+        trainer.cache_text(args, group, self.pipeline)
         print(f"import network module: {args.network_module}")
-        trainable = add_lora(self.pipeline, args)
-        self.trainable = [parameter for group in trainable for parameter in group]
+        self.parts = trainer.add_network(self.pipeline, args)
+        self.trainable = [parameter for parameters in self.parts.values() for parameter in parameters]
         print("prepare optimizer, data loader etc.")
         rates = learning_rates(args)
-        groups = [{"params": group, "lr": rate} for group, rate in zip(trainable, rates, strict=True)]
+        groups = [{"params": parameters, "lr": rates[name]} for name, parameters in self.parts.items()]
         _, _, optimizer = get_optimizer(args, groups)
         self.epochs = count_steps(args, len(group))
         schedule = make_schedule(args, optimizer)
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
-        self.noise_scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.noise_scheduler = make_noise_scheduler(args)
 
     def run(self) -> None:
         from tqdm import tqdm
@@ -289,8 +266,8 @@ class Training:
                     mean = average.add(number, loss)
                     bar.update(self.step - bar.n)
                     bar.set_postfix(avr_loss=mean)
-                    text, unet = self.schedule.get_last_lr()
-                    logs = {"loss/current": loss, "loss/average": mean, "lr/textencoder": text, "lr/unet": unet}
+                    rates = zip(self.parts, self.schedule.get_last_lr(), strict=True)
+                    logs = {"loss/current": loss, "loss/average": mean, **{f"lr/{name}": rate for name, rate in rates}}
                     self.accelerator.log(logs, step=self.step)
                 self.accelerator.log({"loss/epoch_average": mean}, step=epoch)
                 every = args.save_every_n_epochs
@@ -309,9 +286,9 @@ class Training:
         loader = DataLoader(batches, batch_size=1, collate_fn=lambda one: one[0])
         args, accelerator, pipeline = self.args, self.accelerator, self.pipeline
         for batch in accelerator.prepare_data_loader(loader):
-            with accelerator.accumulate(pipeline.unet, pipeline.text_encoder):
+            with accelerator.accumulate(pipeline.unet, *self.trainer.text_encoders(pipeline).values()):
                 with accelerator.autocast():
-                    loss = noise_prediction_loss(pipeline, self.noise_scheduler, batch, args.clip_skip)
+                    loss = self.trainer.loss(pipeline, self.noise_scheduler, batch, args)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     self.step += 1
@@ -332,7 +309,7 @@ class Training:
             latents = [load_latents(info, self.pipeline, to_disk=False) for info in infos]
         subsets = [dataset.image_to_subset[key] for key in keys]
         captions = [dataset.process_caption(s, info.caption) for s, info in zip(subsets, infos, strict=True)]
-        return {"latents": torch.stack(latents), "captions": captions}
+        return {"latents": torch.stack(latents), "captions": captions, "infos": infos}
 
     def _save(self, name: str) -> None:
         from safetensors.torch import save_file
@@ -340,23 +317,12 @@ class Training:
         file = Path(self.args.output_dir) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         print(f"\nsaving checkpoint: {file}")
-        weights = kohya_state_dict(self.pipeline, self.args)
+        weights = self.trainer.state_dict(self.pipeline, self.args)
         save_file(weights, file, metadata=make_metadata(self, weights))
 
 
-def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionPipeline:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    name = args.pretrained_model_name_or_path
-    log.info("loading model for process 0/1")
-    log.info("load Diffusers pretrained models: %s", name)
-    options = {"safety_checker": None, "local_files_only": True, "torch_dtype": torch.float32}
-    return StableDiffusionPipeline.from_pretrained(name, **options).to(accelerator.device)
-
-
 def cache_latents(
-    args: argparse.Namespace, group: config_util.DatasetGroup, pipeline: StableDiffusionPipeline
+    args: argparse.Namespace, group: config_util.DatasetGroup, pipeline: DiffusionPipeline
 ) -> dict[tuple[str, tuple[int, int]], torch.Tensor]:
     from tqdm import tqdm
 
@@ -401,11 +367,11 @@ def make_metadata(training: Training, weights: dict[str, torch.Tensor]) -> dict[
     values["ss_debiased_estimation"] = args.debiased_estimation_loss
     if isinstance(args.text_encoder_lr, list):
         values["ss_text_encoder_lr"] = args.text_encoder_lr[0] if args.text_encoder_lr else None
-    kind = type(training.optimizer.optimizer)
+    kind, trainer = type(training.optimizer.optimizer), training.trainer
     model = Path(args.pretrained_model_name_or_path)
     values |= {
-        "ss_base_model_version": "sd_v1", "ss_sd_model_name": model.name, "ss_sd_model_hash": "IsADirectory",
-        "ss_new_sd_model_hash": "IsADirectory", "ss_sd_scripts_commit_hash": "(unknown)",
+        "ss_base_model_version": trainer.version(args), "ss_sd_scripts_commit_hash": "(unknown)",
+        "ss_sd_model_name": model.name, "ss_sd_model_hash": "IsADirectory", "ss_new_sd_model_hash": "IsADirectory",
         "ss_optimizer": f"{kind.__module__}.{kind.__name__}", "ss_session_id": os.getpid(),
         "ss_training_started_at": training.started, "ss_training_finished_at": time.time(),
         "ss_epoch": training.epoch, "ss_steps": training.step, "ss_num_epochs": training.epochs,
@@ -413,7 +379,7 @@ def make_metadata(training: Training, weights: dict[str, torch.Tensor]) -> dict[
         "ss_num_train_images": sum(one.num_train_images for one in group.datasets), "ss_num_validation_images": 0,
     }  # fmt: skip
     values |= describe_sets(group)
-    values |= describe_model(args, group)
+    values |= describe_model(trainer, args, group)
     data = save(weights)
     values["sshs_model_hash"] = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     values["sshs_legacy_hash"] = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
@@ -445,19 +411,21 @@ def describe_sets(group: config_util.DatasetGroup) -> dict[str, str]:
     }
 
 
-def describe_model(args: argparse.Namespace, group: config_util.DatasetGroup) -> dict[str, Any]:
+def describe_model(
+    trainer: NetworkTrainer, args: argparse.Namespace, group: config_util.DatasetGroup
+) -> dict[str, Any]:
     """The modelspec.* entries of Stability AI's metadata standard."""
     width, height = group.datasets[0].width, group.datasets[0].height
-    return {
+    layer = {"modelspec.encoder_layer": args.clip_skip} if args.clip_skip else {}
+    return layer | {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": trainer.architecture,
+        "modelspec.implementation": trainer.implementation,
         "modelspec.implementation_version": "small_trainer",
         "modelspec.title": args.metadata_title or args.output_name,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": "epsilon",
-        "modelspec.encoder_layer": args.clip_skip or 1,
+        "modelspec.prediction_type": "v" if args.v_parameterization else "epsilon",
     }
 
 
@@ -475,18 +443,27 @@ def set_up_logging() -> None:
 
 
 class NetworkTrainer:
-    """As in kohya: inputs are read and checked before the card is asked for."""
+    """Stable Diffusion 1.x. As in kohya, inputs are read and checked before the card is asked for."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    vae_scale = 0.18215  # latents times this have about unit variance
+    pipeline_options: ClassVar[dict[str, Any]] = {"safety_checker": None}
+    latents_suffix = "_sd.npz"
+    architecture, implementation = "stable-diffusion-v1/lora", "diffusers"
 
     def train(self, args: argparse.Namespace) -> None:
-        group = config_util.load_data_set(args)
+        group = config_util.load_data_set(args, self.latents_suffix)
         if not len(group):
             log.error("No data found. Please verify arguments")  # and status 0, as in kohya
             return
         if args.cache_latents:
             assert group.is_latent_cacheable(), "when caching latents, either color_aug or random_crop cannot be used"
-        group.verify_bucket_reso_steps(64)
+        self.check(args, group)
         log.info("preparing accelerator")
         self.train_on(self.prepare_accelerator(args), args, group)
+
+    def check(self, args: argparse.Namespace, group: config_util.DatasetGroup) -> None:
+        group.verify_bucket_reso_steps(64)
 
     def prepare_accelerator(self, args: argparse.Namespace) -> Accelerator:
         from accelerate import Accelerator
@@ -506,7 +483,93 @@ class NetworkTrainer:
         torch.set_num_threads(1)  # the model is too small to share out
         print("accelerator device:", accelerator.device)
         set_seed(random.getrandbits(32) if args.seed is None else args.seed)
-        Training(args, group, accelerator).run()
+        Training(self, args, group, accelerator).run()
+
+    def version(self, args: argparse.Namespace) -> str:
+        return "sd_v1_v" if args.v_parameterization else "sd_v1"
+
+    def load_pipeline(self, args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
+        import diffusers
+        import torch
+
+        name = args.pretrained_model_name_or_path
+        log.info("loading model for process 0/1")
+        log.info("load Diffusers pretrained models: %s", name)
+        options: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32}
+        kind = getattr(diffusers, self.pipeline_class)
+        pipeline = kind.from_pretrained(name, **options, **self.pipeline_options).to(accelerator.device)
+        for model in (pipeline.vae, pipeline.unet, *self.text_encoders(pipeline).values()):
+            model.requires_grad_(False)
+        return pipeline
+
+    def text_encoders(self, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+        """By the beginning of their layers' names in a LoRA file."""
+        return {"lora_te": pipeline.text_encoder}
+
+    def cache_text(
+        self, args: argparse.Namespace, group: config_util.DatasetGroup, pipeline: DiffusionPipeline
+    ) -> None:
+        """Only SDXL's text outputs can be cached."""
+
+    def add_network(self, pipeline: DiffusionPipeline, args: argparse.Namespace) -> dict[str, list[torch.nn.Parameter]]:
+        """LoRA layers, and what there is to train of them: one learning rate a part."""
+        log.info("create LoRA network. base dim (rank): %s, alpha: %s", args.network_dim, args.network_alpha)
+        parts: dict[str, list[torch.nn.Parameter]] = {}
+        if not args.network_train_unet_only:
+            encoders = self.text_encoders(pipeline).values()
+            parts["textencoder"] = [one for encoder in encoders for one in add_lora(encoder, TEXT_TARGETS, args)]
+            log.info("create LoRA for Text Encoder: %d modules.", len(parts["textencoder"]) // 2)
+        if not args.network_train_text_encoder_only:
+            parts["unet"] = add_lora(pipeline.unet, UNET_TARGETS, args)
+            log.info("create LoRA for U-Net: %d modules.", len(parts["unet"]) // 2)
+        return parts
+
+    def loss(
+        self, pipeline: DiffusionPipeline, noise_scheduler: DDPMScheduler, batch: Batch, args: argparse.Namespace
+    ) -> torch.Tensor:
+        """Mean squared error of the UNet's guess at the noise, or at the velocity, in noised latents (DDPM)."""
+        import torch
+
+        latents = batch["latents"] * self.vae_scale
+        noise = torch.randn_like(latents)
+        last = noise_scheduler.config.num_train_timesteps
+        steps = torch.randint(0, last, (len(latents),), device=latents.device)
+        noisy = noise_scheduler.add_noise(latents, noise, steps)
+        guess = pipeline.unet(noisy, steps, **self.encode(pipeline, batch, args)).sample
+        target = noise_scheduler.get_velocity(latents, noise, steps) if args.v_parameterization else noise
+        return torch.nn.functional.mse_loss(guess.float(), target.float())
+
+    def encode(self, pipeline: DiffusionPipeline, batch: Batch, args: argparse.Namespace) -> dict[str, Any]:
+        """The UNet's conditioning; clip_skip N takes the Nth last hidden state, through the final layer norm."""
+        encoder = pipeline.text_encoder
+        output = encoder(tokenize(pipeline.tokenizer, batch["captions"]).to(encoder.device), output_hidden_states=True)
+        if not args.clip_skip:
+            return {"encoder_hidden_states": output.last_hidden_state}
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm  # transformers 5 has no text_model
+        return {"encoder_hidden_states": norm(output.hidden_states[-args.clip_skip])}
+
+    def state_dict(self, pipeline: DiffusionPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+        """The LoRA's weights under kohya's names, in save_precision."""
+        import torch
+
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.save_precision, torch.float32)
+        weights: dict[str, torch.Tensor] = {}
+        for prefix, model in {**self.text_encoders(pipeline), "lora_unet": pipeline.unet}.items():
+            if not hasattr(model, "peft_config"):  # only the other part is trained
+                continue
+            for module, side, weight in lora_weights(model):
+                if prefix == "lora_unet":
+                    module = self.unet_module(module, pipeline.unet.config.layers_per_block)
+                else:
+                    module = f"text_model.{module.removeprefix('text_model.')}"
+                key = f"{prefix}_{module.replace('.', '_')}"
+                weights[f"{key}.{side}.weight"] = weight.detach().to("cpu", dtype).contiguous()
+                weights[f"{key}.alpha"] = torch.tensor(float(args.network_alpha), dtype=dtype)
+        return weights
+
+    def unet_module(self, name: str, layers_per_block: int) -> str:
+        """A layer's name in kohya's UNet; that of Stable Diffusion 1.x has diffusers' names."""
+        return name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -266,7 +266,6 @@ def test_caches_latents_beside_the_pictures(trained: tuple[Result, Path], world:
 def noise_error(pipeline: Any, trainer: ModuleType, folder: Path) -> float:
     """Error of the UNet's guess on all pictures of the data set, for fixed noise and timesteps."""
     import torch
-    from diffusers import DDPMScheduler
 
     captions, latents = [], []
     for cache in sorted(folder.glob("*.npz")):
@@ -274,10 +273,11 @@ def noise_error(pipeline: Any, trainer: ModuleType, folder: Path) -> float:
             latents.append(torch.from_numpy(arrays["latents"]))
         captions.append(cache.with_name(cache.name.replace("_0064x0064_sd.npz", ".txt")).read_text().strip())
     batch = {"latents": torch.stack(latents), "captions": captions}
-    noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    args = trainer.read_arguments(["--clip_skip", "2"])
+    noise = trainer.make_noise_scheduler(args)
     torch.manual_seed(5)
     with torch.no_grad():
-        losses = [trainer.noise_prediction_loss(pipeline, noise, batch, 2).item() for _ in range(8)]
+        losses = [trainer.NetworkTrainer().loss(pipeline, noise, batch, args).item() for _ in range(8)]
     return sum(losses) / len(losses)
 
 

@@ -325,6 +325,15 @@ def bucket_without_upscale(size: tuple[int, int], area: int, step: int) -> tuple
     return bucket
 
 
+def crop_ltrb(bucket: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the whole picture inside its bucket: what kohya tells SDXL of the crop."""
+    aspect = size[0] / size[1]
+    is_wider = bucket[0] / bucket[1] > aspect
+    width, height = (bucket[1] * aspect, bucket[1]) if is_wider else (bucket[0], bucket[0] / aspect)
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height
+
+
 def read_folder(subset: argparse.Namespace) -> list[ImageInfo]:
     """The pictures of a subset; of the metadata that cache_info has written, where there is one."""
     folder = Path(subset.image_dir)
@@ -383,6 +392,11 @@ class DatasetGroup:
     def is_latent_cacheable(self) -> bool:
         return not any(subset.color_aug or subset.random_crop for one in self.datasets for subset in one.subsets)
 
+    def is_text_encoder_output_cacheable(self) -> bool:
+        """Whether a picture's caption is the same at every step."""
+        changing = "caption_dropout_rate shuffle_caption token_warmup_step caption_tag_dropout_rate".split()
+        return not any(getattr(subset, name) for one in self.datasets for subset in one.subsets for name in changing)
+
     def verify_bucket_reso_steps(self, min_steps: int) -> None:
         for one in self.datasets:
             if one.params.enable_bucket:
@@ -400,9 +414,9 @@ def generate_dataset_group_by_blueprint(group: DatasetGroupBlueprint) -> tuple[D
     return DatasetGroup(datasets), None
 
 
-def load_data_set(args: argparse.Namespace) -> DatasetGroup:
+def load_data_set(args: argparse.Namespace, latents_suffix: str) -> DatasetGroup:
     """As train_network.py does it."""
-    LatentsCachingStrategy.set_strategy(LatentsCachingStrategy(bool(args.cache_latents_to_disk)))
+    LatentsCachingStrategy.set_strategy(LatentsCachingStrategy(bool(args.cache_latents_to_disk), latents_suffix))
     generator = BlueprintGenerator(ConfigSanitizer(True, True, bool(args.masked_loss), True))
     log.info("Loading dataset config from %s", args.dataset_config)
     blueprint = generator.generate(load_user_config(args.dataset_config), args)

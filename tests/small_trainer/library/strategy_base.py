@@ -12,8 +12,8 @@ SCALE = 8  # pixels of a latent
 class LatentsCachingStrategy:
     _strategy: LatentsCachingStrategy | None = None
 
-    def __init__(self, cache_to_disk: bool) -> None:
-        self.cache_to_disk = cache_to_disk
+    def __init__(self, cache_to_disk: bool, suffix: str = "_sd.npz") -> None:
+        self.cache_to_disk, self.suffix = cache_to_disk, suffix
 
     @classmethod
     def set_strategy(cls, strategy: LatentsCachingStrategy) -> None:
@@ -27,9 +27,8 @@ class LatentsCachingStrategy:
         """By the picture's own size, whatever the resolution; an old file without it is used where there is one."""
         path = Path(absolute_path)
         old = path.with_suffix(".npz")
-        return str(
-            old if old.exists() else path.with_name(f"{path.stem}_{image_size[0]:04d}x{image_size[1]:04d}_sd.npz")
-        )
+        name = f"{path.stem}_{image_size[0]:04d}x{image_size[1]:04d}{self.suffix}"
+        return str(old if old.exists() else path.with_name(name))
 
     def is_disk_cached_latents_expected(
         self, bucket_reso: tuple[int, int], npz_path: str, flip_aug: bool, alpha_mask: bool
