@@ -412,15 +412,15 @@ class Settings:
     device: str  # "cuda", "cuda:N" or "cpu"
     sd_scripts: Path
     trainer_python: str
-    training_config: Path
-    scoring_config: Path
+    training_config: Path | None  # this, scoring config and search space: None for those of the base model's family
+    scoring_config: Path | None
     eval_prompts: Path | None
     subject: str | None
     storage: str  # SQLAlchemy URL
     seed: int
     enqueue: Path | None
     timeout_hours: float | None
-    search_space: Path | None = None  # V2.1
+    search_space: Path | None = None
     stall_minutes: float = 30.0
     keep_checkpoints: str = "best"  # or "all"
     prune: str = "on"  # or "off": no training is stopped early
@@ -485,6 +485,7 @@ class ScoringSettings:
     resolution: int  # pixels
     steps: int
     guidance_scale: float
+    prompt_prefix: str
     negative_prompt: str
     batch_size: int
     screen: dict[str, int]  # counts of a stage: prompts with the subject, seeds of each, plain_prompts without it
@@ -504,34 +505,32 @@ class ScoringSettings:
 
     @classmethod
     def read(cls, path: Path) -> ScoringSettings:
-        """Read and check a scoring.toml. The shipped one defines the keys and the kinds of their values."""
+        """Read and check a scoring config. configs/scoring.toml defines the keys, and has what a file leaves out."""
         given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
-        unknown = given.keys() - shipped.keys()
-        problems = [f"unknown table [{table}] in {path}{nearest(table, shipped)}" for table in unknown]
-        for table, examples in shipped.items():
-            found = given.get(table)
-            if not isinstance(found, dict):
-                problems.append(f"{path} has no table [{table}]; take it from configs/scoring.toml")
+        problems = []
+        for table, found in given.items():
+            if not isinstance(found, dict) or table not in shipped:
+                problems.append(f"[{table}] in {path} is no table of a scoring config{nearest(table, shipped)}")
                 continue
-            unknown = found.keys() - examples.keys()
-            problems += [f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}" for key in unknown]
-            for key, example in examples.items():
-                if wrong := cls._wrong_setting(table, key, found.get(key), example):
+            examples = shipped[table]
+            for key, value in found.items():
+                if key not in examples:
+                    problems.append(f"unknown key '{key}' in [{table}] of {path}{nearest(key, examples)}")
+                elif wrong := cls._wrong_setting(table, key, value, examples[key]):
                     problems.append(f"{key} in [{table}] of {path} {wrong}; see configs/scoring.toml")
-        if not problems and not any(given["weights"].values()):
+            shipped[table] = {**examples, **found}
+        if not problems and not any(shipped["weights"].values()):
             problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
         Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
-        whole = {table: given[table] for table in ("screen", "confirm", "final", "stop_early", "weights")}
-        return cls(**given["images"], **given["encoders"], **given["usable"], **given["prompts"], **whole)
+        whole = {table: shipped[table] for table in ("screen", "confirm", "final", "stop_early", "weights")}
+        return cls(**shipped["images"], **shipped["encoders"], **shipped["usable"], **shipped["prompts"], **whole)
 
     @staticmethod
     def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
-        """What is wrong with a value, or ''. None: it is missing."""
+        """What is wrong with a value, or ''."""
         kind = type(example).__name__
         counts = {"images": 1, "stop_early": 0}
         smallest = {"str": None, "float": 0, "list": 2, "int": counts.get(table, 2)}[kind]
-        if value is None:
-            return "is missing"
         if wrong := _wrong_value(value, kind, smallest):
             return wrong
         if key == "resolution" and (value % 8 or value < 16):
@@ -924,8 +923,30 @@ class DataSetReader:
         return [file for file in folder.glob("*") if file.suffix.lower() in _PICTURE_SUFFIXES]
 
 
-# The tensors and files that identify a base model and that make it complete.
 _MODELS = toml.loads((HERE / "configs" / "base_models.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that differs between the families of base models, as configs/base_models.toml has it."""
+
+    name: str
+    script: str  # of sd-scripts
+    pipeline: str  # class of diffusers
+    latents: str  # end of the names of cached latents
+    screening_gb: float  # of the card
+    vae_overflows: bool  # in fp16
+    scheduler: dict[str, Any]  # what DPM++ needs besides
+    training_config: str  # these four in configs/
+    scoring_config: str
+    tags_scoring_config: str  # where the captions are tags
+    search_space: str  # "" for V2.1
+    file: dict[str, dict[str, Any]]  # "names" and number of the "tensors" of each part
+    folder: dict[str, list[str]]  # the files of each part
+
+
+FAMILIES = {name: Family(name, **table) for name, table in _MODELS["families"].items()}
+SD1 = FAMILIES["SD1.x"]
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
@@ -942,14 +963,15 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 @dataclass(frozen=True)
 class BaseModel:
     path: Path
-    family: str
+    family: Family
     fingerprint: str
     lora_bytes_per_dim: int  # of an fp16 LoRA
+    prediction: dict[str, bool]  # kohya's v_parameterization and zero_terminal_snr, as far as the model tells them
 
     @classmethod
     def inspect(cls, path: Path) -> BaseModel:
-        """Family and fingerprint of a safetensors file or a diffusers folder; RefusedInput if it can't be trained."""
-        remedy = "give a whole Stable Diffusion 1.x safetensors file or diffusers folder"
+        """What a safetensors file or a diffusers folder holds; RefusedInput if it can't be trained."""
+        remedy = f"give a whole safetensors file or diffusers folder of {' or '.join(FAMILIES)}"
         if not path.exists():
             raise RefusedInput(f"--base-model: {path} does not exist; {remedy}")
         is_file, real = path.is_file(), path.resolve()
@@ -957,59 +979,89 @@ class BaseModel:
             copy = f"cp -L {shlex.quote(str(path))} MODEL.safetensors"
             why = f"kohya would take {real} for a pickle by its name, and it may be a pickle, which can run code"
             raise RefusedInput(f"--base-model: {why}; if it is a safetensors file, copy it with the right name: {copy}")
-        files, headers = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
+        files, header = [path] if is_file else sorted(path.glob("*/*.safetensors")), {}
         for file in files:
             try:
-                header = read_safetensors_header(file)
+                found = read_safetensors_header(file)
             except (ValueError, OSError) as error:
                 raise RefusedInput(f"--base-model: can't use {file} ({one_line(error)}); {remedy}") from error
-            if is_file or file.parent.name in ("unet", "text_encoder"):  # a safety checker gets no LoRA
-                headers.update(header)
-        if wrong := cls._wrong_in_file(headers) if is_file else cls._wrong_in_folder(path):
+            if is_file or file.parent.name in ("unet", "text_encoder", "text_encoder_2"):  # others get no LoRA
+                # Both text encoders name their tensors alike.
+                header.update({name if is_file else f"{file.parent.name} {name}": one for name, one in found.items()})
+        name = cls._family_of_file(header) if is_file else cls._family_of_folder(path)
+        wrong = f"is {name}, which this search does not train"
+        if family := FAMILIES.get(name):
+            missing = cls._missing_in_file(header, family) if is_file else cls._missing_in_folder(path, family)
+            wrong = f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
+        if wrong:
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
-        shapes = [entry["shape"] for key, entry in headers.items() if re.search(_MODELS["layers"]["lora"], key)]
+        shapes = [entry["shape"] for key, entry in header.items() if re.search(_MODELS["layers"]["lora"], key)]
         per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
-        return cls(real, "SD1.x", digest("".join(map(quick_digest, files))), per_dim)
+        prediction = cls._prediction_of_file(header) if is_file else cls._prediction_of_folder(path)
+        return cls(real, family, digest("".join(map(quick_digest, files))), per_dim, prediction)
 
     @staticmethod
-    def _wrong_in_file(header: Mapping[str, Any]) -> str:
-        """Why a file is no whole Stable Diffusion 1.x, or ''."""
+    def _family_of_file(header: Mapping[str, Any]) -> str:
         names = "\n".join(header)
-        families = [family for family, mark in _MODELS["families"].items() if re.search(mark, names)]
         layers = (_MODELS["layers"][name] for name in ("first", "cross_attention"))
         first, cross = (header.get(layer, {}).get("shape") or [0] for layer in layers)
-        families += ["an inpainting model"] if first[1:2] == [9] else []
-        counts = {part: len(re.findall(known["names"], names)) for part, known in _MODELS["file"].items()}
-        if cross[-1] != 768 and (counts["UNet"] or not any(counts.values())):
-            families.append("SD2.x" if cross[-1] == 1024 else "of an unknown family")
-        if families:
-            return f"is {families[0]}, which this search does not train"
-        missing = []
-        for part, count in counts.items():
-            if count != (wanted := _MODELS["file"][part]["tensors"]):
-                missing.append(f"{count} tensors of its {part} instead of {wanted}" if count else f"no {part}")
-        return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
+        if first[1:2] == [9]:
+            return "an inpainting model"
+        if found := [family for family, mark in _MODELS["marks"].items() if re.search(mark, names)]:
+            return found[0]
+        parts = {part: bool(re.search(known["names"], names)) for part, known in SD1.file.items()}
+        if cross[-1] == 768 or (any(parts.values()) and not parts["UNet"]):
+            return SD1.name
+        return "SD2.x" if cross[-1] == 1024 else "of an unknown family"
 
-    @classmethod
-    def _wrong_in_folder(cls, folder: Path) -> str:
-        """Why a folder is no whole Stable Diffusion 1.x of diffusers, or ''."""
+    @staticmethod
+    def _family_of_folder(folder: Path) -> str:
         index, unet = (read_json(folder / file) for file in ("model_index.json", "unet/config.json"))
         if index is None:
-            return "is a folder without model_index.json"
-        pipeline = "SD2.x" if unet and unet.get("cross_attention_dim") == 1024 else index.get("_class_name")
-        if pipeline != "StableDiffusionPipeline":
-            return f"is {pipeline}, which this search does not train"
-        missing = []
-        for part, names in _MODELS["folder"].items():
+            return "a folder without model_index.json"
+        if unet and unet.get("cross_attention_dim") == 1024:
+            return "SD2.x"
+        pipelines = {family.pipeline: family.name for family in FAMILIES.values()}
+        return pipelines.get(index.get("_class_name"), index.get("_class_name"))
+
+    @staticmethod
+    def _missing_in_file(header: Mapping[str, Any], family: Family) -> list[str]:
+        """What kohya would miss in a file, or would not know."""
+        missing, names = [], "\n".join(header)
+        for part, known in family.file.items():
+            count, wanted = len(re.findall(known["names"], names)), known["tensors"]
+            if count != wanted:
+                missing.append(f"{count} tensors of its {part} instead of {wanted}" if count else f"no {part}")
+        return missing
+
+    @classmethod
+    def _missing_in_folder(cls, folder: Path, family: Family) -> list[str]:
+        index, missing = read_json(folder / "model_index.json") or {}, []
+        for part, names in family.folder.items():
             if index.get(part) in (None, [None, None]):
                 missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
-            elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
+            elif "tokenizer" not in part or not (folder / part / "tokenizer.json").is_file():
                 for file in itertools.chain(*(cls._files_of(folder / part / name) for name in names)):
                     if read_json(file) is None if file.suffix == ".json" else not file.is_file():
                         variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
                         hint = f" (rename {' or '.join(variants)})" if variants else ""
                         missing.append(f"no whole {part}/{file.name}{hint}")
-        return f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
+        return missing
+
+    @staticmethod
+    def _prediction_of_file(header: Mapping[str, Any]) -> dict[str, bool]:
+        """By the empty tensors v_pred and ztsnr, which such models hold, or by the metadata of Stability AI's form."""
+        said = header.get("__metadata__", {}).get("modelspec.prediction_type")
+        is_v = {"v": True, "v_prediction": True, "epsilon": False}.get(said)
+        found = {"v_parameterization": True if "v_pred" in header else is_v}
+        found["zero_terminal_snr"] = True if "ztsnr" in header else None
+        return {name: value for name, value in found.items() if value is not None}
+
+    @staticmethod
+    def _prediction_of_folder(folder: Path) -> dict[str, bool]:
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json") or {}
+        found = {"v_parameterization": scheduler.get("prediction_type") == "v_prediction"}
+        return {**found, **({"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") is True else {})}
 
     @staticmethod
     def _files_of(file: Path) -> list[Path]:
@@ -1044,6 +1096,12 @@ NEEDED = {  # kinds and smallest values of what V2.1 searches
 }  # fmt: skip
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 Condition = Mapping[str, Any]  # by parameter: a value, a list of values, or a text such as "> 1e-4"
+
+
+def missing_params(params: Mapping[str, Any]) -> list[str]:
+    """What a setting lacks of V2.1's parameters. Text encoders that are not trained need no learning rate."""
+    needless = {"text_encoder_lr"} if params.get("network_train_unet_only") else set()
+    return sorted(SEARCH_SPACE.keys() - params.keys() - needless)
 
 
 def meets(params: Mapping[str, Any], condition: Condition) -> bool:
@@ -1209,7 +1267,10 @@ class SearchSpace:
         """What is wrong with drawn settings: each must have all that V2.1 has, searched or fixed."""
         rng = np.random.default_rng(0)
         for values in (self.draw(rng) for _ in range(500)):
-            for name in SEARCH_SPACE.keys() - self.complete(values).keys():
+            params = self.complete(values)
+            if params.get("network_train_unet_only") and "text_encoder_lr" in params:
+                yield "text_encoder_lr has no effect with network_train_unet_only; delete one of them"
+            for name in missing_params(params):
                 yield f"no {name} in some trials; search it, or fix it: {name} = ... above the first table"
             for fixed in [fixed for condition, fixed in self.fixed if meets(values, condition)]:
                 for name in fixed.keys() & values.keys():
@@ -1220,6 +1281,11 @@ class SearchSpace:
         searched = self.searched.get(name)
         found = list(getattr(searched, "choices", ())) or [searched.low, searched.high] if searched else []
         return [*found, *(values[name] for _, values in self.fixed if name in values)]
+
+    @property
+    def trained_parts(self) -> Params:
+        """What says for all trials that only the UNet is trained, without which kohya refuses some other options."""
+        return {name: value for name, value in self.fixed[0][1].items() if name == "network_train_unet_only"}
 
     def optimizers(self) -> list[Params]:
         """Those that trials may have, each once, with the options that belong to them."""
@@ -1293,7 +1359,7 @@ def brief_params(params: Mapping[str, Any]) -> list[str]:
     return [
         f"dim {params['network_dim']}",
         f"alpha {params['network_alpha']} (ratio {params['network_alpha_ratio']:.3f})",
-        f"lr {params['learning_rate']:.1e}/{params['text_encoder_lr']:.1e}",
+        "lr " + "/".join(f"{params[name]:.1e}" for name in ("learning_rate", "text_encoder_lr") if name in params),
         params["optimizer_type"],
         params["lr_scheduler"],
         f"accumulation {params['gradient_accumulation_steps']}",
@@ -1354,8 +1420,8 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
     """Whether a setting may be trained, and if not, why: by the safety constraints on what the space searches, unless
     it switches them off, and by its own rules."""
-    if missing := SEARCH_SPACE.keys() - params.keys():
-        return False, f"{space.name} gives no {', '.join(sorted(missing))} for it"
+    if missing := missing_params(params):
+        return False, f"{space.name} gives no {', '.join(missing)} for it"
     if space.safety_constraints:
         names = [name for name in space.searched if meets(params, space.when.get(name, {}))]
         names += ["network_alpha", "network_dim"] if "network_alpha_ratio" in names else []
@@ -1608,7 +1674,7 @@ class ChildProcess(subprocess.Popen[bytes]):
 def trial_config(
     params: Mapping[str, Any], options: Mapping[str, Any], base_model: Path, dataset_config: Path, folder: Path
 ) -> dict[str, Any]:
-    """The complete config of one training, for train_network.py --config_file."""
+    """The complete config of one training, for kohya's --config_file."""
     return {
         "pretrained_model_name_or_path": str(base_model.resolve()),
         "dataset_config": str(dataset_config),
@@ -1862,7 +1928,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class KohyaTrainer:
-    """Runs sd-scripts' train_network.py."""
+    """Runs a training script of sd-scripts."""
 
     python: str
     script: Path
@@ -1923,7 +1989,8 @@ class Latents:
             return "missing"
         found = self.sizes(image.latents)
         if not found:
-            return "torn" if image.latents.name.endswith("_sd.npz") else "foreign"  # only kohya names files so
+            is_kohyas = image.latents.name.endswith(tuple(family.latents for family in FAMILIES.values()))
+            return "torn" if is_kohyas else "foreign"
         wanted = (image.bucket[0] // self.scale, image.bucket[1] // self.scale)
         sized = f"_{wanted[1]}x{wanted[0]}" if self.trusted["sized"] else ""
         if not all(name in found or name + sized in found for name in image.arrays):
@@ -2037,19 +2104,31 @@ class Probe:
     base_model: Path
     data_set: Mapping[str, Any]  # its file's content
     optimizers: Sequence[Params] = ()  # that kohya must be able to make
+    script_name: str = SD1.script
+
+    @property
+    def script(self) -> Path:
+        return self.sd_scripts / self.script_name
 
     def ask(self, cache: Path | None = None) -> TrainerFacts:
         """The answer, from `cache` if nothing has changed since; RefusedInput for a trainer that does not work."""
-        script = self.sd_scripts / "train_network.py"
+        script = self.script
         if not script.is_file():
             raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
-        about = [version, self.python, self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), socket.gethostname()]
+        about = [
+            version,
+            self.script_name,
+            self.python,
+            self.device,
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            socket.gethostname(),
+        ]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files(), self.optimizers]
         key = digest(json.dumps(about, default=str))
         answer = (read_json(cache) if cache else None) or {}
         if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
-            answer = {**self._run(script), "key": key}
+            answer = {**self._run(), "key": key}
         if missing := ", ".join(answer["missing"]):
             raise RefusedInput(f"--trainer-python: {self.python} has no {missing}; give the Python of kohya")
         if "dataset_config" not in answer.get("options", {}):
@@ -2059,11 +2138,12 @@ class Probe:
 
     def _version(self) -> str:
         """Git's description, and a digest of the trainer's files, which a user may have changed."""
-        files = [self.sd_scripts / "train_network.py", *sorted((self.sd_scripts / "library").glob("*.py"))]
+        folder = self.sd_scripts  # train_network.py is what other scripts build on
+        files = dict.fromkeys([self.script, folder / "train_network.py", *sorted(folder.glob("library/*.py"))])
         content = "files " + digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
-        if (self.sd_scripts / ".git").exists() and shutil.which("git"):
+        if (folder / ".git").exists() and shutil.which("git"):
             with contextlib.suppress(RefusedInput):  # training needs no git
-                status, output = capture(["git", "-C", str(self.sd_scripts), "describe", "--tags", "--always"], "cpu")
+                status, output = capture(["git", "-C", str(folder), "describe", "--tags", "--always"], "cpu")
                 return f"{output.strip()} ({content})" if status == 0 else content
         return content
 
@@ -2086,7 +2166,7 @@ class Probe:
         """Whether the folder of the trainer's packages is unchanged: nothing was installed or removed."""
         return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
 
-    def _run(self, script: Path) -> dict[str, Any]:
+    def _run(self) -> dict[str, Any]:
         """Run configs/kohya_probe.py, whose files are deleted afterwards."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -2096,7 +2176,7 @@ class Probe:
             data_set.write_text(json.dumps(self.data_set, default=str), encoding="utf-8")
             optimizers.write_text(json.dumps(self.optimizers), encoding="utf-8")
             write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
-            command = [self.python, *map(str, (PROBE, script, config, answer_file, optimizers))]
+            command = [self.python, *map(str, (PROBE, self.script, config, answer_file, optimizers))]
             output = ProcessOutput()
             output.read(capture(command, self.device, PROBE_SECONDS)[1] + "\n")
             answer = read_json(answer_file)
@@ -2121,6 +2201,7 @@ COMMON_TAGS, NO_LOOKS = (
     re.compile("|".join(fnmatch.translate(line) for line in text.splitlines() if line and line[0] != "#"))
     for text in (_COMMON_TEXT, _COMMON_TEXT.partition("# Looks")[0])
 )
+_COUNT_TAG = re.compile(r"(\d\+?|multiple[ _])(girl|boy|other)s?|solo|no[ _]humans|score_\d.*", re.IGNORECASE)
 NEARLY_ALL = 0.75  # a tag in this share of the captions may be the name that somebody forgot in the others
 # Letters of scripts that put spaces between words; Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean do not.
 _LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
@@ -2167,6 +2248,11 @@ class Captions:
     @staticmethod
     def is_common(tag: str, known: re.Pattern[str] = COMMON_TAGS) -> bool:
         return known.match(re.sub(r"[()\\]|:[\d.]+", "", tag).replace("_", " ").lower()) is not None
+
+    def are_tags(self) -> bool:
+        """Whether these are tags, as models of drawings know them: most captions have one such as 1girl or solo."""
+        count = sum(any(map(_COUNT_TAG.fullmatch, tags)) for tags in self.tags)
+        return count > len(self.texts) / 2
 
     def look(self, subject: Subject) -> list[str]:
         """How the captions say that the subject looks: up to four tags that more than half of them have."""
@@ -2276,7 +2362,7 @@ class PromptChooser:
                 jobs.append(
                     {  # the order is part of a study's fingerprint
                         "name": f"p{number:02d}-s{count}",
-                        "prompt": prompt["prompt"],
+                        "prompt": settings.prompt_prefix + prompt["prompt"],
                         "text": self.subject.removed_from(prompt["prompt"]),
                         "negative": prompt.get("negative", settings.negative_prompt),
                         "seed": seed,
@@ -2296,27 +2382,43 @@ def build_scoring_plan(
     subject: str,
     settings: ScoringSettings,
     base_model: str,
-    clip_skip: int,
-    training_seed: int,
+    options: Mapping[str, Any],
     eval_prompts: Path | None,
+    family: Family = SD1,
 ) -> dict[str, Any]:
-    """All that the scoring process needs, as JSON: models, settings, and the image jobs of both stages."""
+    """All that the scoring process needs, as JSON: models, settings, and the image jobs of all stages."""
     chooser = PromptChooser(subject, [caption for _, caption in images], settings)
     prompts = chooser.from_file(eval_prompts) if eval_prompts else chooser.from_captions()
     return {
+        "family": family.name,
         "base_model": base_model,
         "pipeline_config": settings.pipeline_config,
         "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
         "images": [str(path) for path in dict.fromkeys(path for path, _ in images)],
         "batch_size": settings.batch_size,
         "subject": subject,
-        "clip_skip": clip_skip,
+        "clip_skip": options["clip_skip"],
+        "scheduler": {**family.scheduler, **scheduler_of(options)},
         "resolution": settings.resolution,
         "weights": settings.weights,
         "stop_early": settings.stop_early,
         "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
-        **{stage: chooser.image_jobs(prompts[stage.partition("-")[0]], stage, training_seed) for stage in FIRST_SEEDS},
+        **{
+            stage: chooser.image_jobs(prompts[stage.partition("-")[0]], stage, options["seed"]) for stage in FIRST_SEEDS
+        },
     }
+
+
+def family_of(plan: Mapping[str, Any]) -> Family:
+    return FAMILIES[plan.get("family", SD1.name)]  # earlier versions knew no other
+
+
+def scheduler_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What diffusers' scheduler must know, so that the model draws as it was trained with kohya's options."""
+    found: dict[str, Any] = {"prediction_type": "v_prediction"} if options.get("v_parameterization") else {}
+    if options.get("zero_terminal_snr"):  # arXiv 2305.08891: the first step must be the last one of the training
+        found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return found
 
 
 def read_eval_prompts(path: Path) -> list[Prompt]:
@@ -2533,7 +2635,7 @@ class ImageScorer:
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        self.torch, self.plan, self.device = torch, plan, device
+        self.torch, self.plan, self.device, self.family = torch, plan, device, family_of(plan)
         self.batch_size: int = plan["batch_size"]
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
@@ -2566,25 +2668,32 @@ class ImageScorer:
             ) from error
 
     def _load_pipeline(self, name: str) -> Any:
-        """SD 1.x without its safety checker, which would blacken images."""
-        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+        """The family's pipeline. SD 1.x is loaded without its safety checker, which would blacken images."""
+        import diffusers
         from transformers import CLIPTokenizerFast
 
-        options = {"torch_dtype": self.dtype, "safety_checker": None, "requires_safety_checker": False}
+        kind, options = getattr(diffusers, self.family.pipeline), {"torch_dtype": self.dtype}
+        if self.family is SD1:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
         if Path(name).is_dir():
-            only_new = not (Path(name) / "tokenizer" / "vocab.json").is_file()  # saved by transformers 5
-            options |= {"tokenizer": None} if only_new else {}
-            pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
-            if only_new:
-                pipeline.tokenizer = CLIPTokenizerFast.from_pretrained(Path(name) / "tokenizer")
+            folders = {part: Path(name) / part for part in self.family.folder if part.startswith("tokenizer")}
+            only_new = [part for part, folder in folders.items() if not (folder / "vocab.json").is_file()]
+            pipeline = kind.from_pretrained(name, use_safetensors=True, **options, **dict.fromkeys(only_new))
+            for part in only_new:  # saved by transformers 5
+                setattr(pipeline, part, CLIPTokenizerFast.from_pretrained(folders[part]))
         else:
             config = self.plan["pipeline_config"]
-            options["text_encoder"] = self._load_text_encoder(name, config)
-            pipeline = StableDiffusionPipeline.from_single_file(name, config=config, **options)
+            if self.family is SD1:
+                options["text_encoder"] = self._load_text_encoder(name, config)
+            pipeline = kind.from_single_file(name, config=config, **options)
         # DPM++ 2M adds no noise between the steps, and 25 of them are enough (diffusers' own advice).
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        solver, own = diffusers.DPMSolverMultistepScheduler, self.plan.get("scheduler", {})
+        pipeline.scheduler = solver.from_config(pipeline.scheduler.config, **own)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.vae.enable_slicing()  # decodes one image at a time: 8 of 512 pixels at once took 7 GB more
+        if self.family.vae_overflows and self.dtype == self.torch.float16:
+            has_bf16 = self.torch.cuda.get_device_capability() >= (8, 0)  # half of the memory of fp32
+            pipeline.vae.to(self.torch.bfloat16 if has_bf16 else self.torch.float32)
         return pipeline.to(self.device)
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
@@ -2611,15 +2720,26 @@ class ImageScorer:
     @contextlib.contextmanager
     def lora(self, path: Path, strength: float = 1.0) -> Iterator[None]:
         """With a kohya LoRA; afterwards the pipeline is bit for bit as before."""
+        weights = self._read_lora(path, strength)
+        modules = len({key.partition(".")[0] for key in weights})
         try:
-            self.pipeline.load_lora_weights(self._read_lora(path, strength), adapter_name="trial")
+            self.pipeline.load_lora_weights(weights, adapter_name="trial")
         except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         try:
+            if (loaded := self._loaded_modules()) != modules:  # it passes over what it does not know
+                raise ScoringFailed(
+                    f"diffusers loads {loaded} of {modules} modules of {path}; train it by networks.lora"
+                )
             yield
         finally:
             self.pipeline.unload_lora_weights()
+
+    def _loaded_modules(self) -> int:
+        models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
+        modules = (module for model in models for module in model.modules())
+        return sum("trial" in getattr(module, "lora_A", {}) for module in modules)
 
     @staticmethod
     def _read_lora(path: Path, strength: float) -> dict[str, Any]:
@@ -2664,10 +2784,11 @@ class ImageScorer:
     def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
         torch, first = self.torch, jobs[0]
         with torch.inference_mode():
+            without = self._embed_prompts([job["negative"] for job in jobs])
             # Every image has a generator of its own, on the CPU: neither batch nor device changes the picture.
             latents = self.pipeline(
-                prompt_embeds=self._embed_prompts([job["prompt"] for job in jobs]),
-                negative_prompt_embeds=self._embed_prompts([job["negative"] for job in jobs]),
+                **self._embed_prompts([job["prompt"] for job in jobs]),
+                **{f"negative_{name}": values for name, values in without.items()},
                 generator=[torch.Generator("cpu").manual_seed(job["seed"]) for job in jobs],
                 width=first["width"],
                 height=first["height"],
@@ -2680,18 +2801,28 @@ class ImageScorer:
         return [image if ok else None for image, ok in zip(images, finite, strict=True)]
 
     def _decode(self, latents: Any) -> list[Any]:
-        pixels = self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        vae = self.pipeline.vae
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
         return self.pipeline.image_processor.postprocess(self.torch.nan_to_num(pixels), output_type="pil")
 
-    def _embed_prompts(self, prompts: Sequence[str]) -> Any:
-        """Prompt embeddings (n, 77, d) at kohya's clip_skip: that hidden state from the end, then the final norm."""
+    def _embed_prompts(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """The pipeline's arguments: embeddings (n, 77, d) as kohya trains with them; of SDXL also pooled ones (n, d).
+
+        SD 1.x: the hidden state at kohya's clip_skip from the end, then the final norm. SDXL: the last hidden state but
+        one of both text encoders, whatever clip_skip says, without a norm.
+        """
         # Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        tokens = tokenizer(list(prompts), return_tensors="pt", **cut)
-        output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+        outputs, pipeline = [], self.pipeline
+        for part in ("", "_2")[: 1 + hasattr(pipeline, "text_encoder_2")]:
+            tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
+            cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            tokens = tokenizer(list(prompts), return_tensors="pt", **cut)
+            outputs.append(encoder(tokens.input_ids.to(self.device), output_hidden_states=True))
+        if len(outputs) == 2:
+            states = self.torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+            return {"prompt_embeds": states, "pooled_prompt_embeds": outputs[1].text_embeds}
         norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        return norm(output.hidden_states[-max(1, self.plan["clip_skip"])])
+        return {"prompt_embeds": norm(outputs[0].hidden_states[-max(1, self.plan["clip_skip"])])}
 
     def through_vae(self, images: Sequence[Any]) -> list[Any]:
         """Data set images as this VAE shows them, with the scoring resolution's area and their own proportions."""
@@ -2701,7 +2832,7 @@ class ImageScorer:
                 scale = self.plan["resolution"] / math.sqrt(image.width * image.height)
                 width, height = (max(8, round(side * scale / 8) * 8) for side in image.size)
                 pixels = processor.preprocess(image.convert("RGB"), height=height, width=width)
-                latents = vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
+                latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
                 result += self._decode(latents * vae.config.scaling_factor)
         return result
 
@@ -2753,7 +2884,6 @@ class ImageScorer:
 FINAL = "final"  # in the output folder
 FINALISTS = "finalists.json"  # in final/: the finalists' checkpoints, by trial number
 SCREENED = "screened.json"  # in a trial's scores/, until the trial is scored
-SCREENING_BYTES = 6e9  # SD 1.x and both encoders in fp16, with 8 pictures of 512 pixels at once
 
 
 def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
@@ -2770,7 +2900,8 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
             check_lora(checkpoint.path)
         if not by_search:  # all is made anew
             (folder / "scores" / SCREENED).unlink(missing_ok=True)
-        scorer = FolderScorer(ImageScorer(plan, device, SCREENING_BYTES if is_paused else 0.0), reference)
+        needed = 1e9 * family_of(plan).screening_gb if is_paused else 0.0
+        scorer = FolderScorer(ImageScorer(plan, device, needed), reference)
         metrics = scorer.score_trial(folder, checkpoints) if checkpoints and not is_paused else None
         if is_paused:
             scorer.screen_paused(folder, checkpoints)
@@ -4112,7 +4243,8 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
     ratio, epochs, steps = (params.get(name, math.nan) for name in DOSE_PARTS)
     trained = attrs.get("stopped_epoch", math.nan) / epochs
     return {
-        **dict.fromkeys((*TERMS, "standard_error"), math.nan),  # an earlier version has not measured all
+        # An earlier version has not measured all, and text encoders may not be trained.
+        **dict.fromkeys((*TERMS, "standard_error", "text_encoder_lr"), math.nan),
         "final": with_error(found) if found else "-",
         "final_score": found.get("score"),
         "final_standard_error": found.get("standard_error"),
@@ -4381,9 +4513,10 @@ class Results:
             config["dataset_config"] = str(data_set)
         config.update(output_dir=str(retrained), logging_dir=str(retrained / "logs"))
         epoch, checkpoint = best.user_attrs["best_epoch"], best.user_attrs["checkpoint"]
+        family = family_of(read_json(folder.parent / "reference" / "plan.json") or {})
         comment = (
             f"# Trial {best.number}, score {best.value:.3f}. Train it again:\n"
-            f"#     python train_network.py --config_file {shlex.quote(str(path))}\n"
+            f"#     python {family.script} --config_file {shlex.quote(str(path))}\n"
             f"# and take epoch {epoch} of {config['max_train_epochs']}: {retrained / checkpoint}\n\n"
         )
         write_toml(path, config, comment)
@@ -4592,7 +4725,6 @@ LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
 NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
-PIPELINE_FILES = ("model_index.json", "tokenizer/vocab.json")
 
 
 @dataclass(frozen=True)
@@ -4729,13 +4861,16 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
     """
     problems = Problems(known_problems)
-    raw = problems.of(read_training_options, settings.training_config)
-    scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
+    family = base_model.family if base_model else SD1
+    settings = with_defaults(settings, family)
+    raw = problems.of(read_training_options, settings.training_config)
+    if raw and base_model:
+        raw = problems.of(add_prediction, raw, base_model.prediction, settings.training_config)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
     given = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
     space = given or V2_1
-    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, raw or {}, config, space, afresh)
+    trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
@@ -4746,14 +4881,17 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.lines.append(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
+    settings = with_defaults(settings, family, data_set)
+    scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     ready = data_set and scoring and options
-    plan = problems.of(make_plan, settings, data_set, scoring, options) if ready else None
+    plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
     problems.of(check_packages)
     if scoring:
         problems.of(check_scoring_model, "dinov2", scoring.dinov2, ENCODER_FILES)
         problems.of(check_scoring_model, "clip", scoring.clip, ENCODER_FILES)
         if settings.base_model and settings.base_model.is_file():  # it holds no pipeline config
-            problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, PIPELINE_FILES)
+            files = ["model_index.json", *(f"{part}/vocab.json" for part in family.folder if "tokenizer" in part)]
+            problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, files)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
     enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue and given else []
@@ -4799,11 +4937,31 @@ def check_space_options(
     Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
 
 
+def with_defaults(settings: Settings, family: Family, data_set: DataSet | None = None) -> Settings:
+    """The settings with the family's own files where none was given. For captions of tags it may have another one."""
+    texts = [text for image in data_set.subject_images for text in image.captions] if data_set else []
+    scoring = family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config
+    configs = {"training_config": family.training_config, "search_space": family.search_space}
+    configs |= {"scoring_config": scoring} if data_set else {}
+    own = {key: HERE / "configs" / name for key, name in configs.items() if name and getattr(settings, key) is None}
+    return replace(settings, **own)
+
+
+def add_prediction(options: Params, known: Mapping[str, bool], path: Path) -> Params:
+    """kohya's options with what the base model says of its prediction; RefusedInput where they contradict it."""
+    for name, value in known.items():
+        if options.get(name, value) != value:
+            why = f"{name} = {str(options[name]).lower()} in {path}, but the base model says {str(value).lower()}"
+            raise RefusedInput(f"--training-config: {why}; delete it")
+    return {**options, **{name: True for name, value in known.items() if value}}
+
+
 def ask_trainer(
-    settings: Settings, options: Mapping[str, Any], config: Any, space: SearchSpace, afresh: bool
+    settings: Settings, family: Family, options: Mapping[str, Any], config: Any, space: SearchSpace, afresh: bool
 ) -> TrainerFacts:
     """What sd-scripts answers about inputs of which some may be missing."""
     fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
+    fixed |= space.trained_parts
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.device if DEVICE.fullmatch(settings.device) else "cpu"
     about = (
@@ -4811,6 +4969,7 @@ def ask_trainer(
         settings.base_model or Path("missing"),
         config or {"datasets": []},
         [] if space is V2_1 else space.optimizers(),
+        family.script,
     )
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
@@ -4879,13 +5038,13 @@ def find_study(settings: Settings) -> optuna.Study | None:
 
 
 def make_plan(
-    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any]
+    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any], family: Family
 ) -> dict[str, Any]:
     # A file that two [[datasets]] train at two resolutions is one picture.
     images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
     captions = Captions([caption for _, caption in images])
     subject = captions.find_subject(data_set.class_tokens, settings.subject)
-    about = (str(settings.base_model.resolve()), options["clip_skip"], options["seed"], settings.eval_prompts)
+    about = (str(settings.base_model.resolve()), options, settings.eval_prompts, family)
     return build_scoring_plan(images, subject, scoring, *about)
 
 
@@ -4980,7 +5139,7 @@ class CheckReport:
         needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
         return {
-            "base model": f"{settings.base_model.name} ({inputs.base_model.family})",
+            "base model": f"{settings.base_model.name} ({self._kind_of_model()})",
             "data set": f"{len(data.subject_images)} images, {captions} captions, {others} for regularisation",
             "subject": self._subject(),
             "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
@@ -4990,11 +5149,17 @@ class CheckReport:
             "space": f"{inputs.space.name}: {len(inputs.space.searched)} parameters; "
             f"{len(inputs.allowed) / len(inputs.drawn):.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
-            "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one",
+            "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one, "
+            f"by {settings.scoring_config.name}; about {inputs.base_model.family.screening_gb:g} GB of a card",
             "early stop": self._early_stop(),
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
         }
+
+    def _kind_of_model(self) -> str:
+        """The family, and how the model predicts if it is not the usual way."""
+        options, names = self.inputs.options, {"v_parameterization": "v-prediction", "zero_terminal_snr": "zero SNR"}
+        return ", ".join([self.inputs.base_model.family.name, *(names[key] for key in names if options.get(key))])
 
     def _early_stop(self) -> str:
         stop, every = self.inputs.plan["stop_early"], self.inputs.options["save_every_n_epochs"]
@@ -5133,7 +5298,8 @@ class Reference:
                     say("Trying the trainer out for one step, which also caches the latents, once a study ...")
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir()
-                    about = (self.inputs.options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
+                    options = {**self.inputs.options, **self.inputs.space.trained_parts}
+                    about = (options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
                     write_toml(folder / "config.toml", trial_config(FIRST_STEP_PARAMS, *about))
                     trainer(folder / "config.toml", may_be_zero=True)
                     shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
@@ -5232,7 +5398,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what to train on").add_argument
     add("--dataset-config", type=_path, metavar="TOML", help="kohya's data set file")
-    add("--base-model", type=_path, metavar="MODEL", help="SD 1.x, a safetensors file or a diffusers folder")
+    add("--base-model", type=_path, metavar="MODEL", help="SD 1.x or SDXL, a safetensors file or a diffusers folder")
     add("--subject", metavar="NAME", help="the character's name in the captions (default: found there)")
     add("--eval-prompts", type=_path, metavar="FILE", help="your own prompts, in kohya's sample-prompt format")
 
@@ -5259,7 +5425,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--search-space", type=_path, metavar="TOML", help="what is searched (V2.1, configs/search_space_v2.1.toml)")
     add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
 
-    add = parser.add_argument_group("instead of searching").add_mutually_exclusive_group().add_argument
+    group = parser.add_argument_group("instead of searching")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="check all inputs, say what was found, and stop")
     add(
         "--report",
@@ -5268,6 +5435,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
+    families = {"type": str.lower, "choices": [name.lower() for name in FAMILIES]}
+    group.add_argument("--family", **families, help=f"of the demo's base model ({SD1.name.lower()})")
     parser.set_defaults(command="")  # main() sets it
     return parser
 
@@ -5288,7 +5457,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     problems = Problems(senseless_values(args))
     for flag, value, remedy in (
         ("--dataset-config", args.dataset_config, "give kohya's data set TOML (see configs/)"),
-        ("--base-model", args.base_model, "give a Stable Diffusion 1.x safetensors file"),
+        ("--base-model", args.base_model, f"give a safetensors file of {' or '.join(FAMILIES)}"),
         ("--output-dir", args.output_dir, "give a folder for the study"),
     ):
         problems.lines += [] if value else [f"{flag} is missing; {remedy}"]
@@ -5299,8 +5468,6 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     values["base_model"] = args.base_model and args.base_model.absolute()  # a link's own name is shown
     values["study_name"] = args.study_name or DEFAULT_STUDY_NAME
     values["n_trials"] = 20 if args.n_trials is None else args.n_trials
-    for name in ("training", "scoring"):
-        values[f"{name}_config"] = values[f"{name}_config"] or HERE / "configs" / f"{name}.toml"
     values["storage"] = args.storage or (default_storage(values["output_dir"]) if args.output_dir else "")
     return Settings(**values), problems.lines
 
@@ -5310,6 +5477,8 @@ def senseless_values(args: argparse.Namespace) -> list[str]:
     problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
     if not DEVICE.fullmatch(args.device):
         problems.append(f"--device: {args.device!r} is no device; give cuda, cuda:N or cpu")
+    if args.family and not args.demo:
+        problems.append("--family: is for --demo alone, since a base model's file says its family; leave it out")
     for flag, value, low, high in (
         ("--n-trials", args.n_trials, 0, 2**31),
         ("--timeout", args.timeout_hours, 0, math.inf),
@@ -5329,6 +5498,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
     started = time.monotonic()
     say("Checking the inputs ...")
     inputs = check_inputs(settings, known_problems, afresh=only_check)
+    settings = inputs.settings
     if only_check:
         say(str(CheckReport(inputs)))
         return
@@ -5341,7 +5511,7 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
                 ChildProcess.end_left_over(file)
         study = open_study(inputs)
         scorer = functools.partial(score_in_child, device=settings.device, stall_minutes=settings.stall_minutes)
-        script = settings.sd_scripts / "train_network.py"
+        script = settings.sd_scripts / inputs.base_model.family.script
         trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
         notes = Notes(study)
 
@@ -5431,7 +5601,8 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     for own in ("dataset_config", "base_model", "scoring_config", "training_config"):
         if getattr(args, own):
             raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
-    args.output_dir = (args.output_dir or Path("runs/demo")).resolve()
+    family = next((name for name in FAMILIES if name.lower() == args.family), SD1.name)
+    args.output_dir = (args.output_dir or Path("runs/demo" if family == SD1.name else f"runs/demo_{family}")).resolve()
     problems = Problems(senseless_values(args))
     problems.of(check_output_dir, args.output_dir)
     problems.refuse()
@@ -5440,7 +5611,7 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     import demo_world
 
     say(f"The demo's data set, small Stable Diffusion and settings: {world}")
-    demo_world.make_demo_world(world)
+    demo_world.make_demo_world(world, family)
     args.dataset_config, args.base_model = world / "dataset.toml", world / "base_model"
     args.sd_scripts, args.trainer_python = HERE / "tests" / "small_trainer", sys.executable
     args.training_config, args.scoring_config = world / "training.toml", world / "scoring.toml"

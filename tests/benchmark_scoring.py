@@ -43,7 +43,9 @@ def make_trial(output_dir: Path, args: argparse.Namespace) -> Path:
     settings = search.ScoringSettings.read(world / "scoring.toml")
     images = [(image.path, *image.captions) for image in data.images]
     base_model = str(args.base_model.resolve() if args.base_model else world / "base_model")
-    plan = search.build_scoring_plan(images, demo_world.SUBJECT, settings, base_model, 2, 42, None)
+    plan = search.build_scoring_plan(
+        images, demo_world.SUBJECT, settings, base_model, {"clip_skip": 2, "seed": 42}, None
+    )
     if args.pipeline_config:
         plan["pipeline_config"] = str(args.pipeline_config.resolve())
     search.write_json(output_dir / "reference" / "plan.json", plan)

@@ -524,7 +524,7 @@ VALUES = [
 MODELS = [
     *(
         bad(f"model {kind}", OTHER_MODELS[kind][0], lambda d, kind=kind: d.family(kind))
-        for kind in ("SD2", "SDXL", "SD3", "FLUX", "inpainting", "LoRA", "something else")
+        for kind in ("SD2", "SD3", "FLUX", "inpainting", "LoRA", "something else")
     ),
     bad("model a pickle", "may be a pickle", lambda d: d.weights(b"\x80\x04K\x01.", "m.ckpt")),
     bad("model a renamed pickle", "m.safetensors", lambda d: d.weights(b"\x80\x04K\x01." * 9, "m.safetensors")),

@@ -25,7 +25,7 @@ SCRIPT = REPOSITORY / "optuna_hyperparameter_search.py"
 GUIDES_FLAGS = "--dataset-config --base-model --output-dir --study-name --n-trials --device".split()
 OTHER_FLAGS = (
     "--sd-scripts --trainer-python --training-config --scoring-config --eval-prompts --subject --storage --seed "
-    "--enqueue --timeout --check --report --score --demo"
+    "--enqueue --timeout --check --report --score --demo --family"
 ).split()
 
 

@@ -378,21 +378,21 @@ def test_refuses_an_unknown_key_in_every_scoring_table(table: str, scoring: Scor
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_refuses_a_missing_scoring_table(table: str, scoring: ScoringFile) -> None:
-    assert f"[{table}]" in the_refusal(search.ScoringSettings.read, scoring(lambda content: content.pop(table)))
+def test_what_a_scoring_config_leaves_out_is_as_in_the_shipped_one(table: str, scoring: ScoringFile) -> None:
+    shipped = search.ScoringSettings.read(Path(search.HERE) / "configs" / "scoring.toml")
+    assert search.ScoringSettings.read(scoring(lambda content: content.pop(table))) == shipped
+    assert search.ScoringSettings.read(scoring(lambda content: content[table].popitem())) == shipped
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_refuses_a_missing_scoring_key(table: str, scoring: ScoringFile) -> None:
-    first: list[str] = []
+def test_a_scoring_config_may_change_one_value(tmp_path: Path) -> None:
+    (tmp_path / "scoring.toml").write_text("[images]\nsteps = 12\n")
+    changed = search.ScoringSettings.read(tmp_path / "scoring.toml")
+    assert (changed.steps, changed.resolution) == (12, 512)
+    assert changed.plain
 
-    def change(content: dict[str, Any]) -> None:
-        first.append(next(iter(content[table])))
-        del content[table][first[0]]
 
-    problem = the_refusal(search.ScoringSettings.read, scoring(change))
-    assert f"{first[0]} in [{table}]" in problem
-    assert "missing" in problem
+def test_a_table_of_a_scoring_config_must_be_one(scoring: ScoringFile) -> None:
+    assert "[images]" in the_refusal(search.ScoringSettings.read, scoring(lambda content: content.update(images=3)))
 
 
 @pytest.mark.parametrize(
@@ -465,11 +465,10 @@ def test_refuses_a_prompt_that_cannot_name_the_subject(key: str, template: str, 
 def test_reports_all_that_is_wrong_with_the_scoring_settings(scoring: ScoringFile) -> None:
     def change(content: dict[str, Any]) -> None:
         content["images"].update(steps=0, extra=1)
-        content["weights"].pop("text")
+        content["weights"]["text"] = -1.0
         content["wrong"] = {}
-        content.pop("usable")
 
-    assert len(refusal(search.ScoringSettings.read, scoring(change))) == 5
+    assert len(refusal(search.ScoringSettings.read, scoring(change))) == 4
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -980,6 +979,42 @@ def unet_tensors() -> list[str]:
     return _within("model.diffusion_model", names)
 
 
+def xl_unet_tensors() -> list[str]:
+    """The names of an SDXL UNet in a single file."""
+    resnet = _layers("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
+    widened = [*resnet, *_layers("skip_connection")]
+    inner = _layers("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3")
+    inner += _layers(*(f"attn{n}.to_{x}" for n in (1, 2) for x in "qkv"), bias=False)
+
+    def attention(depth: int) -> list[str]:
+        blocks = [name for number in range(depth) for name in _within(f"transformer_blocks.{number}", inner)]
+        return [*_layers("norm", "proj_in", "proj_out"), *blocks]
+
+    names = _layers("time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0")
+    names += _layers("out.0", "out.2", "input_blocks.3.0.op", "input_blocks.6.0.op")
+    for block, depth in {1: 0, 2: 0, 4: 2, 5: 2, 7: 10, 8: 10}.items():
+        names += _within(f"input_blocks.{block}.0", widened if block in (4, 7) else resnet)
+        names += _within(f"input_blocks.{block}.1", attention(depth)) if depth else []
+    for place, parts in enumerate((resnet, attention(10), resnet)):
+        names += _within(f"middle_block.{place}", parts)
+    for block, depth in enumerate((10, 10, 10, 2, 2, 2, 0, 0, 0)):
+        names += _within(f"output_blocks.{block}.0", widened)
+        names += _within(f"output_blocks.{block}.1", attention(depth)) if depth else []
+        names += _layers(f"output_blocks.{block}.2.conv") if block in (2, 5) else []
+    return _within("model.diffusion_model", names)
+
+
+def xl_text_tensors() -> list[str]:
+    """Those of SDXL's two text encoders: CLIP's, and OpenCLIP's under its own names."""
+    first = [f"conditioner.embedders.0.transformer.{name.removeprefix(TEXT_ENCODER)}" for name in text_tensors()]
+    layer = _layers("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+    layer += ["attn.in_proj_weight", "attn.in_proj_bias"]
+    second = ["positional_embedding", "text_projection", "token_embedding.weight", "logit_scale"]
+    second += _layers("ln_final")
+    second += [name for number in range(32) for name in _within(f"transformer.resblocks.{number}", layer)]
+    return [*first, *_within("conditioner.embedders.1.model", second)]
+
+
 def vae_tensors() -> list[str]:
     resnet = _layers("norm1", "conv1", "norm2", "conv2")
     names = _layers("quant_conv", "post_quant_conv")
@@ -1015,6 +1050,9 @@ SD1: Shapes = {
 }
 
 
+SDXL: Shapes = {**dict.fromkeys((*xl_unet_tensors(), *vae_tensors(), *xl_text_tensors()), (1,)), FIRST: (2, 4, 3, 3)}
+
+
 def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Path:
     """A whole fp16 file with zeros; big tensors would only make the test slow."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -1033,14 +1071,58 @@ def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | 
 
 def test_knows_stable_diffusion_1(tmp_path: Path) -> None:
     model = search.BaseModel.inspect(write_safetensors(tmp_path / "sd.safetensors", SD1, {"format": "pt"}))
-    assert model.family == "SD1.x"
+    assert model.family is search.SD1
     assert model.path == tmp_path / "sd.safetensors"
+
+
+def test_knows_sdxl(tmp_path: Path) -> None:
+    model = search.BaseModel.inspect(write_safetensors(tmp_path / "xl.safetensors", SDXL, {"format": "pt"}))
+    assert model.family.name == "SDXL"
+    assert model.prediction == {}  # it does not say
+
+
+@pytest.mark.parametrize(
+    ("markers", "said", "prediction"),
+    [
+        (["v_pred"], {}, {"v_parameterization": True}),
+        (["v_pred", "ztsnr"], {}, {"v_parameterization": True, "zero_terminal_snr": True}),
+        ([], {"modelspec.prediction_type": "v"}, {"v_parameterization": True}),
+        ([], {"modelspec.prediction_type": "epsilon"}, {"v_parameterization": False}),
+        ([], {"modelspec.prediction_type": "something new"}, {}),
+    ],
+)
+def test_a_file_may_say_how_the_model_predicts(
+    markers: list[str], said: dict[str, str], prediction: dict[str, bool], tmp_path: Path
+) -> None:
+    file = write_safetensors(tmp_path / "xl.safetensors", {**SDXL, **dict.fromkeys(markers, (0,))}, said)
+    assert search.BaseModel.inspect(file).prediction == prediction
+
+
+def test_options_that_contradict_the_model_are_refused_and_those_that_lack_are_added() -> None:
+    path, known = Path("training.toml"), {"v_parameterization": True, "zero_terminal_snr": True}
+    assert search.add_prediction({"seed": 1}, known, path) == {"seed": 1, **known}
+    assert search.add_prediction({"seed": 1}, {"v_parameterization": False}, path) == {"seed": 1}
+    for options, said in (
+        ({"v_parameterization": False}, known),
+        ({"v_parameterization": True}, {"v_parameterization": False}),
+    ):
+        assert "v_parameterization" in the_refusal(search.add_prediction, options, said, path)
 
 
 SDXL_MARK = "resblocks.9.mlp.c_proj.bias"
 OTHER_MODELS: dict[str, tuple[str, Shapes]] = {
     "SD2": ("SD2", {FIRST: (2, 4, 3, 3), CROSS_ATTENTION: (4, 1024)}),
-    "SDXL": ("SDXL", {**SD1, f"conditioner.embedders.1.model.transformer.{SDXL_MARK}": (4,)}),
+    "half of SDXL": (
+        "second text encoder instead of 389",
+        {
+            **SD1,
+            **{name: (1,) for name in SDXL if ".1.model." not in name},
+            f"conditioner.embedders.1.model.transformer.{SDXL_MARK}": (4,),
+        },
+    ),
+    "SDXL inpainting": ("inpainting", {**SDXL, FIRST: (2, 9, 3, 3)}),
+    "Lumina": ("Lumina", {"noise_refiner.0.attention.qkv.weight": (4, 4), "cap_embedder.0.weight": (4,)}),
+    "Qwen-Image": ("Qwen-Image", {"txt_norm.weight": (4,), "transformer_blocks.0.attn.to_k.weight": (4, 4)}),
     "SDXL refiner": ("refiner", {f"conditioner.embedders.0.model.transformer.{SDXL_MARK}": (4,)}),
     "SD3": ("SD3", {"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (4,)}),
     "FLUX": ("FLUX", {"double_blocks.0.img_attn.norm.key_norm.scale": (4,)}),
@@ -1169,7 +1251,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             damaged[rng.randrange(min(len(damaged), 260))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            assert search.BaseModel.inspect(path).family == "SD1.x"
+            assert search.BaseModel.inspect(path).family is search.SD1
         except search.RefusedInput as error:
             assert len(error.problems) == 1
 
@@ -1210,6 +1292,18 @@ def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
     assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
 
 
+def test_an_sdxl_lora_has_the_size_that_kohya_writes(tmp_path: Path) -> None:
+    adapted: Shapes = {
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight": (4, 8),
+        "model.diffusion_model.input_blocks.4.1.proj_in.weight": (5, 6),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (7, 8),
+        "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight": (9, 10),
+        "conditioner.embedders.1.model.transformer.resblocks.0.attn.out_proj.weight": (11, 12),
+    }
+    model = search.BaseModel.inspect(write_safetensors(tmp_path / "xl.safetensors", {**SDXL, **adapted}))
+    assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
+
+
 def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width: int = 768) -> Path:
     """A diffusers folder, as small as the program's checks allow."""
     unet = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 8)}
@@ -1234,7 +1328,7 @@ def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width:
 
 def test_knows_a_diffusers_folder(tmp_path: Path) -> None:
     model = search.BaseModel.inspect(write_folder(tmp_path / "sd"))
-    assert model.family == "SD1.x"
+    assert model.family is search.SD1
     assert model.lora_bytes_per_dim == 2 * (4 + 8) + 2 * (4 + 4)
 
 
@@ -1249,7 +1343,7 @@ def test_a_safety_checker_gets_no_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pipeline", "width", "name"),
     [
-        ("StableDiffusionXLPipeline", 2048, "StableDiffusionXLPipeline"),
+        ("StableDiffusionXLInpaintPipeline", 2048, "StableDiffusionXLInpaintPipeline"),
         ("StableDiffusionInpaintPipeline", 768, "StableDiffusionInpaintPipeline"),
         ("FluxPipeline", 768, "FluxPipeline"),
         ("StableDiffusionPipeline", 1024, "SD2"),
@@ -1348,7 +1442,7 @@ def shard(folder: Path, stem: str) -> None:
 def test_weights_may_be_in_shards_which_must_all_be_there(part: str, stem: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     shard(folder / part, stem)
-    assert search.BaseModel.inspect(folder).family == "SD1.x"
+    assert search.BaseModel.inspect(folder).family is search.SD1
     (folder / part / f"{stem}-00002-of-00002.safetensors").unlink()
     problem = the_refusal(search.BaseModel.inspect, folder)
     assert f"no whole {part}/{stem}-00002-of-00002.safetensors, so" in problem
@@ -1361,4 +1455,4 @@ def test_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert search.BaseModel.inspect(folder).family == "SD1.x"
+    assert search.BaseModel.inspect(folder).family is search.SD1

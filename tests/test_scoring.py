@@ -357,7 +357,9 @@ def plan_of(
 ) -> dict[str, Any]:
     images = [(Path(f"/{number}.png"), caption) for number, caption in enumerate(captions)]
     settings = dataclasses.replace(settings_of_configs(), **changed)
-    return search.build_scoring_plan(images, subject, settings, "/model", 2, training_seed, prompts)
+    return search.build_scoring_plan(
+        images, subject, settings, "/model", {"clip_skip": 2, "seed": training_seed}, prompts
+    )
 
 
 def prompts_of(plan: dict[str, Any], stage: str, subject: bool = True) -> set[str]:
@@ -564,7 +566,9 @@ def output_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = demo_world.read_data_set(world / "dataset.toml", {"cache_latents": True})
     images = [(image.path, *image.captions) for image in data.images]
     settings = search.ScoringSettings.read(world / "scoring.toml")
-    plan = search.build_scoring_plan(images, "luca", settings, str(world / "base_model"), 2, 42, None)
+    plan = search.build_scoring_plan(
+        images, "luca", settings, str(world / "base_model"), {"clip_skip": 2, "seed": 42}, None
+    )
     (folder / "reference").mkdir()
     search.write_json(folder / "reference" / "plan.json", plan)
     return folder
@@ -596,6 +600,7 @@ TARGETS = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (32, 32),
     "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (32, 32),
     "lora_te_text_model_encoder_layers_1_self_attn_q_proj": (32, 32),
+    "lora_te_text_model_encoder_layers_1_self_attn_out_proj": (32, 32),  # by which diffusers knows kohya's form
     "lora_te_text_model_encoder_layers_0_mlp_fc1": (64, 32),
 }  # (out, in)
 
@@ -735,9 +740,9 @@ def test_half_precision_renders_and_embeds_with_a_lora_of_any(
 
 def test_the_text_encoders_part_of_a_lora_is_applied(scorer: search.ImageScorer, tmp_path: Path) -> None:
     write_lora(tmp_path / "lora.safetensors", 3.0)
-    before = scorer._embed_prompts(["luca"])
+    before = scorer._embed_prompts(["luca"])["prompt_embeds"]
     with scorer.lora(tmp_path / "lora.safetensors"):
-        assert float((scorer._embed_prompts(["luca"]) - before).detach().abs().max()) > 1e-2
+        assert float((scorer._embed_prompts(["luca"])["prompt_embeds"] - before).detach().abs().max()) > 1e-2
 
 
 def test_clip_skip_counts_as_kohya_does(scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -751,7 +756,7 @@ def test_clip_skip_counts_as_kohya_does(scorer: search.ImageScorer, monkeypatch:
         expected = {1: output.last_hidden_state, 2: norm(output.hidden_states[-2]), 3: norm(output.hidden_states[-3])}
         for clip_skip, states in expected.items():
             monkeypatch.setitem(scorer.plan, "clip_skip", clip_skip)
-            torch.testing.assert_close(scorer._embed_prompts(["luca"]), states)
+            torch.testing.assert_close(scorer._embed_prompts(["luca"])["prompt_embeds"], states)
     assert not torch.equal(expected[1], expected[2])
 
 

@@ -1,0 +1,183 @@
+"""Families of base models: what is taken for SDXL, and that it is drawn and scored as kohya trains it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optuna_hyperparameter_search as search
+
+CONFIGS = search.HERE / "configs"
+SDXL = search.FAMILIES["SDXL"]
+V_PREDICTION = {"v_parameterization": True, "zero_terminal_snr": True}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import demo_world
+
+    folder = tmp_path_factory.mktemp("world")
+    demo_world.make_tiny_world(folder, "SDXL")
+    return folder
+
+
+def make_scorer(world: Path, **options: Any) -> search.ImageScorer:
+    settings = search.ScoringSettings.read(world / "scoring.toml")
+    images = [(file, "luca, a beach") for file in sorted((world / "images").glob("*.png"))]
+    about = (str(world / "base_model"), {"clip_skip": 1, "seed": 42, **options}, None, SDXL)
+    return search.ImageScorer(search.build_scoring_plan(images, "luca", settings, *about), "cpu")
+
+
+@pytest.fixture(scope="module")
+def scorer(world: Path) -> search.ImageScorer:
+    return make_scorer(world)
+
+
+def job(prompt: str, seed: int) -> dict[str, Any]:
+    return {"prompt": prompt, "negative": "grey", "seed": seed, "width": 64, "height": 96, "steps": 3, "cfg": 5.0}
+
+
+def test_sdxl_is_drawn_as_its_own_pipeline_draws_it(scorer: search.ImageScorer) -> None:
+    import torch
+
+    made = scorer.render([job("luca", 1), job("a red car", 2)])
+    for image, (prompt, seed) in zip(made, (("luca", 1), ("a red car", 2)), strict=True):
+        assert image.size == (64, 96)
+        own = scorer.pipeline(
+            prompt, negative_prompt="grey", generator=torch.Generator("cpu").manual_seed(seed), width=64, height=96,
+            num_inference_steps=3, guidance_scale=5.0,
+        ).images[0]  # fmt: skip
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(own)).max() <= 1
+
+
+def write_lora(path: Path, *modules: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {}
+    for name, width in zip(modules, (32, 32, 48), strict=False):
+        weights[f"{name}.lora_down.weight"] = torch.full((2, width), 0.1)
+        weights[f"{name}.lora_up.weight"] = torch.full((width, 2), 0.1)
+        weights[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(weights, path)
+
+
+def test_a_lora_of_which_diffusers_knows_only_a_part_is_not_scored(scorer: search.ImageScorer, tmp_path: Path) -> None:
+    known, unknown = (f"lora_te1_text_model_encoder_layers_1_self_attn_{name}_proj" for name in ("out", "in"))
+    write_lora(tmp_path / "lora.safetensors", known)
+    before = scorer._embed_prompts(["luca"])["prompt_embeds"]
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        assert float((scorer._embed_prompts(["luca"])["prompt_embeds"] - before).detach().abs().max()) > 1e-4
+    write_lora(tmp_path / "lora.safetensors", known, unknown)
+    with pytest.raises(search.ScoringFailed, match="1 of 2 modules"), scorer.lora(tmp_path / "lora.safetensors"):
+        pass
+    assert float((scorer._embed_prompts(["luca"])["prompt_embeds"] - before).detach().abs().max()) == 0  # unloaded
+
+
+def test_a_v_prediction_model_of_zero_snr_draws_the_picture_that_it_was_trained_on(world: Path) -> None:
+    """A model that knows one dark picture must draw it, and not a grey one (arXiv 2305.08891)."""
+    import torch
+
+    scheduler = make_scorer(world, **V_PREDICTION).pipeline.scheduler
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps[0] == 999
+    wanted = torch.full((1, 4, 8, 8), -1.5)
+    latents = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for step in scheduler.timesteps:
+        signal, noise = scheduler.alphas_cumprod[step] ** 0.5, (1 - scheduler.alphas_cumprod[step]) ** 0.5
+        guess = signal * (latents - signal * wanted) / noise - noise * wanted
+        latents = scheduler.step(guess, step, latents).prev_sample
+    torch.testing.assert_close(latents, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("captions", "scoring"),
+    [
+        (["1girl, luca, solo, beach", "luca, 1girl, forest"], "scoring_anime.toml"),
+        (["luca, no_humans", "luca, multiple girls", "luca, score_9, sea"], "scoring_anime.toml"),
+        (["luca on a beach, looking at the sea", "1girl, luca, forest"], "scoring_sdxl.toml"),
+        (["luca on a beach"], "scoring_sdxl.toml"),
+        ([], "scoring_sdxl.toml"),
+    ],
+)
+def test_sdxl_takes_its_own_files_and_tags_their_own_prompts(captions: list[str], scoring: str) -> None:
+    data_set = search.DataSet({}, tuple(search.TrainingImage(Path("a"), (text,), True) for text in captions), 1, None)
+    none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
+    found = search.with_defaults(settings(**none), SDXL, data_set)
+    files = (found.training_config, found.scoring_config, found.search_space)
+    assert files == tuple(CONFIGS / name for name in ("training_sdxl.toml", scoring, "search_space_sdxl.toml"))
+
+
+def test_what_the_user_gives_is_taken_for_any_family() -> None:
+    own = {name: Path(f"my_{name}.toml") for name in ("training_config", "scoring_config", "search_space")}
+    captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
+    assert search.with_defaults(settings(**own), SDXL, search.DataSet({}, captions, 1, None)) == settings(**own)
+
+
+def test_stable_diffusion_1_has_the_guides_space_and_the_files_of_before() -> None:
+    none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
+    captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
+    found = search.with_defaults(settings(**none), search.SD1, search.DataSet({}, captions, 1, None))
+    assert found.search_space is None
+    assert (found.training_config, found.scoring_config) == (CONFIGS / "training.toml", CONFIGS / "scoring.toml")
+
+
+def settings(**changes: Any) -> search.Settings:
+    return search.Settings(
+        dataset_config=Path("d"), base_model=Path("m"), output_dir=Path("o"), study_name="s", n_trials=1, device="cpu",
+        sd_scripts=Path("k"), trainer_python="python", eval_prompts=None, subject=None, storage="", seed=1,
+        enqueue=None, timeout_hours=None, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scoring.toml", "scoring_sdxl.toml", "scoring_anime.toml"])
+def test_every_shipped_scoring_config_has_prompts_for_all_stages(name: str) -> None:
+    config = search.ScoringSettings.read(CONFIGS / name)
+    plan = search.build_scoring_plan([], "luca", config, "/model", {"clip_skip": 1, "seed": 42}, None, SDXL)
+    for stage in ("screen", "confirm", "final-1"):
+        prompts = {job["prompt"] for job in plan[stage]}
+        wanted = getattr(config, stage.partition("-")[0])
+        assert len(prompts) == wanted["prompts"] + wanted["plain_prompts"]
+        assert all(prompt.startswith(config.prompt_prefix) for prompt in prompts)
+        assert not any(config.prompt_prefix and config.prompt_prefix in job["text"] for job in plan[stage])
+
+
+@pytest.mark.parametrize(
+    ("only_unet", "table", "says"),
+    [
+        ("network_train_unet_only = true", "[text_encoder_lr]\nlow = 1e-5\nhigh = 2e-5\n", "has no effect"),
+        ("", "[text_encoder_lr]\nlow = 1e-5\nhigh = 2e-5\n", ""),
+        ("network_train_unet_only = true", "", ""),
+        ("network_train_unet_only = false", "", "no text_encoder_lr"),
+        ("", "", "no text_encoder_lr"),
+    ],
+)
+def test_a_space_says_how_text_encoders_are_trained_or_that_they_are_not(
+    only_unet: str, table: str, says: str, tmp_path: Path
+) -> None:
+    shipped = (CONFIGS / "search_space_sdxl.toml").read_text(encoding="utf-8")
+    (tmp_path / "space.toml").write_text(shipped.replace("network_train_unet_only = true", only_unet) + table)
+    with pytest.raises(search.RefusedInput, match=says) if says else contextlib.nullcontext():
+        search.SearchSpace.read(tmp_path / "space.toml")
+
+
+@pytest.mark.slow
+def test_a_search_of_sdxl_trains_scores_and_says_how_to_train_again(world: Path, tmp_path: Path) -> None:
+    space = (CONFIGS / "search_space_sdxl.toml").read_text(encoding="utf-8").replace("[10, 16, 20]", "[5, 6]")
+    (tmp_path / "space.toml").write_text(space, encoding="utf-8")
+    command = ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--base-model", str(world / "base_model")]
+    for name in ("dataset", "training", "scoring"):
+        command += [f"--{name}-config", str(world / f"{name}.toml")]
+    command += ["--search-space", str(tmp_path / "space.toml"), "--device", "cpu", "--n-trials", "1"]
+    assert search.main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    trial, results = tmp_path / "out" / "trial_0000", tmp_path / "out" / "results"
+    assert search.read_json(trial / "metrics.json")["outcome"] == "scored"
+    names = search.read_safetensors_header(results / "best_lora.safetensors")
+    assert any("lora_unet_input_blocks_" in name for name in names)
+    assert not any("lora_te" in name for name in names)
+    assert "sdxl_train_network.py --config_file" in (results / "best_config.toml").read_text(encoding="utf-8")
+    assert list((world / "images").glob("*_sdxl.npz"))
