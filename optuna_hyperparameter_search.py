@@ -5038,7 +5038,7 @@ def find_study(settings: Settings) -> optuna.Study | None:
 
 
 def make_plan(
-    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any], family: Family
+    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any], family: Family = SD1
 ) -> dict[str, Any]:
     # A file that two [[datasets]] train at two resolutions is one picture.
     images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))

@@ -31,6 +31,7 @@ CHECKPOINTS = 6
 LORA_TARGETS = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (32, 32),
     "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (32, 32),
+    "lora_te_text_model_encoder_layers_0_self_attn_out_proj": (32, 32),
     "lora_te_text_model_encoder_layers_0_mlp_fc1": (64, 32),
 }  # (out, in) in the tiny models
 

@@ -3,11 +3,15 @@
     make_demo_world(Path("runs/demo/inputs"))    the demo's: the small world's trained models, pictures of 32 pixels
     make_tiny_world(Path("world"))               the tests': tiny models of random weights, pictures of 64 pixels
 
+Both make an SDXL with family="SDXL".
+
 Everything is there in a few seconds, the same every time: no network, no downloads.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import shutil
@@ -31,13 +35,14 @@ SMALL_WORLD = Path(__file__).resolve().parent / "small_world"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SUBJECT = "luca"
 TINY_PIPELINES = {"SD1.x": tiny_models.make_tiny_pipeline, "SDXL": tiny_models.make_tiny_xl_pipeline}
+XL_MODEL = SMALL_WORLD / "xl_model"
 MODELS = ("base_model", "clip", "dinov2")
 DONE = "complete"  # a file that says what of this version is whole, and where its paths lead
 VERSION = "3"
 
 
-def make_demo_world(folder: Path) -> None:
-    """The small world, in which a LoRA learns its character in half a minute on the CPU.
+def make_demo_world(folder: Path, family: str = "SD1.x") -> None:
+    """The small world, in which a LoRA learns its character in half a minute on the CPU. The family is SD1.x or SDXL.
 
     base_model/, dinov2/, clip/, images/ (16 pictures and captions), dataset.toml, training.toml, scoring.toml. Paths in
     them are absolute. What an earlier call made whole is left as it is.
@@ -46,6 +51,8 @@ def make_demo_world(folder: Path) -> None:
     def make(folder: Path) -> None:
         for name in MODELS:
             shutil.copytree(SMALL_WORLD / name, folder / name, dirs_exist_ok=True)
+        if family == "SDXL":
+            turn_into_xl(folder / "base_model")
         draw_images(folder / "images", 16, scenes.SIDE)
         dataset = {"resolution": scenes.SIDE, "batch_size": 2, "num_repeats": 2}
         images = {"resolution": scenes.SIDE, "steps": 8, "guidance_scale": 4.0, "batch_size": 16}
@@ -54,7 +61,7 @@ def make_demo_world(folder: Path) -> None:
             "confirm": {"prompts": 8, "seeds": 3, "plain_prompts": 4},
             "final": {"prompts": 8, "seeds": 2, "plain_prompts": 2},
         }
-        write_settings(folder, dataset, images, counts, {"prompts": make_prompts()})
+        write_settings(folder, dataset, images, counts, {"prompts": make_prompts()}, family)
 
     _once(folder, make)
 
@@ -73,9 +80,33 @@ def make_tiny_world(folder: Path, family: str = "SD1.x") -> None:
             "confirm": {"prompts": 4, "seeds": 3, "plain_prompts": 4},
             "final": {"prompts": 4, "seeds": 2, "plain_prompts": 2},
         }
-        write_settings(folder, {"resolution": 64, "batch_size": 2, "num_repeats": 2}, images, counts, {})
+        write_settings(folder, {"resolution": 64, "batch_size": 2, "num_repeats": 2}, images, counts, {}, family)
 
     _once(folder, make)
+
+
+def turn_into_xl(model: Path) -> None:
+    """Make the small world's base model its SDXL, which has the same text encoder, autoencoder and convolutions."""
+    from safetensors.numpy import load_file, save_file
+
+    unet, vae = (model / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
+    old, latents = load_file(unet), load_file(vae)
+    shutil.copytree(XL_MODEL, model, dirs_exist_ok=True)
+    save_file({**old, **load_file(unet)}, unet, {"format": "pt"})
+    config = json.loads((vae.parent / "config.json").read_text(encoding="utf-8"))
+    scale_latents(latents, config["scaling_factor"] / tiny_models.XL_SCALING)
+    save_file(latents, vae, {"format": "pt"})
+    config["scaling_factor"] = tiny_models.XL_SCALING
+    (vae.parent / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def scale_latents(vae: dict[str, Any], factor: float) -> None:
+    """Multiply an autoencoder's latents, in its two outermost layers: kohya knows only SDXL's own scale of them."""
+    half = len(vae["quant_conv.bias"]) // 2  # mean, then logarithm of the variance
+    vae["quant_conv.weight"][:half] *= factor
+    vae["quant_conv.bias"][:half] *= factor
+    vae["quant_conv.bias"][half:] += 2 * math.log(factor)
+    vae["post_quant_conv.weight"] /= factor
 
 
 @contextmanager
@@ -111,7 +142,12 @@ def _once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def write_settings(
-    folder: Path, dataset: dict[str, Any], images: dict[str, Any], counts: dict[str, Any], more: dict[str, Any]
+    folder: Path,
+    dataset: dict[str, Any],
+    images: dict[str, Any],
+    counts: dict[str, Any],
+    more: dict[str, Any],
+    family: str = "SD1.x",
 ) -> None:
     """The three TOML files: configs/'s own, with smaller numbers and no graphics card."""
     subset = {"image_dir": str(folder / "images"), "num_repeats": dataset.pop("num_repeats")}
@@ -121,6 +157,8 @@ def write_settings(
     }
     training = toml.loads((CONFIGS / "training.toml").read_text(encoding="utf-8"))
     training |= {"mixed_precision": "no", "save_every_n_epochs": 5}
+    if family == "SDXL":
+        del training["clip_skip"]  # which SDXL ignores
     scoring = toml.loads((CONFIGS / "scoring.toml").read_text(encoding="utf-8"))
     for name, table in {"images": images, **counts, **more}.items():
         scoring[name] |= table

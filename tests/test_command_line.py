@@ -147,7 +147,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_made(
     text = "\n".join(errors_of(capsys, arguments))
     for part in (
         "'v2' in", "'use_8bit_adam' in", "unknown key 'resolutoin' in [images]", "did you mean 'resolution'?",
-        "has no table [prompts]", "may be a pickle", "unknown key 'bach_size'", "did you mean 'batch_size'?",
+        "may be a pickle", "unknown key 'bach_size'", "did you mean 'batch_size'?",
         "has no images", "network_dim = 96",
     ):  # fmt: skip
         assert part in text, part

@@ -84,12 +84,16 @@ def test_config_holds_searched_values_fixed_options_and_paths_under_kohyas_names
 
 
 def test_every_key_that_is_written_is_an_option_of_the_real_trainer() -> None:
-    options = json.loads((REPOSITORY / "tests/kohya/train_network_options.json").read_text())
-    fixed = search.read_training_options(REPOSITORY / "configs/training.toml")
-    for params in (PARAMS, search.FIRST_STEP_PARAMS):
-        written = search.trial_config(params, fixed, Path("/m"), Path("/d"), Path("/o"))
-        assert written.keys() <= options.keys()
-    assert search.REFUSED_OPTIONS.keys() <= options.keys()
+    known: set[str] = set()
+    for family in search.FAMILIES.values():
+        file = Path(family.script).with_suffix("").name + "_options.json"
+        options = json.loads((REPOSITORY / "tests" / "kohya" / file).read_text())
+        fixed = search.read_training_options(REPOSITORY / "configs" / family.training_config)
+        for params in (PARAMS, search.FIRST_STEP_PARAMS):
+            written = search.trial_config(params, fixed, Path("/m"), Path("/d"), Path("/o"))
+            assert written.keys() <= options.keys()
+        known |= options.keys()
+    assert search.REFUSED_OPTIONS.keys() <= known
 
 
 # --- progress ----------------------------------------------------------------------------------------

@@ -85,14 +85,14 @@ def _make_tiny_vae(**more: Any) -> Any:
     return vae
 
 
-def xl_conditioning(first: int, second: int) -> dict[str, Any]:
-    """What tells a UNet that it reads two text encoders of these widths, pooled text and six sizes."""
+def xl_conditioning(first: int, second: int, pooled: int) -> dict[str, Any]:
+    """What tells a UNet that it reads two text encoders and pooled text of these widths, and six sizes."""
     return {
         "cross_attention_dim": first + second,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": second + 6 * 8,
+        "projection_class_embeddings_input_dim": pooled + 6 * 8,
     }
 
 
@@ -147,7 +147,7 @@ def make_tiny_xl_pipeline(folder: Path, seed: int = 1) -> None:
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 4),
         norm_num_groups=8,
-        **xl_conditioning(WIDTH, WIDTH_2),
+        **xl_conditioning(WIDTH, WIDTH_2, WIDTH_2),
     )
     vae = _make_tiny_vae(scaling_factor=XL_SCALING, force_upcast=True)
     first = CLIPTextModel(CLIPTextConfig(**_text_config()))
@@ -164,6 +164,18 @@ def make_tiny_xl_pipeline(folder: Path, seed: int = 1) -> None:
         scheduler=EulerDiscreteScheduler(**XL_SCHEDULER),
         add_watermarker=False,
     ).save_pretrained(folder)
+
+
+def write_xl_index(folder: Path) -> None:
+    """The file by which diffusers knows an SDXL's parts, for a folder that is put together."""
+    parts = {
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "vae": ["diffusers", "AutoencoderKL"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "image_encoder": [None, None], "feature_extractor": [None, None],
+    }  # fmt: skip
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, **parts}
+    _write_json(folder / "model_index.json", index)
 
 
 def write_image_processor(folder: Path, kind: str, side: int, mean: float, std: float) -> None:

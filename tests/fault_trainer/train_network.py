@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 SMALL_TRAINER = Path(__file__).resolve().parents[1] / "small_trainer" / "train_network.py"
-LAYERS = ("attn1.to_q", "attn2.to_v", "self_attn.q_proj", "mlp.fc1")
+LAYERS = ("attn1.to_q", "attn2.to_v", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
 
 
 def load_small_trainer() -> Any:

@@ -1,12 +1,14 @@
 """Train the small world's models from nothing and save them beside this file, in fp16.
 
-    python tests/small_world/make_weights.py                      everything, about an hour on two cores
-    python tests/small_world/make_weights.py --only unet          one of autoencoder, decoder, clip, dinov2, unet
+    python tests/small_world/make_weights.py                      everything, about 1.5 hours on two cores
+    python tests/small_world/make_weights.py --only unet          one of autoencoder, decoder, clip, dinov2, unet,
+                                                                  text_encoder_2, unet_xl
     python tests/small_world/make_weights.py --folder /tmp/world  somewhere else
 
 Every random number comes from SEED. What is made is what a StableDiffusionPipeline, DINOv2 and CLIP are saved as:
 base_model/, dinov2/ and clip/. As in Stable Diffusion itself, the text encoder is CLIP's, and frozen while the UNet
-learns.
+learns. xl_model/ holds what an SDXL has that base_model/ lacks: the layers of the UNet that went on learning, a second
+text encoder with its tokenizer, and a scheduler. demo_world.py puts both together.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +36,22 @@ from small_world import scenes
 from small_world.scenes import Identity, Scene
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
 SEED = 20
 WIDTH = 128  # of the text encoder's states, the UNet's cross-attention and the encoders' embeddings
+WIDTH_2 = 160  # of the second text encoder's states
 TOKENS = 32  # of a prompt, for the pipeline
 LATENT_CHANNELS = 8
 SCALING = 0.18215  # kohya's trainers know no other: latents times this have a standard deviation of 1
 SENSITIVITY = {"unet": 60.0, "text encoder": 10.0}  # how many times more than otherwise a LoRA's step changes
 CLIP_SKIP = 2  # as in configs/training.toml
 
-STEPS = {"autoencoder": 3500, "decoder": 3000, "clip": 2500, "dinov2": 2000, "unet": 10000}  # the numbers of batches
+STEPS = {  # the numbers of batches
+    "autoencoder": 3500, "decoder": 3000, "clip": 2500, "dinov2": 2000, "unet": 10000, "text_encoder_2": 1500,
+    "unet_xl": 4000,
+}  # fmt: skip
 
 
 # Data and the loop that all trainings share
@@ -89,7 +96,7 @@ def steps(what: str, parameters: Any, count: int, rate: float) -> Iterator[tuple
             print(f"{what}: step {step + 1}/{count}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
 
 
-# The four trainings
+# The trainings
 
 
 def train_autoencoder(folder: Path) -> None:
@@ -161,7 +168,7 @@ def unify_latents(vae: Any, pictures: torch.Tensor) -> None:
         vae.post_quant_conv.weight /= factor
 
 
-def write_tokenizer(folder: Path, max_length: int) -> None:
+def write_tokenizer(folder: Path, max_length: int, pad: str = "<|endoftext|>") -> None:
     """CLIP's kind of tokenizer whose merges make a token of every word of the captions; names stay syllables."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -172,7 +179,7 @@ def write_tokenizer(folder: Path, max_length: int) -> None:
     texts = [scenes.caption(scene, rng) for scene in random_scenes(rng, 4000)]
     learner.train_from_iterator(texts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
-    tiny_models.write_tokenizer(folder, [tuple(pair) for pair in merges], max_length)
+    tiny_models.write_tokenizer(folder, [tuple(pair) for pair in merges], max_length, pad)
 
 
 def train_clip(folder: Path) -> None:
@@ -183,12 +190,8 @@ def train_clip(folder: Path) -> None:
     rng = random.Random(SEED)
     write_tokenizer(folder / "clip", 77)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
-    size = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**size, **ends, "pad_token_id": tokenizer.eos_token_id, "num_hidden_layers": 3}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    vision = {**size, "num_hidden_layers": 3, "image_size": scenes.SIDE, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    vision = {**transformer_size(WIDTH), "image_size": scenes.SIDE, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text_config(WIDTH, tokenizer), vision_config=vision, projection_dim=WIDTH))
     for _, update in steps("clip", clip.parameters(), STEPS["clip"], 1e-3):
         drawn = random_scenes(rng, 96)
         captions = [named_caption(scene, rng) for scene in drawn]
@@ -202,6 +205,18 @@ def train_clip(folder: Path) -> None:
     encoder.half().save_pretrained(folder / "base_model" / "text_encoder")
     name_text_encoder_as_published(folder / "base_model" / "text_encoder" / "model.safetensors")
     write_tokenizer(folder / "base_model" / "tokenizer", TOKENS)
+
+
+def transformer_size(width: int) -> dict[str, Any]:
+    """Of a text or an image encoder of CLIP."""
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": WIDTH}
+    return {"hidden_size": width, "intermediate_size": 4 * width, **heads}
+
+
+def text_config(width: int, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends["pad_token_id"] = tokenizer.pad_token_id
+    return {**transformer_size(width), **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
 
 
 IMAGE_STD = 0.6  # of pictures in [-1, 1]; the encoders' processors divide by half of it
@@ -314,8 +329,14 @@ def train_unet(folder: Path) -> None:
         norm_num_groups=16,
     )
     ema = EMAModel(unet.parameters(), decay=0.999)
-    latents, states = encode_scenes(rng, 30_000, vae, encoder, tokenizer)
-    empty = embed(encoder, tokenizer, [""])[0]
+
+    def embed(texts: Sequence[str]) -> list[torch.Tensor]:
+        """Hidden states (n, 32, 128) at CLIP_SKIP, through the final layer norm, as kohya takes them."""
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        return [norm(read(encoder, tokenizer, texts).hidden_states[-CLIP_SKIP])]
+
+    latents, states = encode_scenes(rng, 30_000, vae, embed)
+    (empty,) = encode(embed, [""])
     batch = 32
     for _, update in steps("unet", unet.parameters(), STEPS["unet"], 1e-3):
         chosen = torch.randint(0, len(latents), (batch,))
@@ -374,25 +395,147 @@ def name_text_encoder_as_published(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def encode_scenes(
-    rng: random.Random, count: int, vae: Any, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (n, 8, 8, 8) and text states (n, 32, 128), fp16, of `count` new scenes but those held out."""
-    latents, states = [], []
+Embed = Callable[[Sequence[str]], list[torch.Tensor]]  # what a UNet reads of texts
+
+
+def encode_scenes(rng: random.Random, count: int, vae: Any, embed: Embed) -> list[torch.Tensor]:
+    """Latents (n, 8, 8, 8) and what `embed` makes of captions, fp16, of `count` new scenes but those held out."""
+    parts = []
     for _ in range(count // 100):
         drawn = [scene for scene in random_scenes(rng, 100) if not scenes.is_held_out(scene)]
         with torch.no_grad():
-            latents.append(vae.encode(to_tensor(drawn)).latent_dist.sample().half())
-        states.append(embed(encoder, tokenizer, [named_caption(scene, rng) for scene in drawn]).half())
-    return torch.cat(latents), torch.cat(states)
+            latents = vae.encode(to_tensor(drawn)).latent_dist.sample()
+        texts = encode(embed, [named_caption(scene, rng) for scene in drawn])
+        parts.append([part.half() for part in (latents, *texts)])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def embed(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """Hidden states (n, 32, 128) at CLIP_SKIP, through the final layer norm, as kohya takes them."""
-    tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
-    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+def encode(embed: Embed, texts: Sequence[str]) -> list[torch.Tensor]:
     with torch.no_grad():
-        return norm(encoder(tokens.input_ids, output_hidden_states=True).hidden_states[-CLIP_SKIP])
+        return embed(texts)
+
+
+def read(encoder: Any, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:
+    """An encoder's output."""
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+    return encoder(tokens.input_ids, output_hidden_states=True)
+
+
+# What SDXL has besides
+
+
+def train_text_encoder_2(folder: Path) -> None:
+    """A wider text encoder with a projection, contrastively against the pictures as CLIP sees them."""
+    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(SEED + 2)
+    rng = random.Random(SEED + 2)
+    where = folder / "xl_model"
+    write_tokenizer(where / "tokenizer_2", TOKENS, tiny_models.XL_PAD)
+    tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer_2")
+    clip = CLIPModel.from_pretrained(folder / "clip", torch_dtype=torch.float32).requires_grad_(False)
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**text_config(WIDTH_2, tokenizer), hidden_act="gelu"))
+    for _, update in steps("text encoder 2", encoder.parameters(), STEPS["text_encoder_2"], 1e-3):
+        drawn = random_scenes(rng, 96)
+        captions = [named_caption(scene, rng) for scene in drawn]
+        seen = clip.visual_projection(clip.vision_model(to_tensor(drawn) / IMAGE_STD).pooler_output)
+        told = read(encoder, tokenizer, captions).text_embeds
+        logits = clip.logit_scale.exp() * normalize(told, dim=1) @ normalize(seen, dim=1).T
+        update(contrastive_loss(logits, which_fit(drawn, captions)))
+    encoder.half().save_pretrained(where / "text_encoder_2")
+
+
+def train_unet_xl(folder: Path) -> None:
+    """The base model's UNet learns to read two encoders, the pooled text and the sizes; its convolutions stay.
+
+    Each of states, second states and pooled text is left out of every fifth picture, so that all three are read.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler
+    from diffusers.training_utils import EMAModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED + 3)
+    base, model = folder / "base_model", folder / "xl_model"
+    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32)
+    encoder_2 = CLIPTextModelWithProjection.from_pretrained(model / "text_encoder_2", torch_dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    tokenizer_2 = CLIPTokenizer.from_pretrained(model / "tokenizer_2")
+
+    def embed(texts: Sequence[str]) -> list[torch.Tensor]:
+        """The last hidden states but one, without a norm, and the second encoder's projection."""
+        first, second = read(encoder, tokenizer, texts), read(encoder_2, tokenizer_2, texts)
+        return [first.hidden_states[-2], second.hidden_states[-2], second.text_embeds]
+
+    unet = widen_unet(base / "unet", encoder)
+    learning = {name: weight for name, weight in unet.named_parameters() if re.search(LEARNT_BY_XL, name)}
+    unet.requires_grad_(False)
+    ema = EMAModel(learning.values(), decay=0.999)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents, *texts = encode_scenes(rng, 20_000, vae, embed)
+    empty = encode(embed, [""])
+    batch = 32
+    sizes = torch.tensor([[scenes.SIDE, scenes.SIDE, 0, 0, scenes.SIDE, scenes.SIDE]]).expand(batch, -1)
+    for weight in learning.values():
+        weight.requires_grad_(True)
+    for _, update in steps("unet xl", learning.values(), STEPS["unet_xl"], 1e-3):
+        chosen = torch.randint(0, len(latents), (batch,))
+        noise = torch.randn(batch, *latents.shape[1:])
+        when = torch.randint(0, scheduler.config.num_train_timesteps, (batch,))
+        draw, without = torch.rand(batch), torch.rand(batch, 3) < 0.2
+        parts = [part[chosen].float() for part in texts]
+        for number, part in enumerate(parts):
+            part[without[:, number]] = 0
+            part[draw < 0.1] = 0  # as the pipeline does without a prompt
+            part[draw < 0.05] = empty[number]  # as others do
+        conditions = {"text_embeds": parts[2], "time_ids": sizes}
+        noisy = scheduler.add_noise(latents[chosen].float() * SCALING, noise, when)
+        update(mse_loss(unet(noisy, when, torch.cat(parts[:2], dim=2), added_cond_kwargs=conditions).sample, noise))
+        ema.step(learning.values())
+    ema.copy_to(learning.values())
+    save_xl_model(model, unet, learning)
+
+
+LEARNT_BY_XL = r"attentions|add_embedding|time_emb_proj"  # names of layers
+
+
+def widen_unet(folder: Path, encoder: Any) -> Any:
+    """A UNet as SDXL's that at first computes about what this one does, and reads nothing new."""
+    from diffusers import UNet2DConditionModel
+
+    old = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    config = {name: value for name, value in old.config.items() if not name.startswith("_")}
+    unet = UNet2DConditionModel(**{**config, **tiny_models.xl_conditioning(WIDTH, WIDTH_2, WIDTH)})
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm  # SDXL's UNet reads the states before it
+    weights = old.state_dict()
+    for name, wanted in unet.state_dict().items():
+        if name.startswith("add_embedding.linear_2"):
+            weights[name] = torch.zeros_like(wanted)
+        elif name.startswith("add_embedding"):
+            weights[name] = wanted
+        elif re.search(r"attn2\.to_[kv]\.weight", name):
+            read_before = weights[name] * norm.weight / STATES_STD
+            weights[name] = torch.cat([read_before, torch.zeros(len(wanted), WIDTH_2)], dim=1)
+        weights[name] = weights[name].detach().view(wanted.shape)  # 1 x 1 convolutions become linear
+    unet.load_state_dict(weights)
+    return unet
+
+
+STATES_STD = 3.5  # of the first text encoder's states before its final norm
+
+
+def save_xl_model(model: Path, unet: Any, learnt: Mapping[str, torch.Tensor]) -> None:
+    """What is not in base_model/."""
+    from diffusers import EulerDiscreteScheduler
+    from safetensors.torch import save_file
+
+    unet.register_to_config(_name_or_path="")
+    unet.save_config(model / "unet")
+    weights = {name: weight.detach().half().contiguous() for name, weight in learnt.items()}
+    save_file(weights, model / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    EulerDiscreteScheduler(**tiny_models.XL_SCHEDULER).save_pretrained(model / "scheduler")
+    tiny_models.write_xl_index(model)
 
 
 TRAININGS = {
@@ -401,12 +544,14 @@ TRAININGS = {
     "clip": train_clip,
     "dinov2": train_dinov2,
     "unet": train_unet,
+    "text_encoder_2": train_text_encoder_2,
+    "unet_xl": train_unet_xl,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    parser.add_argument("--only", choices=TRAININGS, help="one training; the UNet's needs all but DINOv2's")
+    parser.add_argument("--only", choices=TRAININGS, help="one training; it needs those before it, but not DINOv2's")
     parser.add_argument("--folder", type=Path, default=HERE)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
