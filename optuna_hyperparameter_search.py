@@ -4863,38 +4863,32 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     problems = Problems(known_problems)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     family = base_model.family if base_model else SD1
-    settings = with_defaults(settings, family)
+    given, settings = settings, with_family_files(settings, family)
     raw = problems.of(read_training_options, settings.training_config)
     if raw and base_model:
         raw = problems.of(add_prediction, raw, base_model.prediction, settings.training_config)
     config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
-    given = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
-    space = given or V2_1
+    read = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
+    space = read or V2_1
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
         problems.of(trainer.check_card, settings)
     options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
-    if settings.device == "cpu" and (options or {}).get("mixed_precision") == "fp16":
-        where = f"mixed_precision = 'fp16' in {settings.training_config}"
-        problems.lines.append(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
+    problems.of(check_precision, settings, options or {})
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
-    settings = with_defaults(settings, family, data_set)
+    settings = with_family_files(given, family, data_set)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config)
     ready = data_set and scoring and options
     plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
     problems.of(check_packages)
     if scoring:
-        problems.of(check_scoring_model, "dinov2", scoring.dinov2, ENCODER_FILES)
-        problems.of(check_scoring_model, "clip", scoring.clip, ENCODER_FILES)
-        if settings.base_model and settings.base_model.is_file():  # it holds no pipeline config
-            files = ["model_index.json", *(f"{part}/vocab.json" for part in family.folder if "tokenizer" in part)]
-            problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, files)
+        problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
-    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue and given else []
+    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue and read else []
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
@@ -4937,14 +4931,16 @@ def check_space_options(
     Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
 
 
-def with_defaults(settings: Settings, family: Family, data_set: DataSet | None = None) -> Settings:
-    """The settings with the family's own files where none was given. For captions of tags it may have another one."""
+def with_family_files(settings: Settings, family: Family, data_set: DataSet | None = None) -> Settings:
+    """The settings with the family's files where none is given. Captions that are tags may have one of their own."""
     texts = [text for image in data_set.subject_images for text in image.captions] if data_set else []
     scoring = family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config
-    configs = {"training_config": family.training_config, "search_space": family.search_space}
-    configs |= {"scoring_config": scoring} if data_set else {}
-    own = {key: HERE / "configs" / name for key, name in configs.items() if name and getattr(settings, key) is None}
-    return replace(settings, **own)
+    return replace(
+        settings,
+        training_config=settings.training_config or HERE / "configs" / family.training_config,
+        scoring_config=settings.scoring_config or HERE / "configs" / scoring,
+        search_space=settings.search_space or (HERE / "configs" / family.search_space if family.search_space else None),
+    )
 
 
 def add_prediction(options: Params, known: Mapping[str, bool], path: Path) -> Params:
@@ -4979,6 +4975,22 @@ def check_packages() -> None:
     tools = "torch diffusers transformers peft safetensors PIL optuna_dashboard rich jinja2 plotly psutil"
     if missing := [name for name in tools.split() if importlib.util.find_spec(name) is None]:
         raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
+
+
+def check_precision(settings: Settings, options: Mapping[str, Any]) -> None:
+    if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
+        where = f"mixed_precision = 'fp16' in {settings.training_config}"
+        raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
+
+
+def check_scoring_models(scoring: ScoringSettings, family: Family, base_model: Path | None) -> None:
+    problems = Problems()
+    for key in ("dinov2", "clip"):
+        problems.of(check_scoring_model, key, getattr(scoring, key), ENCODER_FILES)
+    if base_model and base_model.is_file():  # it holds no pipeline config
+        files = ["model_index.json", *(f"{part}/vocab.json" for part in family.folder if "tokenizer" in part)]
+        problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, files)
+    problems.refuse()
 
 
 def check_scoring_model(key: str, name: str, files: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ SMALL_WORLD = Path(__file__).resolve().parent / "small_world"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SUBJECT = "luca"
 TINY_PIPELINES = {"SD1.x": tiny_models.make_tiny_pipeline, "SDXL": tiny_models.make_tiny_xl_pipeline}
-XL_MODEL = SMALL_WORLD / "xl_model"
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a UNet, or an autoencoder
 MODELS = ("base_model", "clip", "dinov2")
 DONE = "complete"  # a file that says what of this version is whole, and where its paths lead
 VERSION = "3"
@@ -52,7 +52,7 @@ def make_demo_world(folder: Path, family: str = "SD1.x") -> None:
         for name in MODELS:
             shutil.copytree(SMALL_WORLD / name, folder / name, dirs_exist_ok=True)
         if family == "SDXL":
-            turn_into_xl(folder / "base_model")
+            put_xl_together(SMALL_WORLD, folder / "base_model")
         draw_images(folder / "images", 16, scenes.SIDE)
         dataset = {"resolution": scenes.SIDE, "batch_size": 2, "num_repeats": 2}
         images = {"resolution": scenes.SIDE, "steps": 8, "guidance_scale": 4.0, "batch_size": 16}
@@ -85,19 +85,32 @@ def make_tiny_world(folder: Path, family: str = "SD1.x") -> None:
     _once(folder, make)
 
 
-def turn_into_xl(model: Path) -> None:
-    """Make the small world's base model its SDXL, which has the same text encoder, autoencoder and convolutions."""
+def put_xl_together(small_world: Path, model: Path) -> None:
+    """Write the small world's SDXL: its own layers of the UNet, and what it shares with base_model/ and CLIP."""
     from safetensors.numpy import load_file, save_file
 
-    unet, vae = (model / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae"))
-    old, latents = load_file(unet), load_file(vae)
-    shutil.copytree(XL_MODEL, model, dirs_exist_ok=True)
-    save_file({**old, **load_file(unet)}, unet, {"format": "pt"})
-    config = json.loads((vae.parent / "config.json").read_text(encoding="utf-8"))
-    scale_latents(latents, config["scaling_factor"] / tiny_models.XL_SCALING)
-    save_file(latents, vae, {"format": "pt"})
-    config["scaling_factor"] = tiny_models.XL_SCALING
-    (vae.parent / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    base, clip = small_world / "base_model", small_world / "clip"
+    shutil.copytree(base, model, dirs_exist_ok=True)
+    shutil.copytree(small_world / "xl_model", model, dirs_exist_ok=True)
+    weights = {**load_file(base / "unet" / WEIGHTS), **load_file(small_world / "xl_model" / "unet" / WEIGHTS)}
+    save_file(weights, model / "unet" / WEIGHTS, {"format": "pt"})
+    shutil.copytree(base / "tokenizer", model / "tokenizer_2", dirs_exist_ok=True)
+    text = json.loads((clip / "config.json").read_text(encoding="utf-8"))["text_config"]
+    parts = {"text_model", "text_projection"}
+    weights = {name: one for name, one in load_file(clip / "model.safetensors").items() if name.split(".")[0] in parts}
+    (model / "text_encoder_2").mkdir(exist_ok=True)
+    save_file(weights, model / "text_encoder_2" / "model.safetensors", {"format": "pt"})
+    vae = json.loads((base / "vae" / "config.json").read_text(encoding="utf-8"))
+    latents = load_file(base / "vae" / WEIGHTS)
+    scale_latents(latents, vae["scaling_factor"] / tiny_models.XL_SCALING)
+    save_file(latents, model / "vae" / WEIGHTS, {"format": "pt"})
+    for part, config in (
+        ("text_encoder_2/config", {**text, "architectures": ["CLIPTextModelWithProjection"]}),
+        ("vae/config", {**vae, "scaling_factor": tiny_models.XL_SCALING}),
+        ("scheduler/scheduler_config", {"_class_name": "EulerDiscreteScheduler", **tiny_models.XL_SCHEDULER}),
+    ):
+        (model / f"{part}.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tiny_models.write_xl_index(model)
 
 
 def scale_latents(vae: dict[str, Any], factor: float) -> None:

@@ -107,7 +107,7 @@ def test_a_v_prediction_model_of_zero_snr_draws_the_picture_that_it_was_trained_
 def test_sdxl_takes_its_own_files_and_tags_their_own_prompts(captions: list[str], scoring: str) -> None:
     data_set = search.DataSet({}, tuple(search.TrainingImage(Path("a"), (text,), True) for text in captions), 1, None)
     none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
-    found = search.with_defaults(settings(**none), SDXL, data_set)
+    found = search.with_family_files(settings(**none), SDXL, data_set)
     files = (found.training_config, found.scoring_config, found.search_space)
     assert files == tuple(CONFIGS / name for name in ("training_sdxl.toml", scoring, "search_space_sdxl.toml"))
 
@@ -115,13 +115,13 @@ def test_sdxl_takes_its_own_files_and_tags_their_own_prompts(captions: list[str]
 def test_what_the_user_gives_is_taken_for_any_family() -> None:
     own = {name: Path(f"my_{name}.toml") for name in ("training_config", "scoring_config", "search_space")}
     captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
-    assert search.with_defaults(settings(**own), SDXL, search.DataSet({}, captions, 1, None)) == settings(**own)
+    assert search.with_family_files(settings(**own), SDXL, search.DataSet({}, captions, 1, None)) == settings(**own)
 
 
 def test_stable_diffusion_1_has_the_guides_space_and_the_files_of_before() -> None:
     none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
     captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
-    found = search.with_defaults(settings(**none), search.SD1, search.DataSet({}, captions, 1, None))
+    found = search.with_family_files(settings(**none), search.SD1, search.DataSet({}, captions, 1, None))
     assert found.search_space is None
     assert (found.training_config, found.scoring_config) == (CONFIGS / "training.toml", CONFIGS / "scoring.toml")
 
@@ -181,3 +181,14 @@ def test_a_search_of_sdxl_trains_scores_and_says_how_to_train_again(world: Path,
     assert not any("lora_te" in name for name in names)
     assert "sdxl_train_network.py --config_file" in (results / "best_config.toml").read_text(encoding="utf-8")
     assert list((world / "images").glob("*_sdxl.npz"))
+
+
+def test_all_problems_are_reported_where_the_data_set_is_wrong_too(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--base-model", str(world / "base_model"), "--dataset-config", str(tmp_path / "none.toml"), "--check"]
+    command += ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--device", "cpu"]
+    assert search.main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "none.toml" in said and "facebook/dinov2-base" in said  # encoders of the default scoring config
+    assert "Traceback" not in said

@@ -1,14 +1,14 @@
 """Train the small world's models from nothing and save them beside this file, in fp16.
 
-    python tests/small_world/make_weights.py                      everything, about 1.5 hours on two cores
+    python tests/small_world/make_weights.py                      everything, about 1.3 hours on two cores
     python tests/small_world/make_weights.py --only unet          one of autoencoder, decoder, clip, dinov2, unet,
-                                                                  text_encoder_2, unet_xl
+                                                                  unet_xl
     python tests/small_world/make_weights.py --folder /tmp/world  somewhere else
 
 Every random number comes from SEED. What is made is what a StableDiffusionPipeline, DINOv2 and CLIP are saved as:
 base_model/, dinov2/ and clip/. As in Stable Diffusion itself, the text encoder is CLIP's, and frozen while the UNet
-learns. xl_model/ holds what an SDXL has that base_model/ lacks: the layers of the UNet that went on learning, a second
-text encoder with its tokenizer, and a scheduler. demo_world.py puts both together.
+learns. xl_model/ holds the layers of the UNet that went on learning to be an SDXL's. The rest of it is base_model/'s,
+and its second text encoder is CLIP's, with the projection: demo_world.py puts it together.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 SEED = 20
 WIDTH = 128  # of the text encoder's states, the UNet's cross-attention and the encoders' embeddings
-WIDTH_2 = 160  # of the second text encoder's states
 TOKENS = 32  # of a prompt, for the pipeline
 LATENT_CHANNELS = 8
 SCALING = 0.18215  # kohya's trainers know no other: latents times this have a standard deviation of 1
@@ -49,8 +50,7 @@ SENSITIVITY = {"unet": 60.0, "text encoder": 10.0}  # how many times more than o
 CLIP_SKIP = 2  # as in configs/training.toml
 
 STEPS = {  # the numbers of batches
-    "autoencoder": 3500, "decoder": 3000, "clip": 2500, "dinov2": 2000, "unet": 10000, "text_encoder_2": 1500,
-    "unet_xl": 4000,
+    "autoencoder": 3500, "decoder": 3000, "clip": 2500, "dinov2": 2000, "unet": 10000, "unet_xl": 2500,
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def unify_latents(vae: Any, pictures: torch.Tensor) -> None:
         vae.post_quant_conv.weight /= factor
 
 
-def write_tokenizer(folder: Path, max_length: int, pad: str = "<|endoftext|>") -> None:
+def write_tokenizer(folder: Path, max_length: int) -> None:
     """CLIP's kind of tokenizer whose merges make a token of every word of the captions; names stay syllables."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -179,7 +179,7 @@ def write_tokenizer(folder: Path, max_length: int, pad: str = "<|endoftext|>") -
     texts = [scenes.caption(scene, rng) for scene in random_scenes(rng, 4000)]
     learner.train_from_iterator(texts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
-    tiny_models.write_tokenizer(folder, [tuple(pair) for pair in merges], max_length, pad)
+    tiny_models.write_tokenizer(folder, [tuple(pair) for pair in merges], max_length)
 
 
 def train_clip(folder: Path) -> None:
@@ -190,8 +190,12 @@ def train_clip(folder: Path) -> None:
     rng = random.Random(SEED)
     write_tokenizer(folder / "clip", 77)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
-    vision = {**transformer_size(WIDTH), "image_size": scenes.SIDE, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text_config(WIDTH, tokenizer), vision_config=vision, projection_dim=WIDTH))
+    size = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**size, **ends, "pad_token_id": tokenizer.eos_token_id, "num_hidden_layers": 3}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**size, "num_hidden_layers": 3, "image_size": scenes.SIDE, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     for _, update in steps("clip", clip.parameters(), STEPS["clip"], 1e-3):
         drawn = random_scenes(rng, 96)
         captions = [named_caption(scene, rng) for scene in drawn]
@@ -205,18 +209,6 @@ def train_clip(folder: Path) -> None:
     encoder.half().save_pretrained(folder / "base_model" / "text_encoder")
     name_text_encoder_as_published(folder / "base_model" / "text_encoder" / "model.safetensors")
     write_tokenizer(folder / "base_model" / "tokenizer", TOKENS)
-
-
-def transformer_size(width: int) -> dict[str, Any]:
-    """Of a text or an image encoder of CLIP."""
-    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": WIDTH}
-    return {"hidden_size": width, "intermediate_size": 4 * width, **heads}
-
-
-def text_config(width: int, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ends["pad_token_id"] = tokenizer.pad_token_id
-    return {**transformer_size(width), **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
 
 
 IMAGE_STD = 0.6  # of pictures in [-1, 1]; the encoders' processors divide by half of it
@@ -362,29 +354,38 @@ def make_sensitive(unet: Any, encoder: Any, factors: Mapping[str, float]) -> Non
     A LoRA's step through such a layer changes its output that many times as much. Models as small as these would
     otherwise want learning rates far above Stable Diffusion's, and V2.1's would teach them nothing in 250 steps.
     """
+    encoder = getattr(encoder, "text_model", encoder)  # transformers 5 has no text_model
+    for layer in encoder.encoder.layers:
+        attention = layer.self_attn
+        shift(factors["text encoder"], layer.layer_norm1, attention.q_proj, attention.k_proj, attention.v_proj)
+        shift(factors["text encoder"], layer.layer_norm2, layer.mlp.fc1)
+    make_unet_sensitive(unet, factors["unet"])
+    readers = [layer for block in blocks_of(unet) for layer in (block.attn2.to_k, block.attn2.to_v)]
+    shift(factors["unet"], encoder.final_layer_norm, *readers)
 
-    def shift(factor: float, norm: Any, *layers: Any) -> None:
+
+def make_unet_sensitive(unet: Any, factor: float) -> None:
+    """The layers that read the UNet's own norms."""
+    for module in unet.modules():
+        if hasattr(module, "transformer_blocks"):
+            shift(factor, module.norm, module.proj_in)
+    for block in blocks_of(unet):
+        shift(factor, block.norm1, block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        shift(factor, block.norm2, block.attn2.to_q)
+        shift(factor, block.norm3, block.ff.net[0].proj)
+
+
+def blocks_of(unet: Any) -> list[Any]:
+    transformers = [module for module in unet.modules() if hasattr(module, "transformer_blocks")]
+    return [block for transformer in transformers for block in transformer.transformer_blocks]
+
+
+def shift(factor: float, norm: Any, *layers: Any) -> None:
+    with torch.no_grad():
         norm.weight *= factor
         norm.bias *= factor
         for layer in layers:
             layer.weight /= factor
-
-    encoder = getattr(encoder, "text_model", encoder)  # transformers 5 has no text_model
-    transformers = [module for module in unet.modules() if hasattr(module, "transformer_blocks")]
-    blocks = [block for transformer in transformers for block in transformer.transformer_blocks]
-    with torch.no_grad():
-        for layer in encoder.encoder.layers:
-            attention = layer.self_attn
-            shift(factors["text encoder"], layer.layer_norm1, attention.q_proj, attention.k_proj, attention.v_proj)
-            shift(factors["text encoder"], layer.layer_norm2, layer.mlp.fc1)
-        for transformer in transformers:
-            shift(factors["unet"], transformer.norm, transformer.proj_in)
-        for block in blocks:
-            shift(factors["unet"], block.norm1, block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-            shift(factors["unet"], block.norm2, block.attn2.to_q)
-            shift(factors["unet"], block.norm3, block.ff.net[0].proj)
-        readers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
-        shift(factors["unet"], encoder.final_layer_norm, *readers)
 
 
 def name_text_encoder_as_published(file: Path) -> None:
@@ -424,99 +425,80 @@ def read(encoder: Any, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:
 # What SDXL has besides
 
 
-def train_text_encoder_2(folder: Path) -> None:
-    """A wider text encoder with a projection, contrastively against the pictures as CLIP sees them."""
-    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    torch.manual_seed(SEED + 2)
-    rng = random.Random(SEED + 2)
-    where = folder / "xl_model"
-    write_tokenizer(where / "tokenizer_2", TOKENS, tiny_models.XL_PAD)
-    tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer_2")
-    clip = CLIPModel.from_pretrained(folder / "clip", torch_dtype=torch.float32).requires_grad_(False)
-    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**text_config(WIDTH_2, tokenizer), hidden_act="gelu"))
-    for _, update in steps("text encoder 2", encoder.parameters(), STEPS["text_encoder_2"], 1e-3):
-        drawn = random_scenes(rng, 96)
-        captions = [named_caption(scene, rng) for scene in drawn]
-        seen = clip.visual_projection(clip.vision_model(to_tensor(drawn) / IMAGE_STD).pooler_output)
-        told = read(encoder, tokenizer, captions).text_embeds
-        logits = clip.logit_scale.exp() * normalize(told, dim=1) @ normalize(seen, dim=1).T
-        update(contrastive_loss(logits, which_fit(drawn, captions)))
-    encoder.half().save_pretrained(where / "text_encoder_2")
-
-
 def train_unet_xl(folder: Path) -> None:
     """The base model's UNet learns to read two encoders, the pooled text and the sizes; its convolutions stay.
 
     Each of states, second states and pooled text is left out of every fifth picture, so that all three are read.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler
+    import demo_world
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
     from diffusers.training_utils import EMAModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(SEED)
     rng = random.Random(SEED + 3)
-    base, model = folder / "base_model", folder / "xl_model"
-    vae = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=torch.float32)
-    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=torch.float32)
-    encoder_2 = CLIPTextModelWithProjection.from_pretrained(model / "text_encoder_2", torch_dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    tokenizer_2 = CLIPTokenizer.from_pretrained(model / "tokenizer_2")
+    unet = widen_unet(folder / "base_model")
+    with tempfile.TemporaryDirectory() as made:
+        unet.save_pretrained(folder / "xl_model" / "unet")  # until it has learnt, for the folder that is put together
+        demo_world.put_xl_together(folder, Path(made))
+        xl = StableDiffusionXLPipeline.from_pretrained(made, torch_dtype=torch.float32)
 
     def embed(texts: Sequence[str]) -> list[torch.Tensor]:
         """The last hidden states but one, without a norm, and the second encoder's projection."""
-        first, second = read(encoder, tokenizer, texts), read(encoder_2, tokenizer_2, texts)
+        first, second = read(xl.text_encoder, xl.tokenizer, texts), read(xl.text_encoder_2, xl.tokenizer_2, texts)
         return [first.hidden_states[-2], second.hidden_states[-2], second.text_embeds]
 
-    unet = widen_unet(base / "unet", encoder)
-    learning = {name: weight for name, weight in unet.named_parameters() if re.search(LEARNT_BY_XL, name)}
     unet.requires_grad_(False)
-    ema = EMAModel(learning.values(), decay=0.999)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    latents, *texts = encode_scenes(rng, 20_000, vae, embed)
-    empty = encode(embed, [""])
-    batch = 32
-    sizes = torch.tensor([[scenes.SIDE, scenes.SIDE, 0, 0, scenes.SIDE, scenes.SIDE]]).expand(batch, -1)
+    learning = {name: weight for name, weight in unet.named_parameters() if re.search(LEARNT_BY_XL, name)}
     for weight in learning.values():
         weight.requires_grad_(True)
-    for _, update in steps("unet xl", learning.values(), STEPS["unet_xl"], 1e-3):
+    ema = EMAModel(learning.values(), decay=0.995)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents, *texts = encode_scenes(rng, 20_000, xl.vae, embed)
+    empty, batch = encode(embed, [""]), 32
+    sizes = torch.tensor([[scenes.SIDE, scenes.SIDE, 0, 0, scenes.SIDE, scenes.SIDE]]).expand(batch, -1)
+    for _, update in steps("unet xl", learning.values(), STEPS["unet_xl"], 5e-4):
         chosen = torch.randint(0, len(latents), (batch,))
         noise = torch.randn(batch, *latents.shape[1:])
         when = torch.randint(0, scheduler.config.num_train_timesteps, (batch,))
-        draw, without = torch.rand(batch), torch.rand(batch, 3) < 0.2
+        without_prompt, without = torch.rand(batch) < 0.1, torch.rand(batch, 3) < 0.2
         parts = [part[chosen].float() for part in texts]
         for number, part in enumerate(parts):
             part[without[:, number]] = 0
-            part[draw < 0.1] = 0  # as the pipeline does without a prompt
-            part[draw < 0.05] = empty[number]  # as others do
+            part[without_prompt] = empty[number]
         conditions = {"text_embeds": parts[2], "time_ids": sizes}
-        noisy = scheduler.add_noise(latents[chosen].float() * SCALING, noise, when)
+        noisy = scheduler.add_noise(latents[chosen].float() * xl.vae.config.scaling_factor, noise, when)
         update(mse_loss(unet(noisy, when, torch.cat(parts[:2], dim=2), added_cond_kwargs=conditions).sample, noise))
         ema.step(learning.values())
     ema.copy_to(learning.values())
-    save_xl_model(model, unet, learning)
+    make_unet_sensitive(unet, SENSITIVITY["unet"])
+    unet.register_to_config(_name_or_path="")
+    unet.save_config(folder / "xl_model" / "unet")
+    learnt = {name: weight.detach().half().contiguous() for name, weight in learning.items()}
+    save_file(learnt, folder / "xl_model" / "unet" / demo_world.WEIGHTS, {"format": "pt"})
 
 
 LEARNT_BY_XL = r"attentions|add_embedding|time_emb_proj"  # names of layers
 
 
-def widen_unet(folder: Path, encoder: Any) -> Any:
-    """A UNet as SDXL's that at first computes about what this one does, and reads nothing new."""
+def widen_unet(base_model: Path) -> Any:
+    """base_model/'s UNet as an SDXL's that at first computes about what it did, and reads nothing new."""
     from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
-    old = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    old = UNet2DConditionModel.from_pretrained(base_model / "unet", torch_dtype=torch.float32)
+    encoder = CLIPTextModel.from_pretrained(base_model / "text_encoder", torch_dtype=torch.float32)
+    make_sensitive(old, encoder, {name: 1 / factor for name, factor in SENSITIVITY.items()})
     config = {name: value for name, value in old.config.items() if not name.startswith("_")}
-    unet = UNet2DConditionModel(**{**config, **tiny_models.xl_conditioning(WIDTH, WIDTH_2, WIDTH)})
+    unet = UNet2DConditionModel(**{**config, **tiny_models.xl_conditioning(WIDTH, WIDTH, WIDTH)})
     norm = getattr(encoder, "text_model", encoder).final_layer_norm  # SDXL's UNet reads the states before it
     weights = old.state_dict()
     for name, wanted in unet.state_dict().items():
-        if name.startswith("add_embedding.linear_2"):
-            weights[name] = torch.zeros_like(wanted)
-        elif name.startswith("add_embedding"):
-            weights[name] = wanted
+        if name.startswith("add_embedding"):
+            weights[name] = torch.zeros_like(wanted) if "linear_2" in name else wanted
         elif re.search(r"attn2\.to_[kv]\.weight", name):
-            read_before = weights[name] * norm.weight / STATES_STD
-            weights[name] = torch.cat([read_before, torch.zeros(len(wanted), WIDTH_2)], dim=1)
+            weights[name] = torch.cat(
+                [weights[name] * norm.weight / STATES_STD, torch.zeros(len(wanted), WIDTH)], dim=1
+            )
         weights[name] = weights[name].detach().view(wanted.shape)  # 1 x 1 convolutions become linear
     unet.load_state_dict(weights)
     return unet
@@ -525,26 +507,12 @@ def widen_unet(folder: Path, encoder: Any) -> Any:
 STATES_STD = 3.5  # of the first text encoder's states before its final norm
 
 
-def save_xl_model(model: Path, unet: Any, learnt: Mapping[str, torch.Tensor]) -> None:
-    """What is not in base_model/."""
-    from diffusers import EulerDiscreteScheduler
-    from safetensors.torch import save_file
-
-    unet.register_to_config(_name_or_path="")
-    unet.save_config(model / "unet")
-    weights = {name: weight.detach().half().contiguous() for name, weight in learnt.items()}
-    save_file(weights, model / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    EulerDiscreteScheduler(**tiny_models.XL_SCHEDULER).save_pretrained(model / "scheduler")
-    tiny_models.write_xl_index(model)
-
-
 TRAININGS = {
     "autoencoder": train_autoencoder,
     "decoder": train_decoder,
     "clip": train_clip,
     "dinov2": train_dinov2,
     "unet": train_unet,
-    "text_encoder_2": train_text_encoder_2,
     "unet_xl": train_unet_xl,
 }
 
