@@ -3690,11 +3690,9 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
 
 def is_trained(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards --n-trials: its training ended, well, diverged or stopped early."""
-    was_ended = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") in (
-        Diverged.ended,
-        StoppedEarly.ended,
-    )
-    return trial.state == TrialState.COMPLETE or was_ended
+    if trial.state == TrialState.PRUNED:
+        return trial.user_attrs.get("ended") in (Diverged.ended, StoppedEarly.ended)
+    return trial.state == TrialState.COMPLETE
 
 
 def is_at_work(trial: FrozenTrial) -> bool:
@@ -3818,6 +3816,9 @@ class Study:
     def has_own_database(self) -> bool:
         return Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
 
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        return self.has_own_database or trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
+
     def _own_running(self) -> list[FrozenTrial]:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
@@ -3836,10 +3837,10 @@ class Study:
 
     def claim(self, trial: optuna.Trial) -> None:
         """Write down whose trial it is; first the output folder, since the next start looks for that."""
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        about = {"output_dir": str(self.settings.output_dir), "folder": folder.name}
-        for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("output_dir", str(self.settings.output_dir))
+        trial.set_user_attr("folder", trial_folder(self.settings.output_dir, trial.number).name)
+        trial.set_user_attr("host", socket.gethostname())
+        trial.set_user_attr("pid", os.getpid())
 
     def close_unclaimed(self) -> None:
         """Close trials whose program died after it asked for them and before it claimed them: nobody continues them.
@@ -3864,12 +3865,11 @@ class Study:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
         trials = self.study.get_trials(deepcopy=False)
         closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == INTERRUPTED}
-        known = {trial.user_attrs.get("enqueued") for trial in trials if trial.number not in closed}
+        known = [fixed_params(trial) for trial in trials if trial.number not in closed]
         for table in tables:
-            mark = digest(json.dumps(table, sort_keys=True))[:16]
-            if mark not in known:
-                known.add(mark)
-                self.study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
+            if table not in known:
+                known.append(table)
+                self.study.enqueue_trial(params=table, user_attrs={"enqueued": True})
 
     # --- the next trial ---
 
@@ -3884,8 +3884,8 @@ class Study:
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
-        trial = optuna.Trial(self.study, left_over._trial_id)
-        was_paused = left_over.user_attrs.get("ended") in (INTERRUPTED, "returning")
+        trial, attrs = optuna.Trial(self.study, left_over._trial_id), left_over.user_attrs
+        was_paused = attrs.get("ended") in (INTERRUPTED, "returning")
         if was_paused:
             trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
         if self.close_surplus(trial, was_paused=was_paused):
@@ -3893,12 +3893,10 @@ class Study:
         if was_paused:
             trial.set_user_attr("ended", "running")
         lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
-        if trial.user_attrs.get("training_seconds") is None and has_finished_training(lora.parent):
-            seconds = (
-                lora.stat().st_mtime - trial.user_attrs["began"] - (trial.user_attrs.get("screening_seconds") or 0.0)
-            )
+        if attrs.get("training_seconds") is None and has_finished_training(lora.parent):
+            seconds = lora.stat().st_mtime - attrs["began"] - (attrs.get("screening_seconds") or 0.0)
             trial.set_user_attr("training_seconds", round(seconds, 1))
-        if not (self._is_scored(trial) or "stopped" in trial.user_attrs):
+        if not (self._is_scored(trial) or "stopped" in attrs):
             self._add_lost_seconds(trial)
         return trial
 
@@ -4012,11 +4010,8 @@ class Study:
         """
         scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
         finalists = choose_finalists(self.study, self.settings.output_dir)
-        is_ours = scored and (
-            self.has_own_database or scored[0].user_attrs["output_dir"] == str(self.settings.output_dir)
-        )
-        known = self.study.user_attrs.get("final", {})
-        if len(finalists) < 2 or not is_ours or (known.get("scored"), known.get("chosen")) == (len(scored), finalists):
+        known, about = self.study.user_attrs.get("final", {}), {"scored": len(scored), "chosen": finalists}
+        if len(finalists) < 2 or not self._is_ours(scored[0]) or about.items() <= known.items():
             return
         if read_json(folder / FINALISTS) != finalists or read_json(folder / "result.json") is None:
             screen.begin("final stage:", *finalists)
@@ -4027,7 +4022,6 @@ class Study:
                 scorer(folder)
             except ScoringFailed as error:
                 raise SearchStopped(f"the final stage failed: {error}; the same command tries it again") from error
-        about = {"scored": len(scored), "chosen": finalists}
         self.study.set_user_attr("final", {**about, **read_json(folder / "result.json")})
 
     # --- what is shown, and what is kept ---
@@ -4054,8 +4048,7 @@ class Study:
             return
         best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(self.study)[:KEPT_TRIALS]}
         for trial in filter(is_trained, self.study.get_trials(deepcopy=False)):
-            made_in = trial.user_attrs.get("output_dir")
-            if "ended" in trial.user_attrs and (made_in == str(self.settings.output_dir) or self.has_own_database):
+            if "ended" in trial.user_attrs and self._is_ours(trial):
                 for file in checkpoint_files(trial_folder(self.settings.output_dir, trial.number)):
                     if file.name != best.get(trial.number):
                         file.unlink(missing_ok=True)
