@@ -4096,10 +4096,7 @@ CURVE_POINTS = 100
 
 
 def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]:
-    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names.
-
-    `places`: what final_places() tells.
-    """
+    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names."""
     attrs = {**trial.user_attrs, **trial.user_attrs.get("stopped", {})}
     found, params = (places or {}).get(trial.number, {}), params_of(trial)
     ratio, epochs, steps = (params.get(name, math.nan) for name in DOSE_PARTS)
@@ -4203,14 +4200,11 @@ def values_of_pair(pair: Sequence[FrozenTrial], places: Places) -> list[dict[str
 
 def pairs_to_compare(trials: Iterable[FrozenTrial], places: Places) -> list[list[int]]:
     """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
-
-    def gap(pair: Sequence[FrozenTrial]) -> float:
-        one, two = values_of_pair(pair, places)
-        return abs(one["score"] - two["score"])
-
-    in_order = sorted(trials, key=lambda trial: trial.number)
-    pairs = [[trial.number for trial in pair] for pair in sorted(itertools.combinations(in_order, 2), key=gap)]
-    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in pairs]
+    gaps = {}
+    for one, two in itertools.combinations(sorted(trials, key=lambda trial: trial.number), 2):
+        left, right = values_of_pair([one, two], places)
+        gaps[one.number, two.number] = abs(left["score"] - right["score"])
+    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
 
 
 def read_votes(path: Path, study: optuna.Study) -> list[Vote]:
@@ -4246,8 +4240,9 @@ def ranking_by(votes: Iterable[Vote]) -> dict[str, list[float]]:
     """For each trial, the best first: 1 for a comparison that it won, 0.5 for a draw, 0 for a loss."""
     won: dict[str, list[float]] = {}
     for vote in votes:
-        for side, sign in (("left", 1), ("right", -1)):
-            won.setdefault(f"trial {vote[side]}", []).append((1 + sign * VOTES[vote["vote"]]) / 2)
+        left = (1 + VOTES[vote["vote"]]) / 2
+        won.setdefault(f"trial {vote['left']}", []).append(left)
+        won.setdefault(f"trial {vote['right']}", []).append(1 - left)
     return dict(sorted(won.items(), key=lambda one: -float(np.mean(one[1]))))
 
 
@@ -4270,9 +4265,9 @@ def describe_votes(votes: Sequence[Vote], trials: Iterable[FrozenTrial], places:
     """What the user's votes say, and their 95% intervals."""
     lines = [f"Your eye against the score: {len(votes)} votes, with 95% intervals", "Decided votes that agree with"]
     lines += itertools.starmap(describe_share, agreement_with(votes, trials, places).items())
-    return "\n".join(
-        [*lines, "Comparisons won (a draw is half)", *itertools.starmap(describe_share, ranking_by(votes).items())]
-    )
+    lines.append("Comparisons won (a draw is half)")
+    lines += itertools.starmap(describe_share, ranking_by(votes).items())
+    return "\n".join(lines)
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
@@ -4309,27 +4304,23 @@ class Results:
                 self.write_report()
 
     def describe_best(self) -> str:
-        """Where the best trial's files are."""
-        best = self.ranked[0]
-        facts = facts_of(best, self.places)
-        scores = f"score {with_error(facts)}" + (f", final {facts['final']}" if self.places else "")
+        """Which trial is best, which may be as good, and where its files are."""
+        facts = facts_of(self.ranked[0], self.places)
+        said = f"\nBest: trial {facts['trial']}, epoch {facts['best_epoch']}, score {with_error(facts)}"
+        if self.places:
+            said += f", final {facts['final']}"
+            if others := may_be_best(self.places)[1:]:
+                said += f"\n  trials that may be as good: {', '.join(map(str, others))}; compare their pictures"
+            said += f"\n  use it at       strength {self.study.user_attrs['final']['strength']}"
         return (
-            f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, {scores}\n{self._describe_doubt()}"
+            f"{said}\n"
             f"  the LoRA        {self.folder / 'best_lora.safetensors'}\n"
             f"  its settings    {self.folder / 'best_config.toml'}\n"
-            f"  its pictures    {find_trial_folder(best, self.output_dir) / 'scores' / 'confirm'}\n"
+            f"  its pictures    {find_trial_folder(self.ranked[0], self.output_dir) / 'scores' / 'confirm'}\n"
             f"  base model's    {self.output_dir / 'reference' / 'confirm'}\n"
             f"  all trials      {self.folder / 'trials.csv'}\n"
             f"  why, to look at {self.folder / REPORT_NAME}"
         )
-
-    def _describe_doubt(self) -> str:
-        """Which finalists may be as good as the best one, and its strength; nothing before the final stage."""
-        if not self.places:
-            return ""
-        others = ", ".join(str(number) for number in may_be_best(self.places)[1:])
-        doubt = f"  trials that may be as good: {others}; compare their pictures\n" if others else ""
-        return f"{doubt}  use it at       strength {self.study.user_attrs['final']['strength']}\n"
 
     def write_trials_csv(self) -> None:
         about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
@@ -4445,13 +4436,8 @@ class Results:
             {"name": "score", "y": [one["score"] for one in epochs], "line": {"width": 4}},
         ]
         curves = [{"x": [one["epoch"] for one in epochs], **line} for line in lines]
-        return {
-            **facts_of(trial, self.places),
-            "folder": folder,
-            "copies": len(copies),
-            "epochs": epochs,
-            "curves": curves,
-        }
+        details = {"folder": folder, "copies": len(copies), "epochs": epochs, "curves": curves}
+        return {**facts_of(trial, self.places), **details}
 
     def plots(self) -> dict[str, Any]:
         """Plotly figures by title: Optuna's own where they can be drawn, and two of ours."""
@@ -4494,9 +4480,8 @@ class Results:
             by_band.add_box(boxpoints="all", name=f"{name}: {len(found)}", **scores)
         stopped = [facts for facts in map(facts_of, self.study.get_trials(deepcopy=False)) if "best_so_far" in facts]
         at = {"x": [one["dose"] for one in stopped], "y": [one["best_so_far"] for one in stopped]}
-        by_dose.add_scatter(
-            **at, mode="markers", marker_symbol="circle-open", marker_color="grey", name="stopped early"
-        )
+        circle = {"symbol": "circle-open", "color": "grey"}
+        by_dose.add_scatter(**at, mode="markers", marker=circle, name="stopped early")
         across = {"xaxis_title": "alpha ratio x learning_rate x epochs / accumulation", "xaxis_exponentformat": "e"}
         by_dose.update_layout(yaxis_title="score", xaxis_type="log", **across)
         by_band.update_layout(yaxis_title="score", showlegend=False)
@@ -4505,14 +4490,14 @@ class Results:
     def dose_advice(self) -> str:
         """Which way to move, by the mean place of the best five among all doses. Chance alone says so in 5 to 11%."""
         doses = sorted(facts_of(trial)["dose"] for trial in self.study.get_trials(deepcopy=False) if is_trained(trial))
-        best = [
-            doses.index(facts_of(trial)["dose"]) / (len(doses) - 1) for trial in self.ranked[:5] if len(doses) >= 10
-        ]
-        if best and np.mean(best) > 0.7:
+        if len(doses) < 10 or not self.ranked:
+            return ""
+        place = np.mean([doses.index(facts_of(trial)["dose"]) for trial in self.ranked[:5]]) / (len(doses) - 1)
+        if place > 0.7:
             return "The best five lie at the upper end: raise learning rate, alpha or epochs, or accumulate less."
-        if best and np.mean(best) < 0.3:
+        if place < 0.3:
             return "The best five lie at the lower end: lower learning rate, alpha or epochs, or accumulate more."
-        return "The best five lie at neither end." if best else ""
+        return "The best five lie at neither end."
 
 
 class Notes:
