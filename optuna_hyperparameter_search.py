@@ -3767,6 +3767,7 @@ class Study:
     before_trial: Callable[[], None] = lambda: None  # may raise SearchStopped
 
     def __post_init__(self) -> None:
+        self.has_own_database = Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
         self.idle_since = self.started
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
@@ -3811,10 +3812,6 @@ class Study:
                 self._stop_after_equal_failures()
 
     # --- whose trial it is ---
-
-    @property
-    def has_own_database(self) -> bool:
-        return Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
 
     def _is_ours(self, trial: FrozenTrial) -> bool:
         return self.has_own_database or trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
