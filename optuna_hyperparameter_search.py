@@ -3821,11 +3821,9 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
 
 def is_trained(trial: FrozenTrial) -> bool:
     """Whether a trial counts towards --n-trials: its training ended, well, diverged or stopped early."""
-    was_ended = trial.state == TrialState.PRUNED and trial.user_attrs.get("ended") in (
-        Diverged.ended,
-        StoppedEarly.ended,
-    )
-    return trial.state == TrialState.COMPLETE or was_ended
+    if trial.state == TrialState.PRUNED:
+        return trial.user_attrs.get("ended") in (Diverged.ended, StoppedEarly.ended)
+    return trial.state == TrialState.COMPLETE
 
 
 def is_at_work(trial: FrozenTrial) -> bool:
@@ -3900,6 +3898,7 @@ class Study:
     before_trial: Callable[[], None] = lambda: None  # may raise SearchStopped
 
     def __post_init__(self) -> None:
+        self.has_own_database = Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
         self.idle_since = self.started
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
@@ -3945,9 +3944,8 @@ class Study:
 
     # --- whose trial it is ---
 
-    @property
-    def has_own_database(self) -> bool:
-        return Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        return self.has_own_database or trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
 
     def _own_running(self) -> list[FrozenTrial]:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -3967,10 +3965,10 @@ class Study:
 
     def claim(self, trial: optuna.Trial) -> None:
         """Write down whose trial it is; first the output folder, since the next start looks for that."""
-        folder = trial_folder(self.settings.output_dir, trial.number)
-        about = {"output_dir": str(self.settings.output_dir), "folder": folder.name}
-        for name, value in {**about, "host": socket.gethostname(), "pid": os.getpid()}.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("output_dir", str(self.settings.output_dir))
+        trial.set_user_attr("folder", trial_folder(self.settings.output_dir, trial.number).name)
+        trial.set_user_attr("host", socket.gethostname())
+        trial.set_user_attr("pid", os.getpid())
 
     def close_unclaimed(self) -> None:
         """Close trials whose program died after it asked for them and before it claimed them: nobody continues them.
@@ -3995,12 +3993,11 @@ class Study:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
         trials = self.study.get_trials(deepcopy=False)
         closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == INTERRUPTED}
-        known = {trial.user_attrs.get("enqueued") for trial in trials if trial.number not in closed}
+        known = [fixed_params(trial) for trial in trials if trial.number not in closed]
         for table in tables:
-            mark = digest(json.dumps(table, sort_keys=True))[:16]
-            if mark not in known:
-                known.add(mark)
-                self.study.enqueue_trial(params=table, user_attrs={"enqueued": mark})
+            if table not in known:
+                known.append(table)
+                self.study.enqueue_trial(params=table, user_attrs={"enqueued": True})
 
     # --- the next trial ---
 
@@ -4015,8 +4012,8 @@ class Study:
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
-        trial = optuna.Trial(self.study, left_over._trial_id)
-        was_paused = left_over.user_attrs.get("ended") in (INTERRUPTED, "returning")
+        trial, attrs = optuna.Trial(self.study, left_over._trial_id), left_over.user_attrs
+        was_paused = attrs.get("ended") in (INTERRUPTED, "returning")
         if was_paused:
             trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
         if self.close_surplus(trial, was_paused=was_paused):
@@ -4024,12 +4021,10 @@ class Study:
         if was_paused:
             trial.set_user_attr("ended", "running")
         lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
-        if trial.user_attrs.get("training_seconds") is None and has_finished_training(lora.parent):
-            seconds = (
-                lora.stat().st_mtime - trial.user_attrs["began"] - (trial.user_attrs.get("screening_seconds") or 0.0)
-            )
+        if attrs.get("training_seconds") is None and has_finished_training(lora.parent):
+            seconds = lora.stat().st_mtime - attrs["began"] - (attrs.get("screening_seconds") or 0.0)
             trial.set_user_attr("training_seconds", round(seconds, 1))
-        if not (self._is_scored(trial) or "stopped" in trial.user_attrs):
+        if not (self._is_scored(trial) or "stopped" in attrs):
             self._add_lost_seconds(trial)
         return trial
 
@@ -4143,11 +4138,8 @@ class Study:
         """
         scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
         finalists = choose_finalists(self.study, self.settings.output_dir)
-        is_ours = scored and (
-            self.has_own_database or scored[0].user_attrs["output_dir"] == str(self.settings.output_dir)
-        )
-        known = self.study.user_attrs.get("final", {})
-        if len(finalists) < 2 or not is_ours or (known.get("scored"), known.get("chosen")) == (len(scored), finalists):
+        known, about = self.study.user_attrs.get("final", {}), {"scored": len(scored), "chosen": finalists}
+        if len(finalists) < 2 or not self._is_ours(scored[0]) or about.items() <= known.items():
             return
         if read_json(folder / FINALISTS) != finalists or read_json(folder / "result.json") is None:
             screen.begin("final stage:", *finalists)
@@ -4158,7 +4150,6 @@ class Study:
                 scorer(folder)
             except ScoringFailed as error:
                 raise SearchStopped(f"the final stage failed: {error}; the same command tries it again") from error
-        about = {"scored": len(scored), "chosen": finalists}
         self.study.set_user_attr("final", {**about, **read_json(folder / "result.json")})
 
     # --- what is shown, and what is kept ---
@@ -4185,8 +4176,7 @@ class Study:
             return
         best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(self.study)[:KEPT_TRIALS]}
         for trial in filter(is_trained, self.study.get_trials(deepcopy=False)):
-            made_in = trial.user_attrs.get("output_dir")
-            if "ended" in trial.user_attrs and (made_in == str(self.settings.output_dir) or self.has_own_database):
+            if "ended" in trial.user_attrs and self._is_ours(trial):
                 for file in checkpoint_files(trial_folder(self.settings.output_dir, trial.number)):
                     if file.name != best.get(trial.number):
                         file.unlink(missing_ok=True)
@@ -4234,10 +4224,7 @@ CURVE_POINTS = 100
 
 
 def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]:
-    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names.
-
-    `places`: what final_places() tells.
-    """
+    """What tables and report say of a trial, in one level: its attributes, terms and parameters by their names."""
     attrs = {**trial.user_attrs, **trial.user_attrs.get("stopped", {})}
     found, params = (places or {}).get(trial.number, {}), params_of(trial)
     ratio, epochs, steps = (params.get(name, math.nan) for name in DOSE_PARTS)
@@ -4342,14 +4329,11 @@ def values_of_pair(pair: Sequence[FrozenTrial], places: Places) -> list[dict[str
 
 def pairs_to_compare(trials: Iterable[FrozenTrial], places: Places) -> list[list[int]]:
     """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
-
-    def gap(pair: Sequence[FrozenTrial]) -> float:
-        one, two = values_of_pair(pair, places)
-        return abs(one["score"] - two["score"])
-
-    in_order = sorted(trials, key=lambda trial: trial.number)
-    pairs = [[trial.number for trial in pair] for pair in sorted(itertools.combinations(in_order, 2), key=gap)]
-    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in pairs]
+    gaps = {}
+    for one, two in itertools.combinations(sorted(trials, key=lambda trial: trial.number), 2):
+        left, right = values_of_pair([one, two], places)
+        gaps[one.number, two.number] = abs(left["score"] - right["score"])
+    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
 
 
 def read_votes(path: Path, study: optuna.Study) -> list[Vote]:
@@ -4385,8 +4369,9 @@ def ranking_by(votes: Iterable[Vote]) -> dict[str, list[float]]:
     """For each trial, the best first: 1 for a comparison that it won, 0.5 for a draw, 0 for a loss."""
     won: dict[str, list[float]] = {}
     for vote in votes:
-        for side, sign in (("left", 1), ("right", -1)):
-            won.setdefault(f"trial {vote[side]}", []).append((1 + sign * VOTES[vote["vote"]]) / 2)
+        left = (1 + VOTES[vote["vote"]]) / 2
+        won.setdefault(f"trial {vote['left']}", []).append(left)
+        won.setdefault(f"trial {vote['right']}", []).append(1 - left)
     return dict(sorted(won.items(), key=lambda one: -float(np.mean(one[1]))))
 
 
@@ -4409,9 +4394,9 @@ def describe_votes(votes: Sequence[Vote], trials: Iterable[FrozenTrial], places:
     """What the user's votes say, and their 95% intervals."""
     lines = [f"Your eye against the score: {len(votes)} votes, with 95% intervals", "Decided votes that agree with"]
     lines += itertools.starmap(describe_share, agreement_with(votes, trials, places).items())
-    return "\n".join(
-        [*lines, "Comparisons won (a draw is half)", *itertools.starmap(describe_share, ranking_by(votes).items())]
-    )
+    lines.append("Comparisons won (a draw is half)")
+    lines += itertools.starmap(describe_share, ranking_by(votes).items())
+    return "\n".join(lines)
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
@@ -4448,27 +4433,23 @@ class Results:
                 self.write_report()
 
     def describe_best(self) -> str:
-        """Where the best trial's files are."""
-        best = self.ranked[0]
-        facts = facts_of(best, self.places)
-        scores = f"score {with_error(facts)}" + (f", final {facts['final']}" if self.places else "")
+        """Which trial is best, which may be as good, and where its files are."""
+        facts = facts_of(self.ranked[0], self.places)
+        said = f"\nBest: trial {facts['trial']}, epoch {facts['best_epoch']}, score {with_error(facts)}"
+        if self.places:
+            said += f", final {facts['final']}"
+            if others := may_be_best(self.places)[1:]:
+                said += f"\n  trials that may be as good: {', '.join(map(str, others))}; compare their pictures"
+            said += f"\n  use it at       strength {self.study.user_attrs['final']['strength']}"
         return (
-            f"\nBest: trial {best.number}, epoch {best.user_attrs['best_epoch']}, {scores}\n{self._describe_doubt()}"
+            f"{said}\n"
             f"  the LoRA        {self.folder / 'best_lora.safetensors'}\n"
             f"  its settings    {self.folder / 'best_config.toml'}\n"
-            f"  its pictures    {find_trial_folder(best, self.output_dir) / 'scores' / 'confirm'}\n"
+            f"  its pictures    {find_trial_folder(self.ranked[0], self.output_dir) / 'scores' / 'confirm'}\n"
             f"  base model's    {self.output_dir / 'reference' / 'confirm'}\n"
             f"  all trials      {self.folder / 'trials.csv'}\n"
             f"  why, to look at {self.folder / REPORT_NAME}"
         )
-
-    def _describe_doubt(self) -> str:
-        """Which finalists may be as good as the best one, and its strength; nothing before the final stage."""
-        if not self.places:
-            return ""
-        others = ", ".join(str(number) for number in may_be_best(self.places)[1:])
-        doubt = f"  trials that may be as good: {others}; compare their pictures\n" if others else ""
-        return f"{doubt}  use it at       strength {self.study.user_attrs['final']['strength']}\n"
 
     def write_trials_csv(self) -> None:
         about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
@@ -4585,13 +4566,8 @@ class Results:
             {"name": "score", "y": [one["score"] for one in epochs], "line": {"width": 4}},
         ]
         curves = [{"x": [one["epoch"] for one in epochs], **line} for line in lines]
-        return {
-            **facts_of(trial, self.places),
-            "folder": folder,
-            "copies": len(copies),
-            "epochs": epochs,
-            "curves": curves,
-        }
+        details = {"folder": folder, "copies": len(copies), "epochs": epochs, "curves": curves}
+        return {**facts_of(trial, self.places), **details}
 
     def plots(self) -> dict[str, Any]:
         """Plotly figures by title: Optuna's own where they can be drawn, and two of ours."""
@@ -4634,9 +4610,8 @@ class Results:
             by_band.add_box(boxpoints="all", name=f"{name}: {len(found)}", **scores)
         stopped = [facts for facts in map(facts_of, self.study.get_trials(deepcopy=False)) if "best_so_far" in facts]
         at = {"x": [one["dose"] for one in stopped], "y": [one["best_so_far"] for one in stopped]}
-        by_dose.add_scatter(
-            **at, mode="markers", marker_symbol="circle-open", marker_color="grey", name="stopped early"
-        )
+        circle = {"symbol": "circle-open", "color": "grey"}
+        by_dose.add_scatter(**at, mode="markers", marker=circle, name="stopped early")
         across = {"xaxis_title": "alpha ratio x learning_rate x epochs / accumulation", "xaxis_exponentformat": "e"}
         by_dose.update_layout(yaxis_title="score", xaxis_type="log", **across)
         by_band.update_layout(yaxis_title="score", showlegend=False)
@@ -4645,14 +4620,14 @@ class Results:
     def dose_advice(self) -> str:
         """Which way to move, by the mean place of the best five among all doses. Chance alone says so in 5 to 11%."""
         doses = sorted(facts_of(trial)["dose"] for trial in self.study.get_trials(deepcopy=False) if is_trained(trial))
-        best = [
-            doses.index(facts_of(trial)["dose"]) / (len(doses) - 1) for trial in self.ranked[:5] if len(doses) >= 10
-        ]
-        if best and np.mean(best) > 0.7:
+        if len(doses) < 10 or not self.ranked:
+            return ""
+        place = np.mean([doses.index(facts_of(trial)["dose"]) for trial in self.ranked[:5]]) / (len(doses) - 1)
+        if place > 0.7:
             return "The best five lie at the upper end: raise learning rate, alpha or epochs, or accumulate less."
-        if best and np.mean(best) < 0.3:
+        if place < 0.3:
             return "The best five lie at the lower end: lower learning rate, alpha or epochs, or accumulate more."
-        return "The best five lie at neither end." if best else ""
+        return "The best five lie at neither end."
 
 
 class Notes:
