@@ -1052,16 +1052,20 @@ class BaseModel:
     def _prediction_of_file(header: Mapping[str, Any]) -> dict[str, bool]:
         """By the empty tensors v_pred and ztsnr, which such models hold, or by the metadata of Stability AI's form."""
         said = header.get("__metadata__", {}).get("modelspec.prediction_type")
-        is_v = {"v": True, "v_prediction": True, "epsilon": False}.get(said)
-        found = {"v_parameterization": True if "v_pred" in header else is_v}
-        found["zero_terminal_snr"] = True if "ztsnr" in header else None
-        return {name: value for name, value in found.items() if value is not None}
+        found = {}
+        if "v_pred" in header or said in ("v", "v_prediction", "epsilon"):
+            found["v_parameterization"] = "v_pred" in header or said != "epsilon"
+        if "ztsnr" in header:
+            found["zero_terminal_snr"] = True
+        return found
 
     @staticmethod
     def _prediction_of_folder(folder: Path) -> dict[str, bool]:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json") or {}
         found = {"v_parameterization": scheduler.get("prediction_type") == "v_prediction"}
-        return {**found, **({"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") is True else {})}
+        if scheduler.get("rescale_betas_zero_snr") is True:
+            found["zero_terminal_snr"] = True
+        return found
 
     @staticmethod
     def _files_of(file: Path) -> list[Path]:
@@ -2116,14 +2120,8 @@ class Probe:
         if not script.is_file():
             raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
-        about = [
-            version,
-            self.script_name,
-            self.python,
-            self.device,
-            os.environ.get("CUDA_VISIBLE_DEVICES"),
-            socket.gethostname(),
-        ]
+        about = [version, self.script_name, self.python, socket.gethostname()]
+        about += [self.device, os.environ.get("CUDA_VISIBLE_DEVICES")]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files(), self.optimizers]
         key = digest(json.dumps(about, default=str))
         answer = (read_json(cache) if cache else None) or {}
