@@ -936,7 +936,6 @@ class Family:
     latents: str  # end of the names of cached latents
     screening_gb: float  # of the card
     vae_overflows: bool  # in fp16
-    scheduler: dict[str, Any]  # what DPM++ needs besides
     training_config: str  # these four in configs/
     scoring_config: str
     tags_scoring_config: str  # where the captions are tags
@@ -2396,7 +2395,7 @@ def build_scoring_plan(
         "batch_size": settings.batch_size,
         "subject": subject,
         "clip_skip": options["clip_skip"],
-        "scheduler": {**family.scheduler, **scheduler_of(options)},
+        "scheduler": scheduler_of(options),
         "resolution": settings.resolution,
         "weights": settings.weights,
         "stop_early": settings.stop_early,
@@ -4693,6 +4692,7 @@ class Notes:
 OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}  # besides those of scoring
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
+CHANGE_CAPTIONS = ("caption_prefix", "caption_suffix", "enable_wildcard")  # keys of kohya's data set file
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
 # File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
 NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
@@ -5188,6 +5188,12 @@ class CheckReport:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
         yield from self._long_warmup()
+        tables = [inputs.data_set.config["general"], *inputs.data_set.config["datasets"]]
+        tables += [subset for data_set in inputs.data_set.config["datasets"] for subset in data_set["subsets"]]
+        changed = {key for table in tables for key in CHANGE_CAPTIONS if table.get(key)}
+        if changed and inputs.options.get("cache_text_encoder_outputs"):
+            said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
+            yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"
         if len(inputs.allowed) < len(inputs.drawn) / 200:
             yield f"{inputs.space.name} forbids so much that trials may be rejected; narrow its ranges instead"
         if (different := len(set(map(str, inputs.allowed)))) < min(self.settings.n_trials, len(inputs.allowed)):

@@ -192,3 +192,18 @@ def test_all_problems_are_reported_where_the_data_set_is_wrong_too(
     said = capsys.readouterr().err
     assert "none.toml" in said and "facebook/dinov2-base" in said  # encoders of the default scoring config
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("option", "warned"), [("cache_text_encoder_outputs = true", True), ("", False)])
+def test_captions_that_cached_text_would_lack_are_warned_of(
+    option: str, warned: bool, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_set = (world / "dataset.toml").read_text(encoding="utf-8").replace("shuffle_caption = true", "")
+    (tmp_path / "data.toml").write_text(data_set.replace("[general]", '[general]\ncaption_prefix = "photo of "'))
+    training = (world / "training.toml").read_text(encoding="utf-8")
+    (tmp_path / "training.toml").write_text(option + "\n" + training)
+    command = ["--base-model", str(world / "base_model"), "--dataset-config", str(tmp_path / "data.toml"), "--check"]
+    command += ["--training-config", str(tmp_path / "training.toml"), "--scoring-config", str(world / "scoring.toml")]
+    command += ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--device", "cpu"]
+    assert search.main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert ("ignores caption_prefix" in capsys.readouterr().out) == warned

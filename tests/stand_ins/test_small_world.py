@@ -337,6 +337,17 @@ def test_the_demos_best_lora_shows_the_character(demo: Demo) -> None:
 
 
 @pytest.mark.slow
+def test_the_demos_sdxl_draws_what_it_is_asked_for_and_learns_the_character(tmp_path: Path) -> None:
+    assert search.main(["--demo", "--family", "sdxl", "--n-trials", "1", "--output-dir", str(tmp_path / "out")]) == 0
+    figures = benchmark.measure_gates(tmp_path / "out")
+    assert not {name: figures[name] for name, least in benchmark.GATES.items() if figures[name] < least}
+    confirmation = Confirmation(tmp_path / "out")
+    trained = confirmation.of_trial(tmp_path / "out" / "trial_0000")
+    base = confirmation.judged(list(confirmation.world.base.values()))
+    assert trained.judge["character"] > 1.5 * base.judge["character"]
+
+
+@pytest.mark.slow
 def test_a_flaw_costs_more_than_twice_the_noise_and_a_worse_one_more(demo: Demo) -> None:
     found = benchmark.judge_flaws(Confirmation(demo.output_dir))
     assert set(benchmark.too_cheap(found, benchmark.PRESENT, benchmark.DEVIATION)) <= benchmark.KNOWN_CHEAP
