@@ -63,7 +63,7 @@ def make_demo_world(folder: Path, family: str = "SD1.x") -> None:
         }
         write_settings(folder, dataset, images, counts, {"prompts": make_prompts()}, family)
 
-    _once(folder, make)
+    _once(folder, family, make)
 
 
 def make_tiny_world(folder: Path, family: str = "SD1.x") -> None:
@@ -82,7 +82,7 @@ def make_tiny_world(folder: Path, family: str = "SD1.x") -> None:
         }
         write_settings(folder, {"resolution": 64, "batch_size": 2, "num_repeats": 2}, images, counts, {}, family)
 
-    _once(folder, make)
+    _once(folder, family, make)
 
 
 def put_xl_together(small_world: Path, model: Path) -> None:
@@ -144,9 +144,9 @@ def read_data_set(path: Path, options: Mapping[str, Any], sd_scripts: Path = SMA
     return search.DataSetReader(path, config).read(options, trainer.answer)
 
 
-def _once(folder: Path, make: Callable[[Path], None]) -> None:
+def _once(folder: Path, family: str, make: Callable[[Path], None]) -> None:
     folder = folder.expanduser().resolve()
-    mark, whole = folder / DONE, f"version {VERSION} in {folder}"
+    mark, whole = folder / DONE, f"version {VERSION} of {family} in {folder}"
     if mark.is_file() and mark.read_text(encoding="utf-8") == whole:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import demo_world
@@ -10,7 +12,12 @@ import pytest
 import toml
 from PIL import Image
 
-MAKERS = {"small": demo_world.make_demo_world, "tiny": demo_world.make_tiny_world}
+MAKERS = {
+    "small": demo_world.make_demo_world,
+    "small SDXL": partial(demo_world.make_demo_world, family="SDXL"),
+    "tiny": demo_world.make_tiny_world,
+    "tiny SDXL": partial(demo_world.make_tiny_world, family="SDXL"),
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -70,3 +77,10 @@ def test_a_world_that_was_moved_gets_its_new_paths(tmp_path: Path) -> None:
     demo_world.make_demo_world(tmp_path / "new")
     data_set = toml.loads((tmp_path / "new" / "dataset.toml").read_text())
     assert data_set["datasets"][0]["subsets"][0]["image_dir"] == str(tmp_path / "new" / "images")
+
+
+def test_a_world_of_another_family_is_made_anew(tmp_path: Path) -> None:
+    for family, pipeline in (("SD1.x", "StableDiffusionPipeline"), ("SDXL", "StableDiffusionXLPipeline")):
+        demo_world.make_demo_world(tmp_path, family)
+        index = json.loads((tmp_path / "base_model" / "model_index.json").read_text(encoding="utf-8"))
+        assert index["_class_name"] == pipeline

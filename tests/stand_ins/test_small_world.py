@@ -253,8 +253,8 @@ def test_a_flaw_is_too_cheap_below_two_standard_deviations() -> None:
 
 def test_all_weights_are_small_and_safe() -> None:
     files = list(SMALL_WORLD.rglob("*.safetensors"))
-    assert len(files) == 5  # UNet, VAE, text encoder, CLIP, DINOv2
-    assert sum(file.stat().st_size for file in files) <= 15e6
+    assert len(files) == 6  # UNet, VAE, text encoder, CLIP, DINOv2, and what SDXL's UNet has of its own
+    assert sum(file.stat().st_size for file in files) <= 16e6
     kinds = {
         entry["dtype"] for file in files for entry in search.read_safetensors_header(file).values() if "dtype" in entry
     }
@@ -292,7 +292,7 @@ def test_the_autoencoder_restores_pictures_at_27_db(who: scenes.Identity | None)
 
 def test_no_config_names_a_folder_of_the_machine_that_made_it() -> None:
     paths = [search.read_json(file).get("_name_or_path", "") for file in SMALL_WORLD.glob("**/config.json")]
-    assert len(paths) == 5 and not any(paths)
+    assert len(paths) == 6 and not any(paths)
 
 
 def test_a_sensitive_model_is_the_same_function_of_larger_inputs_to_its_layers(tmp_path: Path) -> None:
@@ -319,6 +319,57 @@ def test_a_sensitive_model_is_the_same_function_of_larger_inputs_to_its_layers(t
     assert torch.allclose(predict(), plain, atol=1e-5)
     for before, after in zip(inputs[:3], inputs[3:], strict=True):
         assert torch.allclose(after, SENSITIVITY["unet"] * before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The small world's SDXL."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = tmp_path_factory.mktemp("xl")
+    demo_world.put_xl_together(SMALL_WORLD, folder)
+    return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def test_sdxls_latents_have_the_scale_that_kohya_knows_and_show_the_same_pictures(xl: Any) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+    from small_world.make_weights import to_tensor
+
+    base = AutoencoderKL.from_pretrained(SMALL_WORLD / "base_model" / "vae", torch_dtype=torch.float32)
+    pictures = to_tensor(many_scenes(100))
+    with torch.no_grad():
+        latents, others = (vae.encode(pictures).latent_dist.mode() for vae in (xl.vae, base))
+        assert 0.9 < float((0.13025 * latents).std()) < 1.1
+        assert torch.allclose(xl.vae.decode(latents).sample, base.decode(others).sample, atol=0.02)
+
+
+def test_sdxl_reads_both_text_encoders(xl: Any) -> None:
+    """A wrong caption for one of them costs accuracy."""
+    import torch
+    from diffusers import DDPMScheduler
+    from small_world.make_weights import named_caption, read, to_tensor
+
+    rng, drawn = random.Random(3), many_scenes(200)
+    captions = [named_caption(scene, rng) for scene in drawn]
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        first = read(xl.text_encoder, xl.tokenizer, captions).hidden_states[-2]
+        second = read(xl.text_encoder_2, xl.tokenizer_2, captions)
+        latents = 0.13025 * xl.vae.encode(to_tensor(drawn)).latent_dist.mode()
+        noise, steps = torch.randn_like(latents), torch.randint(0, 1000, (200,))
+        conditions = {"text_embeds": second.text_embeds, "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]] * 200)}
+
+        def error(*states: torch.Tensor) -> float:
+            noisy = scheduler.add_noise(latents, noise, steps)
+            guess = xl.unet(noisy, steps, torch.cat(states, dim=2), added_cond_kwargs=conditions).sample
+            return float((guess - noise).square().mean())
+
+        states = second.hidden_states[-2]
+        right, errors = error(first, states), [error(first.roll(1, 0), states), error(first, states.roll(1, 0))]
+    assert min(errors) > 1.05 * right
 
 
 @pytest.mark.slow
