@@ -1556,6 +1556,7 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
 TERMINATION_SECONDS = 5.0  # between SIGTERM and SIGKILL
 PROCESS_FILE = ".process.json"  # suffix of training. and scoring.process.json, while the process lives
 STARTING_ALLOWANCE = 4  # times --stall-minutes while the model loads and latents are cached
+KILLED = "was killed (SIGKILL), usually by the kernel because memory ran out"
 SLOW_STEP = 3.0  # times the usual seconds of a step; slower is warned of
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -1911,7 +1912,7 @@ class TrainingProgress(ProcessOutput):
         if status != 0:
             self.refuse_full_disk()
             if status == -signal.SIGKILL:
-                raise OutOfMemory("the trainer was killed (SIGKILL), usually by the kernel because memory ran out")
+                raise OutOfMemory(f"the trainer {KILLED}")
             if any(_OUT_OF_MEMORY.search(line) for line in self.lines):
                 raise OutOfMemory(self.error())
             raise TrialFailed(f"the trainer ended with status {status}: {self.error()}")
@@ -3424,6 +3425,8 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
     status = child.run(progress.read, watch, folder / "scoring.log")
     if status != 0:
         progress.refuse_full_disk()
+        if status == -signal.SIGKILL:
+            raise ScoringFailed(f"scoring {KILLED}")
         raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
 
 

@@ -7,8 +7,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -1080,6 +1083,21 @@ def test_a_user_does_not_score_beside_a_search_that_scores_in_the_folder_that_it
         search.score_in_child(folder, "cpu")
     assert search.read_json(folder / "metrics.json")["outcome"] == "scored"
     assert run_score(folder) == (0, "")
+
+
+def test_a_scoring_that_is_killed_says_that_memory_ran_out(output_dir: Path) -> None:
+    folder = make_trial(output_dir, "trial_0008", [1.0], 2)
+
+    def kill() -> None:
+        while (found := search.read_json(folder / "scoring.process.json")) is None:
+            time.sleep(0.01)
+        os.kill(found["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(search.ScoringFailed, match="memory ran out"):
+        search.score_in_child(folder, "cpu")
+    killer.join()
 
 
 def test_a_checkpoint_that_is_not_finite_ends_as_diverged_without_an_image(output_dir: Path) -> None:
