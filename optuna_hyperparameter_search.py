@@ -994,8 +994,11 @@ class BaseModel:
             wrong = f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
         if wrong:
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
-        shapes = [entry["shape"] for key, entry in header.items() if re.search(_MODELS["layers"]["lora"], key)]
-        per_dim = sum(2 * (shape[0] + shape[1]) for shape in shapes if len(shape) >= 2)
+        adapted, per_dim = "|".join(_MODELS["layers"]["lora"]), 0
+        for key, entry in header.items():
+            if re.search(adapted, key) and len(entry["shape"]) >= 2:
+                inputs = 3 if key.endswith("in_proj_weight") else 1  # OpenCLIP's is query, key and value in one
+                per_dim += 2 * (entry["shape"][0] + inputs * entry["shape"][1])
         prediction = cls._prediction_of_file(header) if is_file else cls._prediction_of_folder(path)
         return cls(real, family, digest("".join(map(quick_digest, files))), per_dim, prediction)
 
@@ -1039,7 +1042,7 @@ class BaseModel:
         for part, names in family.folder.items():
             if index.get(part) in (None, [None, None]):
                 missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
-            elif "tokenizer" not in part or not (folder / part / "tokenizer.json").is_file():
+            elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
                 for file in itertools.chain(*(cls._files_of(folder / part / name) for name in names)):
                     if read_json(file) is None if file.suffix == ".json" else not file.is_file():
                         variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
@@ -4852,7 +4855,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(trainer.check_card, settings)
     options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
-    problems.of(check_precision, settings, options or {})
+    problems.of(check_precision, settings, options or {}, family)
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
     settings = with_family_files(given, family, data_set)
@@ -4953,9 +4956,14 @@ def check_packages() -> None:
         raise RefusedInput(f"this Python has no {', '.join(missing)}; pip install -r requirements.txt")
 
 
-def check_precision(settings: Settings, options: Mapping[str, Any]) -> None:
+def check_precision(settings: Settings, options: Mapping[str, Any], family: Family) -> None:
+    where = f"mixed_precision = 'fp16' in {settings.training_config}"
+    if options.get("mixed_precision") == "fp16" and family is not SD1 and settings.base_model.is_dir():
+        why = (
+            "kohya then loads a diffusers folder of SDXL only from *.fp16.safetensors, and the scoring from the others"
+        )
+        raise RefusedInput(f'--training-config: {where}: {why}; set it to "bf16", or give a single file')
     if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
-        where = f"mixed_precision = 'fp16' in {settings.training_config}"
         raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,12 @@ def test_captions_that_cached_text_would_lack_are_warned_of(
     command += ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--device", "cpu"]
     assert search.main([*command, "--output-dir", str(tmp_path / "out")]) == 0
     assert ("ignores caption_prefix" in capsys.readouterr().out) == warned
+
+
+def test_a_folder_of_sdxl_is_not_trained_in_fp16_which_kohya_stops_at(world: Path) -> None:
+    given = settings(training_config=Path("training.toml"), scoring_config=None)
+    given = dataclasses.replace(given, base_model=world / "base_model", device="cuda")
+    with pytest.raises(search.RefusedInput, match="bf16"):
+        search.check_precision(given, {"mixed_precision": "fp16"}, SDXL)
+    search.check_precision(given, {"mixed_precision": "bf16"}, SDXL)
+    search.check_precision(given, {"mixed_precision": "fp16"}, search.SD1)

@@ -1278,6 +1278,7 @@ def test_expects_a_lora_of_the_size_that_kohya_writes(tmp_path: Path) -> None:
         "model.diffusion_model.middle_block.1.proj_in.weight": (9, 10, 1, 1),
         f"{text}.self_attn.q_proj.weight": (11, 12),
         f"{text}.mlp.fc1.weight": (13, 14),
+        f"{text}.mlp.fc2.weight": (15, 16),
     }
     left_alone: Shapes = {
         FIRST: (2, 4, 3, 3),
@@ -1299,9 +1300,16 @@ def test_an_sdxl_lora_has_the_size_that_kohya_writes(tmp_path: Path) -> None:
         "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (7, 8),
         "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight": (9, 10),
         "conditioner.embedders.1.model.transformer.resblocks.0.attn.out_proj.weight": (11, 12),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc2.weight": (13, 14),
+        "model.diffusion_model.input_blocks.4.1.proj_out.weight": (15, 16),
     }
-    model = search.BaseModel.inspect(write_safetensors(tmp_path / "xl.safetensors", {**SDXL, **adapted}))
-    assert model.lora_bytes_per_dim == sum(2 * (shape[0] + shape[1]) for shape in adapted.values())
+    together = {"conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (30, 10)}  # three layers
+    others = {
+        "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids": (1, 77)
+    }  # ComfyUI saves it
+    file = write_safetensors(tmp_path / "xl.safetensors", {**SDXL, **adapted, **together, **others})
+    expected = sum(2 * (shape[0] + shape[1]) for shape in adapted.values()) + 3 * 2 * (10 + 10)
+    assert search.BaseModel.inspect(file).lora_bytes_per_dim == expected
 
 
 def write_folder(folder: Path, pipeline: str = "StableDiffusionPipeline", width: int = 768) -> Path:
