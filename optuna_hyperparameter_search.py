@@ -1290,7 +1290,7 @@ class SearchSpace:
 
     @property
     def trained_parts(self) -> Params:
-        """What says for all trials that only the UNet is trained, without which kohya refuses some other options."""
+        """network_train_unet_only, if it holds for all trials: without it kohya refuses to cache text outputs."""
         return {name: value for name, value in self.fixed[0][1].items() if name == "network_train_unet_only"}
 
     def optimizers(self) -> list[Params]:
@@ -2814,7 +2814,7 @@ class ImageScorer:
         """
         # Done here because kohya's clip_skip 2 is diffusers' 1, and the newest diffusers fails with any.
         outputs, pipeline = [], self.pipeline
-        for part in ("", "_2")[: 1 + hasattr(pipeline, "text_encoder_2")]:
+        for part in ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",):
             tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
             cut = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             tokens = tokenizer(list(prompts), return_tensors="pt", **cut)
@@ -5391,6 +5391,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise RefusedInput(f"{message}; see --help")
 
 
+def add_other_modes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("instead of searching")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--check", action="store_true", help="check all inputs, say what was found, and stop")
+    add(
+        "--report",
+        action="store_true",
+        help="write results/ and show the trials; with --scoring-config, under its weights",
+    )
+    add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
+    add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
+    families = {"type": str.lower, "choices": [name.lower() for name in FAMILIES]}
+    group.add_argument("--family", **families, help=f"of the demo's base model ({SD1.name.lower()})")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description="Search the hyperparameters of kohya-ss/sd-scripts for the best character LoRA. "
@@ -5427,18 +5442,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--search-space", type=_path, metavar="TOML", help="what is searched (V2.1, configs/search_space_v2.1.toml)")
     add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
 
-    group = parser.add_argument_group("instead of searching")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--check", action="store_true", help="check all inputs, say what was found, and stop")
-    add(
-        "--report",
-        action="store_true",
-        help="write results/ and show the trials; with --scoring-config, under its weights",
-    )
-    add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
-    add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
-    families = {"type": str.lower, "choices": [name.lower() for name in FAMILIES]}
-    group.add_argument("--family", **families, help=f"of the demo's base model ({SD1.name.lower()})")
+    add_other_modes(parser)
     parser.set_defaults(command="")  # main() sets it
     return parser
 

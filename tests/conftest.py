@@ -66,6 +66,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"not run: {'; '.join(left_out)}")
 
 
+@pytest.fixture(scope="module")
+def restore_threads() -> Iterator[None]:
+    """A trainer sets them for its process, which in some tests is theirs."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY

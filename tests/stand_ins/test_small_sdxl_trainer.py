@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,9 @@ from library import config_util
 RANK, ALPHA = 8, 5
 SIZES = [[64, 64, 0, 0, 64, 64]]
 CAPTIONS = ["luca, a boy", "a red circle"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restore_threads")]
 Train = Callable[..., Any]
 Weights = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restore_threads() -> Iterator[None]:
-    """The trainer sets them for its process, which here is that of the tests."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,7 @@ SAVE = re.compile(r"^saving checkpoint: (.+)$", re.MULTILINE)
 DONE = re.compile(r"model saved\.")
 
 OPTIONS = json.loads((TESTS / "kohya" / "train_network_options.json").read_text(encoding="utf-8"))
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restore_threads")]
 Result = subprocess.CompletedProcess[str]
 
 
@@ -103,16 +103,6 @@ def trained(write_config: WriteConfig) -> tuple[Result, Path]:
     """One training as a process, cold cache; its result and its output folder."""
     config = write_config()
     return run("--config_file", config), config.parent / "out"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restore_threads() -> Iterator[None]:
-    """The trainer sets them for its process, which here is that of the tests."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
