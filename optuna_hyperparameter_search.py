@@ -557,7 +557,10 @@ SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
     for mark in ("may_be_searched", "is_ignored")
 )
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
-_SCORED = {"save_model_as": "safetensors", "network_module": "networks.lora"}  # the search can score no others
+LYCORIS, ALGORITHMS = "lycoris.kohya", ("lora", "locon", "loha", "lokr")
+NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp")
+# The search can score no others; the first is the default.
+_SCORED = {"save_model_as": ["safetensors"], "network_module": ["networks.lora", LYCORIS]}
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 GUI_OPTIONS = {"epoch", "noise_offset_type"}  # of kohya's GUI, which it writes for sd-scripts, too
 GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no"}  # which sd-scripts does not have
@@ -581,7 +584,8 @@ def read_training_options(path: Path) -> dict[str, Any]:
     for key, value in read_toml(path, "--training-config").items():
         given.update(value if isinstance(value, dict) else {key: value})
     given = read_preset(given) if path.suffix.lower() == ".json" else given
-    options: dict[str, Any] = {**_SCORED, "save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
+    options: dict[str, Any] = {key: scored[0] for key, scored in _SCORED.items()}
+    options |= {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 42}
     for key, value in given.items():
         if value == "" or value == [] or GUI_DEFAULTS.get(key) == value or (key in REFUSED_OPTIONS and value is False):
             continue  # kohya's GUI and others save every option, set or not
@@ -645,11 +649,16 @@ def _fit(value: Any, option: Mapping[str, Any], *, is_preset: bool) -> Any:
 
 def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
     """What is wrong with a fixed option's value, or ''. `option` describes it, as kohya's parser does."""
-    if key in _SCORED and value != _SCORED[key]:
-        return f"must be {_SCORED[key]!r}, or it can't be scored"
+    if value not in (scored := _SCORED.get(key, [value])):
+        return f"must be {' or '.join(map(repr, scored))}, or it can't be scored"
     kind = "int" if key in _SMALLEST else option.get("kind", "").replace("Path", "str")
     for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
         text = str(item)
+        for name, _, said in (word.partition("=") for word in text.split() if key == "network_args"):
+            if name == "algo" and said.lower() not in ALGORITHMS:
+                return f"can't be scored; algo is one of {', '.join(ALGORITHMS)}"
+            if name in NOT_MERGED and said.lower() not in ("false", "0"):
+                return f"can't be scored with {name}; leave it out"
         if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
         if option.get("choices") and text not in option["choices"]:
@@ -965,6 +974,7 @@ class BaseModel:
     family: Family
     fingerprint: str
     lora_bytes_per_dim: int  # of an fp16 LoRA
+    adapted_bytes: int  # of the layers that it adapts, in fp16
     prediction: dict[str, bool]  # kohya's v_parameterization and zero_terminal_snr, as far as the model tells them
 
     @classmethod
@@ -994,13 +1004,14 @@ class BaseModel:
             wrong = f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
         if wrong:
             raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
-        adapted, per_dim = "|".join(_MODELS["layers"]["lora"]), 0
+        adapted, per_dim, whole = "|".join(_MODELS["layers"]["lora"]), 0, 0
         for key, entry in header.items():
             if re.search(adapted, key) and len(entry["shape"]) >= 2:
                 inputs = 3 if key.endswith("in_proj_weight") else 1  # OpenCLIP's is query, key and value in one
                 per_dim += 2 * (entry["shape"][0] + inputs * entry["shape"][1])
+                whole += 2 * math.prod(entry["shape"])
         prediction = cls._prediction_of_file(header) if is_file else cls._prediction_of_folder(path)
-        return cls(real, family, digest("".join(map(quick_digest, files))), per_dim, prediction)
+        return cls(real, family, digest("".join(map(quick_digest, files))), per_dim, whole, prediction)
 
     @staticmethod
     def _family_of_file(header: Mapping[str, Any]) -> str:
@@ -1723,6 +1734,7 @@ class Checkpoint:
         return True
 
 
+_BEGINS_AT_ZERO = re.compile(r"\.(lora_up\.weight|hada_w2_a|lokr_w2(_b)?)$")
 _DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}  # of safetensors' names
 
 
@@ -1745,7 +1757,7 @@ def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
             values = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
         if not np.isfinite(values).all():
             raise Diverged(f"weights that are not finite in {path.name} ({name})")
-        learnt = learnt or (".lora_up." in name and bool(values.any()))
+        learnt = learnt or bool(_BEGINS_AT_ZERO.search(name) and values.any())
     if path.stem == LORA_NAME and not learnt and not may_be_zero:
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
@@ -2131,7 +2143,9 @@ class Probe:
         if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
             answer = {**self._run(), "key": key}
         if missing := ", ".join(answer["missing"]):
-            raise RefusedInput(f"--trainer-python: {self.python} has no {missing}; give the Python of kohya")
+            raise RefusedInput(
+                f"--trainer-python: {self.python} has no {missing}; install it there, or give the Python of kohya"
+            )
         if "dataset_config" not in answer.get("options", {}):
             why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
@@ -2619,6 +2633,50 @@ def brightness_and_contrast(images: Sequence[Any]) -> dict[str, float | None]:
 
 # --- the child process: models, images, embeddings ---
 
+_MERGED_PARTS = {f"{kind}_w{number}{end}" for kind in ("hada", "lokr") for number in "12" for end in ("", "_a", "_b")}
+_MERGED_PARTS |= {"alpha", "lora_up.weight", "lora_down.weight"}
+_XL_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+_XL_RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def name_in_xl_unet(name: str, per_block: int) -> str:
+    """What Stability AI's SDXL UNet, and so kohya's, calls a module of a block in diffusers' one."""
+    match = re.match(r"(down|mid|up)_blocks?\.(?:(\d)\.)?(\w+)\.(\d)\.(.+)", name)
+    if not match:
+        return name
+    side, block, kind, number, inner = match.groups()
+    inner = "op" if kind == "downsamplers" else _XL_RESNET.get(inner, inner)
+    place = {"attentions": 1, "upsamplers": 2}.get(kind, 0)
+    if side == "mid":  # resnet, attention, resnet
+        return f"middle_block.{2 * int(number) + place}.{inner}"
+    layer = per_block * int(block) + (per_block - 1 if kind.endswith("samplers") else int(number))
+    return f"input_blocks.{layer + 1}.{place}.{inner}" if side == "down" else f"output_blocks.{layer}.{place}.{inner}"
+
+
+def change_of_weight(parts: Mapping[str, Any]) -> Any:
+    """What a network adds to a layer's weight, (outputs, inputs), from its matrices in fp32; KeyError for another kind.
+
+    LoRA: up @ down. LoHa: (w1_a @ w1_b) * (w2_a @ w2_b). LoKr: kron(w1, w2), of which each may be w_a @ w_b. All times
+    alpha / rank, as LyCORIS trains them (arXiv:2309.14859). Its own merging, up to 4.1.3, applies alpha / rank twice.
+    """
+    import torch
+
+    parts = {name: values.flatten(1) if values.ndim > 1 else values for name, values in parts.items()}
+    if odd := parts.keys() - _MERGED_PARTS:
+        raise KeyError(odd)
+    whole = {
+        name.removesuffix("_a"): values @ parts[f"{name[:-2]}_b"] for name, values in parts.items() if name[-2:] == "_a"
+    }
+    whole |= parts
+    if "lora_up.weight" in whole:
+        change = whole["lora_up.weight"] @ whole["lora_down.weight"]
+    elif "hada_w1" in whole:
+        change = whole["hada_w1"] * whole["hada_w2"]
+    else:
+        change = torch.kron(whole["lokr_w1"].contiguous(), whole["lokr_w2"].contiguous())
+    ranks = [len(values) for name, values in parts.items() if name.endswith("_b") or "down" in name]
+    return change * (float(parts.get("alpha", ranks[0])) / ranks[0]) if ranks else change
+
 
 class ImageScorer:
     """Owns the pipeline and both encoders, loaded once a process: renders jobs, embeds images and texts."""
@@ -2640,9 +2698,9 @@ class ImageScorer:
         self.batch_size: int = plan["batch_size"]
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
-        free = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else math.inf
-        if free < needed_bytes:
-            there, needed = (tqdm.format_sizeof(count, "B") for count in (free, needed_bytes))
+        self.free: float = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else math.inf
+        if self.free < needed_bytes:
+            there, needed = (tqdm.format_sizeof(count, "B") for count in (self.free, needed_bytes))
             raise ScoringFailed(f"the card has {there} free beside the trainer, and screening needs {needed}")
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
         encoders, base_model = plan["encoders"], plan["base_model"]
@@ -2695,7 +2753,10 @@ class ImageScorer:
         if self.family.vae_overflows and self.dtype == self.torch.float16:
             has_bf16 = self.torch.cuda.get_device_capability() >= (8, 0)  # half of the memory of fp32
             pipeline.vae.to(self.torch.bfloat16 if has_bf16 else self.torch.float32)
-        return pipeline.to(self.device)
+        if self.free >= self.family.screening_gb * 1e9:
+            return pipeline.to(self.device)
+        pipeline.enable_model_cpu_offload(device=self.device)  # one model at a time on the card
+        return pipeline
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
         """A single file's. Old names of its tensors lack `text_model.`, and from_single_file does not know them."""
@@ -2721,40 +2782,73 @@ class ImageScorer:
     @contextlib.contextmanager
     def lora(self, path: Path, strength: float = 1.0) -> Iterator[None]:
         """With a kohya LoRA; afterwards the pipeline is bit for bit as before."""
-        weights = self._read_lora(path, strength)
-        modules = len({key.partition(".")[0] for key in weights})
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+        known = (".alpha", ".lora_down.weight", ".lora_up.weight")
+        add = self._beside if all(key.endswith(known) for key in weights) else self._merged
+        with add(weights, path, strength):
+            yield
+
+    @contextlib.contextmanager
+    def _beside(self, weights: dict[str, Any], path: Path, strength: float) -> Iterator[None]:
+        """A LoRA as diffusers adds it, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
+        modules = {key.partition(".")[0] for key in weights}
+        for module in modules:
+            down, up = (f"{module}.lora_{side}.weight" for side in ("down", "up"))
+            alpha = float(weights.pop(f"{module}.alpha", len(weights[down])))
+            weights[up] = weights[up].float() * (strength * alpha / len(weights[down]))
         try:
             self.pipeline.load_lora_weights(weights, adapter_name="trial")
         except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         try:
-            if (loaded := self._loaded_modules()) != modules:  # it passes over what it does not know
-                raise ScoringFailed(
-                    f"diffusers loads {loaded} of {modules} modules of {path}; train it by networks.lora"
-                )
+            models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
+            loaded = sum("trial" in getattr(one, "lora_A", {}) for model in models for one in model.modules())
+            if loaded != len(modules):  # it passes over what it does not know
+                said = f"diffusers loads {loaded} of {len(modules)} modules of {path}"
+                raise ScoringFailed(f"{said}; train it by networks.lora")
             yield
         finally:
             self.pipeline.unload_lora_weights()
 
-    def _loaded_modules(self) -> int:
-        models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
-        modules = (module for model in models for module in model.modules())
-        return sum("trial" in getattr(module, "lora_A", {}) for module in modules)
+    @contextlib.contextmanager
+    def _merged(self, weights: Mapping[str, Any], path: Path, strength: float) -> Iterator[None]:
+        """A LoHa or LoKr, added to the pipeline's weights: diffusers and peft know kohya's LoRA alone."""
+        modules, before, networks = self._modules_by_name(), {}, {}
+        for key, values in weights.items():
+            name, _, part = key.partition(".")
+            networks.setdefault(name, {})[part] = values.float()
+        try:
+            for name, parts in networks.items():
+                try:
+                    module = modules[name]
+                    change = strength * change_of_weight(parts).reshape(module.weight.shape)
+                except (KeyError, RuntimeError) as error:
+                    remedy = f"use {' or '.join(ALGORITHMS)}, and none of {', '.join(NOT_MERGED)}"
+                    raise ScoringFailed(f"{path}: {name} ({', '.join(parts)}) can't be merged; {remedy}") from error
+                before[module] = module.weight.data.cpu()
+                module.weight.data = (before[module].float() + change).to(module.weight)
+            yield
+        finally:
+            for module, weight in before.items():
+                module.weight.data = weight.to(module.weight)
 
-    @staticmethod
-    def _read_lora(path: Path, strength: float) -> dict[str, Any]:
-        """A kohya LoRA for diffusers, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-        for key in [key for key in weights if key.endswith(".alpha")]:
-            alpha, module = float(weights.pop(key)), key.removesuffix(".alpha")
-            rank = weights[f"{module}.lora_down.weight"].shape[0]
-            weights[f"{module}.lora_up.weight"] = weights[f"{module}.lora_up.weight"].float() * (
-                strength * alpha / rank
-            )
-        return weights
+    def _modules_by_name(self) -> dict[str, Any]:
+        """Modules of the pipeline that a network may adapt, by the names that kohya gives them."""
+        found, names = (
+            {},
+            {"unet": "unet", "text_encoder": "te" if self.family is SD1 else "te1", "text_encoder_2": "te2"},
+        )
+        for part, model in self.pipeline.components.items():
+            # transformers 5 has taken one level out.
+            above = "" if part == "unet" or hasattr(model, "text_model") else "text_model."
+            for name, module in model.named_modules() if part in names and model else ():
+                is_xl = part == "unet" and self.family is not SD1
+                full = name_in_xl_unet(name, model.config.layers_per_block + 1) if is_xl else above + name
+                found[f"lora_{names[part]}_{full}".replace(".", "_")] = module
+        return found
 
     def render(self, jobs: Sequence[Mapping[str, Any]], report: Callable[[int], None] = lambda made: None) -> list[Any]:
         """A PIL image for every job, in order; None where the latents were not finite. Reports each batch's size."""
@@ -4806,7 +4900,10 @@ class Inputs:
         checkpoints = math.ceil(epochs / self.options["save_every_n_epochs"])
         halves = 1 if self.options.get("save_precision") in ("fp16", "bf16") else 2
         pictures = checkpoints * self.stage_bytes("screen") + self.stage_bytes("confirm")
-        return checkpoints, self.base_model.lora_bytes_per_dim * dim * halves, pictures
+        saved = self.base_model.lora_bytes_per_dim * dim
+        if self.options["network_module"] == LYCORIS:  # LoKr's dim may be 100,000, which means whole matrices
+            saved = min(saved, self.base_model.adapted_bytes)
+        return checkpoints, saved * halves, pictures
 
     def stage_bytes(self, stage: str) -> float:
         return sum(job["width"] * job["height"] for job in self.plan[stage]) * PNG_BYTES_PER_PIXEL
@@ -5146,7 +5243,8 @@ class CheckReport:
             f"{len(inputs.allowed) / len(inputs.drawn):.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one, "
-            f"by {settings.scoring_config.name}; about {inputs.base_model.family.screening_gb:g} GB of a card",
+            f"by {settings.scoring_config.name}; about {inputs.base_model.family.screening_gb:g} GB of a card "
+            "(with less its models take turns)",
             "early stop": self._early_stop(),
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",

@@ -7,7 +7,7 @@ the file ANSWER, as JSON, what the script would train. kohya's own code reads op
 at what it refuses; this file only records it. Then kohya makes each optimizer of the JSON file OPTIMIZERS, a list of
 tables of options. Nothing else is written.
 
-    missing     packages that are not installed; if there are any, the answer has no other key
+    missing     packages that are not installed; if there are any, the answer may have no other key
     torch, card, bitsandbytes, packages    the trainer's Python: PyTorch's version, the first card's name, whether
                 bitsandbytes works, the folder of packages with its time of change
     options     {name: {kind, choices, is_list}} of the script's parser
@@ -227,6 +227,10 @@ def try_optimizers(tables: list[dict[str, Any]]) -> None:
             found["optimizers"].append([options["optimizer_type"], f"{type(error).__name__}: {error}"])
 
 
+def uses_lycoris() -> bool:
+    return str(getattr(kohya.get("args"), "network_module", None)).startswith("lycoris.")
+
+
 def describe_error(error: BaseException) -> list[Any]:
     parts = getattr(error, "errors", None)  # voluptuous lists all errors of a file
     if isinstance(parts, list):
@@ -257,6 +261,8 @@ def run(script: str, config: str, optimizers: list[dict[str, Any]]) -> None:
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
             found["stopped"] = describe_error(error)
+    if uses_lycoris() and importlib.util.find_spec("lycoris") is None:
+        found["missing"].append("lycoris-lora")
     try_optimizers(optimizers)
 
 

@@ -79,6 +79,107 @@ def test_a_lora_of_which_diffusers_knows_only_a_part_is_not_scored(scorer: searc
     assert float((scorer._embed_prompts(["luca"])["prompt_embeds"] - before).detach().abs().max()) == 0  # unloaded
 
 
+FACTORS = {  # of a network's matrices, for a layer of (outputs, inputs)
+    "loha": lambda o, i: {"hada_w1_a": (o, 2), "hada_w1_b": (2, i), "hada_w2_a": (o, 2), "hada_w2_b": (2, i)},
+    "lokr": lambda o, i: {"lokr_w1": (4, 4), "lokr_w2_a": (o // 4, 2), "lokr_w2_b": (2, i // 4)},
+    "whole lokr": lambda o, i: {"lokr_w1": (4, 4), "lokr_w2": (o // 4, i // 4)},
+}
+LAYERS = {  # by the names in a file
+    "lora_te1_text_model_encoder_layers_1_self_attn_out_proj": ("text_encoder", "encoder.layers.1.self_attn.out_proj"),
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": ("text_encoder_2", "encoder.layers.0.mlp.fc1"),
+    "lora_unet_input_blocks_4_1_proj_in": ("unet", "down_blocks.1.attentions.0.proj_in"),
+    "lora_unet_middle_block_1_proj_out": ("unet", "mid_block.attentions.0.proj_out"),
+    "lora_unet_output_blocks_2_1_transformer_blocks_0_attn1_to_q": (
+        "unet", "up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_q",
+    ),
+}  # fmt: skip
+
+
+def layer(scorer: search.ImageScorer, part: str, name: str) -> Any:
+    return {
+        one: module for one, module in getattr(scorer.pipeline, part).named_modules() if one.endswith(name)
+    }.popitem()[1]
+
+
+@pytest.mark.parametrize("algorithm", FACTORS)
+def test_a_network_of_lycoris_is_merged_as_its_definition_says(
+    scorer: search.ImageScorer, tmp_path: Path, algorithm: str
+) -> None:
+    from safetensors.numpy import save_file
+
+    rng, weights, changes = np.random.default_rng(0), {}, {}
+    before = {name: layer(scorer, *place).weight.detach().numpy().copy() for name, place in LAYERS.items()}
+    for name, weight in before.items():
+        sizes = FACTORS[algorithm](*weight.shape)
+        made = {key: rng.normal(size=size).astype(np.float32) for key, size in sizes.items()}
+        weights.update(
+            {f"{name}.{key}": values for key, values in made.items()}, **{f"{name}.alpha": np.float32([1])[0]}
+        )
+        one, *others = made.values()
+        if algorithm == "loha":  # rank 2, so alpha / rank is 0.5
+            changes[name] = (one @ others[0]) * (others[1] @ others[2]) * 0.5
+        else:
+            changes[name] = np.kron(one, others[0] @ others[1] * 0.5 if len(others) == 2 else others[0])
+    save_file({name: np.asarray(values) for name, values in weights.items()}, tmp_path / "lora.safetensors")
+    with scorer.lora(tmp_path / "lora.safetensors", 0.8):
+        for name, place in LAYERS.items():
+            merged = layer(scorer, *place).weight.detach().numpy()
+            assert merged == pytest.approx(before[name] + 0.8 * changes[name], abs=1e-5)
+    for name, place in LAYERS.items():
+        assert (layer(scorer, *place).weight.detach().numpy() == before[name]).all()
+
+
+def write_lokr(path: Path, *modules: str) -> None:
+    from safetensors.numpy import save_file
+
+    made = {key: np.full(size, 0.1, np.float32) for key, size in FACTORS["whole lokr"](32, 32).items()}
+    save_file({f"{name}.{key}": values for name in modules for key, values in made.items()}, path)
+
+
+def test_a_network_that_can_not_be_merged_whole_is_not_scored(scorer: search.ImageScorer, tmp_path: Path) -> None:
+    known, unknown = "lora_te1_text_model_encoder_layers_0_self_attn_out_proj", "lora_unet_nowhere"
+    write_lokr(tmp_path / "lora.safetensors", known, unknown)
+    before = scorer._embed_prompts(["luca"])["prompt_embeds"]
+    with pytest.raises(search.ScoringFailed, match=unknown), scorer.lora(tmp_path / "lora.safetensors"):
+        pass
+    assert float((scorer._embed_prompts(["luca"])["prompt_embeds"] - before).detach().abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
+        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
+        ("down_blocks.2.attentions.1.proj_out", "input_blocks.8.1.proj_out"),
+        ("mid_block.resnets.1.time_emb_proj", "middle_block.2.emb_layers.1"),
+        ("mid_block.attentions.0.norm", "middle_block.1.norm"),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
+        ("up_blocks.2.resnets.2.conv_shortcut", "output_blocks.8.0.skip_connection"),
+        ("conv_in", "conv_in"),
+    ],
+)
+def test_modules_of_sdxl_have_the_names_of_kohyas_own_unet(name: str, known: str) -> None:
+    """As the names of all 1,043 modules with weights in its blocks do (both UNets of full size, sd-scripts v0.10.1)."""
+    assert search.name_in_xl_unet(name, per_block=3) == known
+
+
+def test_models_that_take_turns_on_the_card_draw_the_same(
+    scorer: search.ImageScorer, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lokr(tmp_path / "lora.safetensors", "lora_te1_text_model_encoder_layers_0_self_attn_out_proj")
+    with monkeypatch.context() as patched:
+        patched.setattr(search.math, "inf", 0.0)  # bytes free on the card
+        small = make_scorer(world)
+    assert hasattr(small.pipeline.unet, "_hf_hook") and not hasattr(scorer.pipeline.unet, "_hf_hook")
+    jobs = [job("luca", 1), job("a red car", 2)]
+    for lora in (False, True):
+        made = []
+        for one in (scorer, small):
+            with one.lora(tmp_path / "lora.safetensors") if lora else contextlib.nullcontext():
+                made.append([np.asarray(image) for image in one.render(jobs)])
+        assert np.array_equal(*made)
+
+
 def test_a_v_prediction_model_of_zero_snr_draws_the_picture_that_it_was_trained_on(world: Path) -> None:
     """A model that knows one dark picture must draw it, and not a grey one (arXiv 2305.08891)."""
     import torch

@@ -246,9 +246,13 @@ def test_a_forbidden_option_with_any_other_value_is_refused(line: str, training:
     assert line.split()[0] in the_refusal(read_training_options, training(line))
 
 
-def test_trains_networks_lora_and_nothing_else(training: Callable[[str], Path]) -> None:
+def test_trains_what_can_be_scored_and_nothing_else(training: Callable[[str], Path]) -> None:
     assert read_training_options(training(""))["network_module"] == "networks.lora"
     assert "networks.oft" in the_refusal(read_training_options, training('network_module = "networks.oft"'))
+    lycoris = 'network_module = "lycoris.kohya"\nnetwork_args = ["conv_dim=4", '
+    assert read_training_options(training(f'{lycoris}"algo=LoKr", "dora_wd=False"]'))["network_args"][1] == "algo=LoKr"
+    for unscored in ("algo=oft", "dora_wd=True", "algo=lokr use_tucker=1"):
+        assert "can't be scored" in the_refusal(read_training_options, training(f'{lycoris}"{unscored}"]'))
 
 
 def test_paths_become_absolute(

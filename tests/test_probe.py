@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -193,8 +194,22 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     python = tmp_path / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
     python.chmod(0o755)
-    with pytest.raises(search.RefusedInput, match="has no diffusers, transformers, safetensors, toml; give the Python"):
+    with pytest.raises(
+        search.RefusedInput, match="has no diffusers, transformers, safetensors, toml; install it there, or give"
+    ):
         ask(tmp_path / "sd", "", python=str(python))
+
+
+def test_lycoris_is_needed_where_it_is_trained(
+    sd_scripts: SdScripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["lycoris"] = None\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    config, about = search.read_data_set_file(sd_scripts.data_set), (sd_scripts.folder, sys.executable, "cpu")
+    options = {**OPTIONS, "network_module": search.LYCORIS}
+    with pytest.raises(search.RefusedInput, match="has no lycoris-lora; install it there"):
+        search.Probe(*about, options, Path("/no/model"), config).ask()
+    search.Probe(*about, OPTIONS, Path("/no/model"), config).ask()
 
 
 def test_a_card_that_pytorch_does_not_see_has_no_name(sd_scripts: SdScripts) -> None:

@@ -57,12 +57,12 @@ sys.path.insert(0, {str(HERE.parents[1])!r})
 import optuna_hyperparameter_search
 optuna_hyperparameter_search.score_folder(pathlib.Path(sys.argv[1]), "cpu")
 """
-TRAINER = HERE.parent / "small_trainer" / "train_network.py"
 MIDDLE: dict[str, Any] = {  # of the V2.1 space
     "learning_rate": 8.5e-5, "text_encoder_lr": 5e-5, "network_dim": 128, "network_alpha": 64,
     "optimizer_type": "AdamW", "max_train_epochs": 16, "lr_scheduler": "cosine", "gradient_accumulation_steps": 1,
     "lr_warmup_steps": 50,
 }  # fmt: skip
+RATES = ("learning_rate", "text_encoder_lr")
 TERMS = search.TERMS
 
 
@@ -155,7 +155,16 @@ def search_in(output_dir: Path, world: str, trials: int, seed: int = 42) -> None
     files = {"--dataset-config": "dataset.toml", "--base-model": "base_model", "--training-config": "training.toml",
              "--scoring-config": "scoring.toml"}  # fmt: skip
     command = [sys.executable, SCRIPT, *(word for flag, file in files.items() for word in (flag, inputs / file))]
-    command += ["--sd-scripts", TRAINER.parent, "--trainer-python", sys.executable, "--device", "cpu", "--seed", seed]
+    command += [
+        "--sd-scripts",
+        demo_world.SMALL_TRAINER,
+        "--trainer-python",
+        sys.executable,
+        "--device",
+        "cpu",
+        "--seed",
+        seed,
+    ]
     command += ["--subject", demo_world.SUBJECT, "--n-trials", trials, "--output-dir", output_dir]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
@@ -168,11 +177,13 @@ def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, A
         for path in ("output_dir", "logging_dir"):
             config[path] = config[path].replace("trial_0000", name)
         folder.mkdir(exist_ok=True)
-        (folder / "config.toml").write_text(toml.dumps({**config, **MIDDLE, **changes}), encoding="utf-8")
-        search.write_json(folder / "params.json", {**MIDDLE, **changes})
+        changes = {**(MIDDLE if family_of(output_dir) is search.SD1 else {}), **changes}
+        (folder / "config.toml").write_text(toml.dumps({**config, **changes}), encoding="utf-8")
+        search.write_json(folder / "params.json", changes)
         started = time.monotonic()
         if not (folder / f"{search.LORA_NAME}.safetensors").is_file():
-            run(folder, sys.executable, TRAINER, "--config_file", folder / "config.toml")
+            trainer = demo_world.SMALL_TRAINER / family_of(output_dir).script
+            run(folder, sys.executable, trainer, "--config_file", folder / "config.toml")
         trained = time.monotonic()
         run(folder, sys.executable, "-c", SCORE, folder)
         if search.read_json(folder / "metrics.json")["outcome"] == "scored":
@@ -181,6 +192,11 @@ def try_out(output_dir: Path, name: str, changes: dict[str, Any]) -> dict[str, A
         (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     metrics = search.read_json(folder / "metrics.json")
     return {"name": name, **{key: metrics[key] for key in ("outcome", "score", "terms", "best_epoch", "checkpoint")}}
+
+
+def family_of(output_dir: Path) -> search.Family:
+    """By the folder's name, which is its world's."""
+    return search.FAMILIES[WORLDS[output_dir.name].family]
 
 
 def run(folder: Path, *command: object) -> None:
@@ -230,7 +246,7 @@ def ladder(output_dir: Path) -> bool:
 
 
 def scaled(factor: float, seed: int) -> dict[str, Any]:
-    rates = {name: MIDDLE[name] * factor for name in ("learning_rate", "text_encoder_lr")}
+    rates = {name: MIDDLE[name] * factor for name in RATES}
     return {**rates, "seed": seed}
 
 
@@ -268,7 +284,7 @@ def truth(output_dir: Path) -> bool:
     rng = random.Random(11)
     settings, middle = feasible(output_dir, 30), output_dir.name == "middle"
     inside = [(f"truth_v21_{n:02d}", setting) for n, setting in enumerate(settings[: 20 if middle else 12])]
-    outside = [(f"truth_far_{n:02d}", {**setting, **far(rng)}) for n, setting in enumerate(settings[20:])]
+    outside = [(f"truth_far_{n:02d}", {**setting, **far(rng, setting)}) for n, setting in enumerate(settings[20:])]
     outside = outside if middle else outside[:8]
     scored = [result for result in try_all(output_dir, inside + outside) if result["outcome"] == "scored"]
     agreement = {stage: print_agreement(output_dir, stage, scored) for stage in (STAGE, wide.STAGE)}
@@ -290,7 +306,10 @@ def print_agreement(output_dir: Path, stage: str, scored: list[dict[str, Any]]) 
     confirmation = Confirmation(output_dir, stage)
     found = {result["name"]: confirmation.of_trial(output_dir / result["name"]) for result in scored}
     search.write_json(output_dir / f"judged_{stage}.json", {name: vars(judged) for name, judged in found.items()})
-    several = {"all": list(found.values()), "V2.1": [judged for name, judged in found.items() if "v21" in name]}
+    several = {
+        "all": list(found.values()),
+        "those within the space": [judged for name, judged in found.items() if "v21" in name],
+    }
     for name, some in several.items():
         overall = [judged.judge["overall"] for judged in some]
         said = [f"{of} {rank_correlation([j.scores[of] for j in some], overall):.3f}" for of in DEFINITIONS]
@@ -317,23 +336,26 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 def feasible(output_dir: Path, count: int) -> list[dict[str, Any]]:
     """What the program itself would propose before it has learnt anything, each with a training seed of its own."""
     data_set = demo_world.read_data_set(output_dir / "inputs" / "dataset.toml", {"cache_latents": True})
+    file = family_of(output_dir).search_space
+    space = search.SearchSpace.read(demo_world.CONFIGS / file) if file else search.V2_1
     sampler = search.FeasibleTPESampler(
         11,
+        space,
         can_train=lambda params: params.get("optimizer_type") != "AdamW8bit",
         prefers=lambda params: params["lr_warmup_steps"] < data_set.updates(params),
     )
     study = optuna.create_study(sampler=sampler)
-    proposals = [search.suggest_hyperparameters(study.ask()) for _ in range(count)]
+    proposals = [search.suggest_hyperparameters(study.ask(), space) for _ in range(count)]
     return [
         {**{name: value for name, value in params.items() if name != "network_alpha_ratio"}, "seed": 100 + number}
         for number, params in enumerate(proposals)
     ]
 
 
-def far(rng: random.Random) -> dict[str, float]:
-    """Learning rates from a hundredth to a hundred times the V2.1 range's."""
+def far(rng: random.Random, setting: Mapping[str, Any]) -> dict[str, float]:
+    """The setting's learning rates from a hundredth to a hundred times the V2.1 range's."""
     factor = log_uniform(rng, 0.01, 100)
-    return {"learning_rate": 8.5e-5 * factor, "text_encoder_lr": 5e-5 * factor}
+    return {name: MIDDLE[name] * factor for name in RATES if name in setting}
 
 
 def log_uniform(rng: random.Random, low: float, high: float) -> float:

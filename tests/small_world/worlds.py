@@ -4,7 +4,7 @@
 
 `dull` and `keen` have the middle world's base model, which a LoRA's step changes a third and three times as much.
 `biased` has a data set as people really have them: most of its pictures on one background that no caption names,
-pictures that are nearly alike, a bystander here and there, and a bag that is never mentioned.
+pictures that are nearly alike, a bystander here and there, and a bag that is never mentioned. `xl` has the small SDXL.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Picture:
 class World:
     data_set: Callable[[], list[Picture]]
     sensitivity: float = 1.0  # times the middle world's
+    family: str = "SD1.x"
 
 
 def even_pictures() -> list[Picture]:
@@ -83,6 +84,7 @@ WORLDS: Mapping[str, World] = {
     "dull": World(even_pictures, 1 / 3),
     "keen": World(even_pictures, 3.0),
     "biased": World(biased_pictures),
+    "xl": World(even_pictures, family="SDXL"),
 }
 
 
@@ -92,7 +94,7 @@ def make_world(name: str, folder: Path) -> None:
     if mark.is_file() and mark.read_text(encoding="utf-8") == name:
         return
     world = WORLDS[name]
-    demo_world.make_demo_world(folder)
+    demo_world.make_demo_world(folder, world.family)
     write_pictures(world.data_set(), folder / "images")
     if world.sensitivity != 1.0:
         change_sensitivity(folder / "base_model", world.sensitivity)
