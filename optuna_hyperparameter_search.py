@@ -418,7 +418,7 @@ class Settings:
     subject: str | None
     storage: str  # SQLAlchemy URL
     seed: int
-    enqueue: Path | None
+    enqueue: Sequence[Path]  # files of parameters, and output folders of earlier searches
     timeout_hours: float | None
     search_space: Path | None = None
     stall_minutes: float = 30.0
@@ -4813,6 +4813,7 @@ class Inputs:
     enqueued: list[Params]
     study: optuna.Study | None  # None before its first run
     space: SearchSpace = V2_1
+    notes: Sequence[str] = ()  # on what was enqueued
 
     @property
     def trials_left(self) -> int:
@@ -4964,11 +4965,15 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
-    enqueued = problems.of(read_enqueue_file, settings.enqueue, trainer, space) if settings.enqueue and read else []
+    enqueued, notes = [], []
+    for path in settings.enqueue if read else ():
+        tables, note = problems.of(read_enqueued, path, trainer, space) or ([], "")
+        enqueued += [table for table in tables if table not in enqueued]
+        notes += [note] if note else []
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
-    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space)
+    inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space, notes)
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
     problems.refuse()
@@ -5141,6 +5146,52 @@ def make_plan(
     return build_scoring_plan(images, subject, scoring, *about)
 
 
+def read_enqueued(path: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
+    """Parameters to try first, of a file or of an earlier search's output folder, and what is to be said of them."""
+    return best_of_earlier(path, trainer, space) if path.is_dir() else (read_enqueue_file(path, trainer, space), "")
+
+
+def best_of_earlier(folder: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
+    """The three best settings of an earlier search that may be trained here, as far as this space has their values."""
+    try:
+        rows = list(csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8"))))
+        scored = {
+            int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows if row["score"]
+        }
+    except (OSError, ValueError, KeyError) as error:
+        remedy = "give a TOML file, or the output folder of a search that has results"
+        raise RefusedInput(
+            f"--enqueue: can't read {folder}/results/trials.csv ({one_line(error)}); {remedy}"
+        ) from error
+    found, left_out = {}, {}
+    for number in sorted(scored, key=scored.__getitem__, reverse=True):
+        given = read_json(trial_folder(folder, number) / "params.json") or {}
+        values = {
+            name: value
+            for name, value in given.items()
+            if name in space.searched and holds(space.searched[name], value)
+        }
+        values = {name: value for name, value in values.items() if meets(values, space.when.get(name, {}))}
+        if values and values not in found.values() and len(found) < 3 and not why_rejected(values, trainer, space):
+            found[number], kept = values, space.complete(values)
+            left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
+    note = (
+        f"first from {folder.name}: trial {', '.join(map(str, found))}"
+        if found
+        else f"no setting of {folder.name} may be trained here"
+    )
+    return list(found.values()), note + (f", without {', '.join(left_out)}" if left_out else "")
+
+
+def why_rejected(table: Params, trainer: TrainerFacts | None, space: SearchSpace) -> str:
+    """Why enqueued parameters are rejected, whatever completes them; "" if they may be trained."""
+    can_train = trainer.can_train if trainer else lambda _: True
+    study = optuna.create_study(sampler=FeasibleTPESampler(0, space, can_train=can_train))
+    study.enqueue_trial(table)
+    params = suggest_hyperparameters(study.ask(), space)
+    return may_train(params, space)[1] or ("" if can_train(params) else "AdamW8bit needs bitsandbytes and a CUDA card")
+
+
 def read_enqueue_file(path: Path, trainer: TrainerFacts | None, space: SearchSpace = V2_1) -> list[Params]:
     """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
     content = read_toml(path, "--enqueue")
@@ -5210,7 +5261,7 @@ class CheckReport:
         self.captions = Captions([text for image in inputs.data_set.subject_images for text in image.captions])
 
     def __str__(self) -> str:
-        notes, tokens = [*self.inputs.data_set.notes], self.inputs.data_set.class_tokens
+        notes, tokens = [*self.inputs.data_set.notes, *self.inputs.notes], self.inputs.data_set.class_tokens
         file = self.settings.training_config
         if ignored := ignored_options(read_training_options(file), file, self.inputs.trainer.answer.get("options", {})):
             more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
@@ -5317,10 +5368,7 @@ class CheckReport:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in inputs.enqueued:
-            sampler = FeasibleTPESampler(0, inputs.space, can_train=inputs.trainer.can_train)
-            study = optuna.create_study(sampler=sampler)
-            study.enqueue_trial(table)
-            if reason := may_train(suggest_hyperparameters(study.ask(), inputs.space), inputs.space)[1]:
+            if reason := why_rejected(table, inputs.trainer, inputs.space):
                 yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
         known = inputs.study.user_attrs.get("environment") if inputs.study else None
         for difference in fingerprint_differences(known or inputs.tools, inputs.tools):
@@ -5519,7 +5567,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("how much to search").add_argument
     add("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
-    add("--enqueue", type=_path, metavar="TOML", help="parameters to try first: your best so far")
+    first = "to try first: files of parameters, or output folders of earlier searches, each one's three best"
+    add("--enqueue", type=_path, nargs="+", default=(), metavar="PATH", help=first)
     add("--timeout", dest="timeout_hours", type=float, metavar="HOURS", help="start no new trial after that")
     add("--prune", choices=("on", "off"), default="on", help="stop trainings early that are unlikely to win (on)")
     add("--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)")

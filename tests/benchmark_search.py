@@ -4,6 +4,7 @@
     python tests/benchmark_search.py gates              what the regressor knows of settings that it has not seen
     python tests/benchmark_search.py stopping           rules of early stopping, on the same proposals
     python tests/benchmark_search.py samplers           other samplers of the same space
+    python tests/benchmark_search.py earlier            what settings of an earlier search gain, and cost
 
 Needs `pip install scipy scikit-learn lion-pytorch`, and matplotlib for the figure, tests/search_table/curves.png.
 
@@ -51,7 +52,9 @@ from search_table.studies import (
     run_study,
     try_training,
 )  # fmt: skip
-from search_table.table import HERE, Table
+from search_table.table import HERE, Params, Table
+
+import optuna_hyperparameter_search as search
 
 SHOWN = (5, 10, 20)  # trials
 FIGURE = HERE / "curves.png"
@@ -113,6 +116,25 @@ def stopped_of_seed(final: bool, landscape: Landscape, seed: int) -> np.ndarray:
         ended = np.mean([one.seen < len(one.curve.epochs) for one in every])
         found.append([1 - stopped[HOURS] / course[HOURS], course[TRUE] - stopped[TRUE], ended])
     return np.array(found)
+
+
+def earlier_of_seed(landscape: Landscape, seed: int) -> Courses:
+    """Ours with three settings enqueued: the best or the worst of an earlier search on other prompts and seeds."""
+    settings: list[Params] = []
+
+    def suggest(trial: optuna.Trial) -> Params:
+        params = search.suggest_hyperparameters(trial)
+        settings.append(trial.params)
+        return params
+
+    earlier = run_study(Search(first_sampler, suggest), Scores(landscape, seed + 10_000))
+    places = sorted(range(TRIALS), key=lambda number: -earlier[number].value)  # type: ignore[union-attr]
+    first = {"ours": [], "three best first": places[:3], "three worst first": places[-3:]}
+    scores, found = Scores(landscape, seed), {}
+    for name, numbers in first.items():
+        how = Search(first_sampler, first=[settings[number] for number in numbers])
+        found[name] = course_of(run_study(how, scores), scores)
+    return found
 
 
 def ask_again(study: optuna.Study, tried: Tried) -> optuna.Trial:
@@ -268,6 +290,20 @@ def compare_samplers(table: Table, args: argparse.Namespace) -> None:
             print(f"{name:<26}{with_interval(better[:, TRUE])}   {with_interval(better[:, TRIED])}")
 
 
+def compare_earlier(table: Table, args: argparse.Namespace) -> None:
+    for title, landscape in landscapes_of(table):
+        results = of_each_seed(functools.partial(earlier_of_seed, landscape), args)
+        found = {name: np.stack([courses[name] for courses in results]) for name in results[0]}
+        best = np.max([courses[:, TRIED, -1] for courses in found.values()], axis=0)
+        print(f"\n{title}: {args.seeds} seeds; trials until one is within 5% of the best; handed over after 20, paired")
+        for name, courses in found.items():
+            near = courses[:, TRIED] >= 0.95 * best[:, None]
+            needed = np.where(near.any(axis=1), near.argmax(axis=1) + 1, np.inf)
+            better = (courses - found["ours"])[:, TRUE, -1]
+            said = "{:.0f} ({:.0f} to {:.0f})".format(np.median(needed), *interval(needed, np.median))
+            print(f"{name:<18} {said:>14}, never {np.isinf(needed).mean():.0%}; {with_interval(better)}")
+
+
 def compare_rules(table: Table, args: argparse.Namespace) -> None:
     for title, landscape in landscapes_of(table):
         found = np.stack(of_each_seed(functools.partial(stopped_of_seed, args.final, landscape), args))
@@ -276,9 +312,14 @@ def compare_rules(table: Table, args: argparse.Namespace) -> None:
             print(f"{rule.name:<28}{saved.mean():6.1%}  {with_interval(regret, 4)}  {ended.mean():5.0%}")
 
 
+COMPARED: dict[str, Callable[[Table, argparse.Namespace], None]] = {
+    "searches": compare_searches, "stopping": compare_rules, "samplers": compare_samplers, "earlier": compare_earlier,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("searches", "gates", "stopping", "samplers"), default="searches")
+    parser.add_argument("what", nargs="?", choices=("gates", *COMPARED), default="searches")
     parser.add_argument("--seeds", type=int, default=200, help="of prompts, seeds and samplers")
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="a way to search, or a sampler; repeat"
@@ -291,7 +332,7 @@ def main() -> None:
     table = Table.read()
     if args.what == "gates":
         return print_gates(table)
-    {"searches": compare_searches, "stopping": compare_rules, "samplers": compare_samplers}[args.what](table, args)
+    COMPARED[args.what](table, args)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def write_inputs(
         study_name=study_name, n_trials=trials, device="cuda", sd_scripts=TESTS / "small_trainer",
         trainer_python=sys.executable, training_config=inputs / "training.toml",
         scoring_config=inputs / "scoring.toml", eval_prompts=None, subject=subject,
-        storage=storage or search.default_storage(output_dir), seed=seed, enqueue=None, timeout_hours=None,
+        storage=storage or search.default_storage(output_dir), seed=seed, enqueue=(), timeout_hours=None,
     )  # fmt: skip
 
 

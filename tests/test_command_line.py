@@ -389,6 +389,37 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 @pytest.mark.slow
+def test_the_queue_of_the_readme_checks_all_searches_first_and_goes_on_after_one_that_stops(
+    command: Command, tmp_path: Path
+) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (checks,) = re.findall(r"(?m)^    (xargs .*--check .*) &&$", readme)
+    (runs,) = re.findall(r"(?m)^    (xargs .*search.py < .*)$", readme)
+    (shown,) = re.findall(r"(?m)^    (grep .Best: trial.*)$", readme)
+    program = shlex.join([sys.executable, str(SCRIPT)])
+
+    def begin(*seeds: object) -> subprocess.CompletedProcess[str]:
+        flags = [command(output_dir=tmp_path / "runs" / f"night {n}", n_trials=1, seed=s) for n, s in enumerate(seeds)]
+        (tmp_path / "night.txt").write_text("".join(f"{shlex.join(line)}\n" for line in flags))
+        line = f"{checks} && {runs}".replace("python optuna_hyperparameter_search.py", program)
+        return subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+
+    refused = begin(1, 2, "none")
+    assert refused.returncode != 0 and "--seed" in refused.stderr and not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "night 0").mkdir(parents=True)
+    with search.holding(tmp_path / "runs" / "night 0"):  # so that the first one stops
+        stopped = begin(1, 2)
+    assert stopped.returncode != 0 and "night 0" in stopped.stderr and "1 of 1 trained" in stopped.stdout
+    assert not (tmp_path / "runs" / "night 0" / "results").exists()
+    resumed = begin(1, 2)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    best = subprocess.run(["sh", "-c", shown], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert list(dict.fromkeys(line.split("/search.log:")[0] for line in best.splitlines())) == [
+        "runs/night 0", "runs/night 1",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_screen(
     command: Command, world: Path, tmp_path: Path
 ) -> None:

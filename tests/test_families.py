@@ -232,7 +232,7 @@ def settings(**changes: Any) -> search.Settings:
     return search.Settings(
         dataset_config=Path("d"), base_model=Path("m"), output_dir=Path("o"), study_name="s", n_trials=1, device="cpu",
         sd_scripts=Path("k"), trainer_python="python", eval_prompts=None, subject=None, storage="", seed=1,
-        enqueue=None, timeout_hours=None, **changes,
+        enqueue=(), timeout_hours=None, **changes,
     )  # fmt: skip
 
 

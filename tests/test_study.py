@@ -61,7 +61,7 @@ def settings_for(folder: Path, n_trials: int = 3, **changes: object) -> search.S
         dataset_config=folder / "dataset.toml", base_model=folder / "model.safetensors", output_dir=output_dir,
         study_name="test", n_trials=n_trials, device="cpu", sd_scripts=folder, trainer_python=sys.executable,
         training_config=folder, scoring_config=folder, eval_prompts=None, subject=None,
-        storage=search.default_storage(output_dir), seed=1, enqueue=None, timeout_hours=None,
+        storage=search.default_storage(output_dir), seed=1, enqueue=(), timeout_hours=None,
     )  # fmt: skip
     return dataclasses.replace(settings, **changes)
 

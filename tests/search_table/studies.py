@@ -156,12 +156,15 @@ class Search:
     suggest: Callable[[optuna.Trial], Params] = search.suggest_hyperparameters
     rejected: str = "trained"  # what is not safe; or it "counts", or is "replaced"
     rule: Rule | None = None
+    first: Sequence[Params] = ()  # enqueued
 
 
 def run_study(how: Search, scores: Scores, trials: int = TRIALS) -> list[Tried | None]:
     """The trials that count; None for one that was rejected."""
     pruner = how.rule.pruner() if how.rule else optuna.pruners.NopPruner()
     study = optuna.create_study(sampler=how.sampler(scores.seed), pruner=pruner, direction="maximize")
+    for params in how.first:
+        study.enqueue_trial(params)
     tried: list[Tried | None] = []
     while len(tried) < trials:
         trial = study.ask()

@@ -7,6 +7,7 @@
     python tests/small_world/benchmark.py noise       how far a value moves with other prompts, seeds or trainings
     python tests/small_world/benchmark.py final       what the final stage gains in simulated studies, after truth
     python tests/small_world/benchmark.py studies     5 studies of 12 trials: what the final stage's winner is worth
+    python tests/small_world/benchmark.py earlier     biased world's studies with and without the middle one's settings
     python tests/small_world/benchmark.py candidates  other definitions of the score, on flaws, trainings and noise
     python tests/small_world/benchmark.py strip       draw the README's picture from what `--demo` left in --output-dir
 
@@ -148,7 +149,7 @@ def make_study(output_dir: Path) -> None:
     run(output_dir / "trial_0000", sys.executable, HERE / "wide.py", output_dir / "reference")
 
 
-def search_in(output_dir: Path, world: str, trials: int, seed: int = 42) -> None:
+def search_in(output_dir: Path, world: str, trials: int, seed: int = 42, *more: object) -> None:
     """Run the search itself, or go on with it."""
     inputs = output_dir / "inputs"
     make_world(world, inputs)
@@ -165,7 +166,7 @@ def search_in(output_dir: Path, world: str, trials: int, seed: int = 42) -> None
         "--seed",
         seed,
     ]
-    command += ["--subject", demo_world.SUBJECT, "--n-trials", trials, "--output-dir", output_dir]
+    command += ["--subject", demo_world.SUBJECT, "--n-trials", trials, "--output-dir", output_dir, *more]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -481,6 +482,30 @@ def studies(output_dir: Path) -> bool:
     return mean >= 0
 
 
+def earlier(output_dir: Path) -> bool:
+    """Print how soon studies of the biased world are near their best, with a middle world's search enqueued or not."""
+    known, trials = output_dir.with_name("earlier"), 8
+    search_in(known, "middle", STUDY_TRIALS, 1)
+    arms = {"alone": [], "three best first": ["--enqueue", known]}
+    studies = [
+        (output_dir.with_name(f"biased {seed} {arm}"), seed, more) for seed in (1, 2, 3) for arm, more in arms.items()
+    ]
+    list(at_once(lambda study: search_in(study[0], "biased", trials, study[1], *study[2]), studies))
+    for alone, enqueued in zip(studies[::2], studies[1::2], strict=True):
+        values = [[trial["score"] or 0.0 for trial in trials_of(study[0])] for study in (alone, enqueued)]
+        best = max(map(max, values))
+        for study, found in zip((alone, enqueued), values, strict=True):
+            near = next((number for number, value in enumerate(found, 1) if value >= 0.95 * best), math.inf)
+            print(f"{study[0].name:26s} within 5% after {near:g}: {' '.join(f'{value:.3f}' for value in found)}")
+    return True
+
+
+def trials_of(output_dir: Path) -> list[dict[str, Any]]:
+    study = search.load_study(search.default_storage(output_dir), search.DEFAULT_STUDY_NAME)
+    assert study is not None
+    return [search.facts_of(trial) for trial in study.get_trials(deepcopy=False)]
+
+
 def print_study(folder: Path) -> float:
     """What the final stage's choice is worth more than the confirmation's."""
     confirmation = Confirmation(folder, wide.STAGE)
@@ -542,7 +567,8 @@ def kept_trials(output_dir: Path) -> list[Path]:
 
 COMMANDS = {
     "gates": gates, "ladder": ladder, "truth": truth, "strip": strip,
-    "flaws": flaws, "noise": noise, "final": final, "studies": studies, "candidates": candidates,
+    "flaws": flaws, "noise": noise, "final": final, "studies": studies, "earlier": earlier,
+    "candidates": candidates,
 }  # fmt: skip
 
 
@@ -557,7 +583,7 @@ def main() -> int:
     held = []
     for world in [args.world] if args.world else WORLDS if args.what == "truth" else ["middle"]:
         where = output_dir if args.what == "strip" else output_dir / world
-        if args.what != "strip":
+        if args.what not in ("strip", "earlier"):
             make_study(where)
         held.append(COMMANDS[args.what](where))
     print("holds" if all(held) else "does NOT hold")

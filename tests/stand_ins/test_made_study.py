@@ -221,6 +221,37 @@ def test_results_are_written_and_described(night: Path) -> None:
     assert len((night / "results" / "trials.csv").read_text().splitlines()) == 18
 
 
+def test_a_new_search_first_tries_the_three_best_settings_of_an_earlier_one(night: Path) -> None:
+    search.Results(study_in(night), night).write()
+    best = [trial.params for trial in search.ranked_trials(study_in(night))]
+    card = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": True})
+    tables, note = search.read_enqueued(night, card, search.V2_1)
+    assert tables == best[:3] and note.startswith("first from out: trial ") and "without" not in note
+
+    without_8bit = search.TrainerFacts("v0.10.1", "cpu", {"bitsandbytes": False})
+    tables, _ = search.read_enqueued(night, without_8bit, search.V2_1)
+    assert tables == [params for params in best if params["optimizer_type"] == "AdamW"][:3]
+
+
+def test_settings_of_an_earlier_search_are_taken_as_far_as_the_space_has_them(night: Path, tmp_path: Path) -> None:
+    search.Results(study_in(night), night).write()
+    sdxl = search.SearchSpace.read(search.HERE / "configs" / "search_space_sdxl.toml")
+    card = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": True})
+    tables, note = search.read_enqueued(night, card, sdxl)
+    assert 0 < len(tables) <= 3 and "text_encoder_lr" in note.partition("without")[2]
+    for table in tables:
+        assert all(search.holds(sdxl.searched[name], value) for name, value in table.items())
+        assert "text_encoder_lr" not in table and "optimizer_type" in table
+    (tmp_path / "results").mkdir()
+    for text in (None, "trial,score\n1,0.5\n", "nothing\n1\n", "trial,score,final_score\n1,good,\n"):
+        if text:
+            (tmp_path / "results" / "trials.csv").write_text(text)
+        with pytest.raises(search.RefusedInput, match="give a TOML file, or the output folder of a search"):
+            search.read_enqueued(tmp_path, card, sdxl)
+    (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n1,,\n")
+    assert search.read_enqueued(tmp_path, card, sdxl)[0] == []
+
+
 def test_every_trial_ends_as_it_was_told(night: Path) -> None:
     trials = study_in(night).get_trials()
     ended = [trial.user_attrs.get("ended", trial.state.name.lower()) for trial in trials]
