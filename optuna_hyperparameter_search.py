@@ -50,6 +50,8 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import re
@@ -245,9 +247,9 @@ class Screen:
             time.sleep(seconds / times)
 
     @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        """Show the live region where the terminal can, and remove it at the end."""
-        live = self._make_live() if sys.stdout and sys.stdout.isatty() else None
+    def live(self, devices: Sequence[str] = ("",)) -> Iterator[None]:
+        """Show the live region, with a block for each device, where the terminal can, and remove it at the end."""
+        live = self._make_live(devices) if sys.stdout and sys.stdout.isatty() else None
         try:
             if live:
                 with self._drawing():
@@ -260,8 +262,11 @@ class Screen:
                 with self._drawing():
                     live.stop()
 
-    def _make_live(self) -> Any:
-        """A line each for study (with a clock), trial, training and scoring; None for a terminal like TERM=dumb."""
+    def _make_live(self, devices: Sequence[str]) -> Any:
+        """A line for the study (with a clock), then for each device's trial, training and scoring.
+
+        None for a terminal like TERM=dumb.
+        """
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -275,8 +280,10 @@ class Screen:
         room = Column(ratio=1, no_wrap=True, overflow="crop" if console.options.ascii_only else "ellipsis")
         text = TextColumn("{task.fields[text]}", markup=False, table_column=room)
         bar = BarColumn(max(8, min(30, console.width - 72)))  # label and text of a training take 72 columns
-        lines = {"study": (label, text, TimeElapsedColumn()), "trial": (label, text)}
-        lines |= dict.fromkeys(("train", "score"), (label, bar, text))
+        lines, self._lines = {"study": (label, text, TimeElapsedColumn())}, {}
+        for device in devices:
+            names = [f"{device} {name}".strip() for name in ("trial", "train", "score")]
+            lines |= dict(zip(names, ((label, text), (label, bar, text), (label, bar, text)), strict=True))
         for name, columns in lines.items():
             self._lines[name] = Progress(*columns, console=console, expand=True)
             self._lines[name].add_task(name, total=1, text="-")
@@ -303,6 +310,34 @@ class Screen:
                 signal.signal(number, handler)
         for number in held:
             signal.raise_signal(number)
+
+
+class CardScreen(Screen):
+    """What a worker on one of several devices says: its program shows it, in the device's block or behind its name."""
+
+    def __init__(self, tell: Callable[[tuple[Any, ...]], Any], device: str, whole: Screen) -> None:
+        super().__init__()
+        self._tell, self._device, self._is_live, self.log_file = tell, device, whole.is_live, whole.log_file
+
+    @property
+    def is_live(self) -> bool:
+        return self._is_live
+
+    def show(self, name: str, text: str, done: float = 0, total: float = 1) -> None:
+        self._tell(("show", name if name == "study" else f"{self._device} {name}", text, done, total))
+
+    def print(self, text: str, *, detail: bool = False) -> None:
+        if not (detail and self._is_live):
+            self._tell(("print", self._behind_device(text)))
+
+    def log(self, text: str) -> None:
+        super().log(self._behind_device(text))
+
+    def _behind_device(self, text: str) -> str:
+        return "\n".join(f"{self._device}  {line}" for line in text.strip("\n").split("\n"))
+
+    def refresh(self) -> None:
+        """Only the program draws."""
 
 
 screen = Screen()
@@ -400,6 +435,11 @@ def one_line(text: object, limit: int = 300) -> str:
 # ======================================================================================================
 
 
+ALL_CARDS = "cuda:all"
+_CARD = "cuda:(0|[1-9][0-9]?)"
+DEVICE = re.compile(rf"{ALL_CARDS}|cuda|{_CARD}(,{_CARD})*|cpu(,cpu)*")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one search, named as the flags of the command line."""
@@ -425,6 +465,10 @@ class Settings:
     keep_checkpoints: str = "best"  # or "all"
     prune: str = "on"  # or "off": no training is stopped early
     command: str = ""  # as the user typed it, without passwords
+
+    @property
+    def devices(self) -> list[str]:
+        return self.device.split(",")
 
     @property
     def reference(self) -> Path:
@@ -558,7 +602,7 @@ SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
 )
 _PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
 LYCORIS, ALGORITHMS = "lycoris.kohya", ("lora", "locon", "loha", "lokr")
-NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp")
+NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "rs_lora")
 # The search can score no others; the first is the default.
 _SCORED = {"save_model_as": ["safetensors"], "network_module": ["networks.lora", LYCORIS]}
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
@@ -1585,6 +1629,11 @@ def when_started(pid: int) -> str | None:
     return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
 
 
+def die_with_parent() -> None:
+    if _libc is not None:
+        _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
+
+
 class ChildProcess(subprocess.Popen[bytes]):
     """A program in a session of its own. It dies with this one, even by kill -9, so that it never keeps the card."""
 
@@ -1593,12 +1642,7 @@ class ChildProcess(subprocess.Popen[bytes]):
     def __init__(self, command: Sequence[str], device: str, **variables: str) -> None:
         environment = {**self.environment(device), **variables}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        super().__init__(command, env=environment, start_new_session=True, preexec_fn=self._on_start, **streams)
-
-    @staticmethod
-    def _on_start() -> None:
-        if _libc is not None:
-            _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
+        super().__init__(command, env=environment, start_new_session=True, preexec_fn=die_with_parent, **streams)
 
     def run(self, on_text: Callable[[str], Any], watch: Callable[[], Any], log: Path | None = None) -> int:
         """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
@@ -1984,6 +2028,20 @@ class KohyaTrainer:
         return time.monotonic() - started, progress.seconds_per_step()
 
 
+@contextlib.contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Lock folders, and wait until they are free: two trainers may tear a cache of latents that both write."""
+    import fcntl  # not on native Windows, which is refused before
+
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(set(folders)):  # always in this order, against deadlocks
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with contextlib.suppress(OSError):  # a network share may have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 @dataclass(frozen=True)
 class Latents:
     """The latents that kohya caches beside the pictures."""
@@ -2047,20 +2105,6 @@ class Latents:
             say(f"Deleted {len(torn)} torn caches of latents ({min(torn)}); kohya makes them again.")
         return all(state == "good" for _, state in states)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def locked(folders: Iterable[Path]) -> Iterator[None]:
-        """Lock a data set's folders, and wait until they are free: two trainers may tear a cache that both write."""
-        import fcntl  # not on native Windows, which is refused before
-
-        with contextlib.ExitStack() as stack:
-            for folder in sorted(set(folders)):  # always in this order, against deadlocks
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                with contextlib.suppress(OSError):  # a network share may have no locks
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-
 
 def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple[int, str]:
     """Status and output of a short program; RefusedInput if it does not start, or takes longer than `seconds`."""
@@ -2106,10 +2150,19 @@ class TrainerFacts:
         has_8bit = self.answer["bitsandbytes"] and self.device_name != "cpu"
         return has_8bit or "8bit" not in str(params.get("optimizer_type")).lower()
 
+    def cards_of(self, device: str) -> str:
+        """--device, with every card's name in place of cuda:all."""
+        names = [f"cuda:{number}" for number in range(self.answer.get("cards", 0))]
+        return ",".join(names or ["cuda"]) if device == ALL_CARDS else device
+
     def check_card(self, settings: Settings) -> None:
         if not self.device_name:
             why = f"PyTorch {self.answer['torch']} of {settings.trainer_python} sees no {settings.device}"
             raise RefusedInput(f"--device: {why}; kohya would train on the CPU; correct it, or give --device cpu")
+        if len(settings.devices) > 1 and self.device_name != "cpu" and DEVICE.fullmatch(settings.device):
+            cards = self.answer["cards"]
+            if unseen := [name for name in settings.devices if int(name.partition(":")[2]) >= cards]:
+                raise RefusedInput(f"--device: PyTorch sees {cards} cards, and not {', '.join(unseen)}; correct it")
 
 
 @dataclass(frozen=True)
@@ -2135,8 +2188,8 @@ class Probe:
         if not script.is_file():
             raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
         version = self._version()
-        about = [version, self.script_name, self.python, socket.gethostname()]
-        about += [self.device, os.environ.get("CUDA_VISIBLE_DEVICES")]
+        about = [version, quick_digest(PROBE), self.script_name, self.python, socket.gethostname()]
+        about += [self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), sorted(map(str, Path("/dev").glob("nvidia?")))]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files(), self.optimizers]
         key = digest(json.dumps(about, default=str))
         answer = (read_json(cache) if cache else None) or {}
@@ -2786,13 +2839,21 @@ class ImageScorer:
 
         weights = load_file(path)
         known = (".alpha", ".lora_down.weight", ".lora_up.weight")
-        add = self._beside if all(key.endswith(known) for key in weights) else self._merged
-        with add(weights, path, strength):
-            yield
+        is_plain = all(key.endswith(known) for key in weights)
+        if is_plain and self._add_beside(dict(weights), path, strength):
+            try:
+                yield
+            finally:
+                self.pipeline.unload_lora_weights()
+        else:
+            with self._merged(weights, path, strength):
+                yield
 
-    @contextlib.contextmanager
-    def _beside(self, weights: dict[str, Any], path: Path, strength: float) -> Iterator[None]:
-        """A LoRA as diffusers adds it, alpha / rank multiplied into lora_up (diffusers 0.32 ignores mixed alphas)."""
+    def _add_beside(self, weights: dict[str, Any], path: Path, strength: float) -> bool:
+        """Add a LoRA as diffusers does; False, and nothing is added, where that knows only a part of its modules.
+
+        alpha / rank is multiplied into lora_up, since diffusers 0.32 ignores mixed alphas.
+        """
         modules = {key.partition(".")[0] for key in weights}
         for module in modules:
             down, up = (f"{module}.lora_{side}.weight" for side in ("down", "up"))
@@ -2803,19 +2864,15 @@ class ImageScorer:
         except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
-        try:
-            models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
-            loaded = sum("trial" in getattr(one, "lora_A", {}) for model in models for one in model.modules())
-            if loaded != len(modules):  # it passes over what it does not know
-                said = f"diffusers loads {loaded} of {len(modules)} modules of {path}"
-                raise ScoringFailed(f"{said}; train it by networks.lora")
-            yield
-        finally:
+        models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
+        is_whole = len(modules) == sum("trial" in getattr(m, "lora_A", {}) for model in models for m in model.modules())
+        if not is_whole:
             self.pipeline.unload_lora_weights()
+        return is_whole
 
     @contextlib.contextmanager
     def _merged(self, weights: Mapping[str, Any], path: Path, strength: float) -> Iterator[None]:
-        """A LoHa or LoKr, added to the pipeline's weights: diffusers and peft know kohya's LoRA alone."""
+        """A LoHa, a LoKr, or a LoRA of layers that diffusers does not know there, added to the pipeline's weights."""
         modules, before, networks = self._modules_by_name(), {}, {}
         for key, values in weights.items():
             name, _, part = key.partition(".")
@@ -2837,10 +2894,8 @@ class ImageScorer:
 
     def _modules_by_name(self) -> dict[str, Any]:
         """Modules of the pipeline that a network may adapt, by the names that kohya gives them."""
-        found, names = (
-            {},
-            {"unet": "unet", "text_encoder": "te" if self.family is SD1 else "te1", "text_encoder_2": "te2"},
-        )
+        names = {"unet": "unet", "text_encoder": "te" if self.family is SD1 else "te1", "text_encoder_2": "te2"}
+        found = {}
         for part, model in self.pipeline.components.items():
             # transformers 5 has taken one level out.
             above = "" if part == "unet" or hasattr(model, "text_model") else "text_model."
@@ -3707,7 +3762,7 @@ def trial_folder(output_dir: Path, number: int) -> Path:
 
 
 # ======================================================================================================
-# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping. Touches the database and,
+# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping, workers. Touches the database and,
 #     of a trial's folder, what is spare or stale.
 # ======================================================================================================
 
@@ -3996,14 +4051,18 @@ class Study:
 
     def __post_init__(self) -> None:
         self.has_own_database = Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
-        self.idle_since = self.started
+        self.idle_since, self.main = self.started, os.getpid()  # workers on several devices are forks of it
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
-    def run(self) -> None:
-        """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier."""
+    def run(self, work: Callable[[], None] | None = None) -> None:
+        """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier.
+
+        Or have `work` do it, whose workers on several devices call this, too.
+        """
         try:
-            self.adopt()
-            self._run()
+            if os.getpid() == self.main:
+                self.adopt()
+            (work or self._run)()
         except optuna.exceptions.StorageInternalError:
             raise
         except (Exception, KeyboardInterrupt):
@@ -4016,7 +4075,7 @@ class Study:
         while True:
             self.close_unclaimed()
             self.delete_spare_checkpoints()
-            left_over = next(iter(self._own_running()), None)
+            left_over = self._take_left_over()
             trials = self.study.get_trials(deepcopy=False)
             trained = sum(map(is_trained, trials))
             running = [trial.number for trial in trials if is_at_work(trial)]
@@ -4028,9 +4087,9 @@ class Study:
                 raise SearchStopped(f"{said}; the same command goes on")
             if trained + len(running) >= self.settings.n_trials and not left_over:  # other programs train the rest
                 if running != waits_for:
-                    say(f"Waiting for trials {running}, which other programs run in this study.")
+                    say(f"Waiting for trials {running}, which others run in this study.")
                 waits_for = running
-                screen.begin("of other programs:", *map(str, running))
+                screen.begin("of others:", *map(str, running))
                 self.show()
                 screen.wait(POLL_SECONDS)
                 continue
@@ -4044,9 +4103,22 @@ class Study:
     def _is_ours(self, trial: FrozenTrial) -> bool:
         return self.has_own_database or trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
 
-    def _own_running(self) -> list[FrozenTrial]:
+    def _left_over(self) -> list[FrozenTrial]:
+        """Running trials of this folder but those of living workers on other devices."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
+        own = [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
+        mine = {os.getpid(), self.main}
+        return [trial for trial in own if (pid := trial.user_attrs.get("pid")) in mine or when_started(pid) is None]
+
+    def _take_left_over(self) -> FrozenTrial | None:
+        with locked([self.settings.output_dir]):  # against the workers on other devices
+            for frozen in self._left_over():
+                trial = optuna.Trial(self.study, frozen._trial_id)
+                self.claim(trial)
+                if frozen.user_attrs.get("ended") == INTERRUPTED:
+                    trial.set_user_attr("ended", "returning")  # else the others would not count it
+                return frozen
+        return None
 
     def adopt(self) -> None:
         """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
@@ -4100,19 +4172,24 @@ class Study:
 
     def _ask(self) -> optuna.Trial | None:
         """A new trial; None if other programs train the last ones, or closed it while this program slept."""
-        trial = self.study.ask()
-        try:
-            self.claim(trial)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return None
+        with locked([self.settings.output_dir]):  # against the workers on other devices
+            trials = self.study.get_trials(deepcopy=False)
+            running = [t for t in trials if t.state == TrialState.RUNNING]
+            own = str(self.settings.output_dir)  # whose trials are all continued by this program
+            at_work = [t for t in running if is_at_work(t) or t.user_attrs.get("output_dir") == own]
+            if sum(map(is_trained, trials)) + len(at_work) >= self.settings.n_trials:
+                return None
+            trial = self.study.ask()
+            try:
+                self.claim(trial)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                return None
         return None if self.close_surplus(trial) else trial
 
     def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
         trial, attrs = optuna.Trial(self.study, left_over._trial_id), left_over.user_attrs
         was_paused = attrs.get("ended") in (INTERRUPTED, "returning")
-        if was_paused:
-            trial.set_user_attr("ended", "returning")  # before the others are counted: two may return at once
         if self.close_surplus(trial, was_paused=was_paused):
             return None
         if was_paused:
@@ -4209,7 +4286,9 @@ class Study:
 
     def pause(self) -> None:
         """Tell the scores that are ready, and mark unfinished trials so that other programs do not wait for them."""
-        for frozen in self._own_running():
+        for frozen in self._left_over():
+            if os.getpid() not in (self.main, frozen.user_attrs.get("pid")):
+                continue
             trial = optuna.Trial(self.study, frozen._trial_id)
             if self._is_scored(trial):
                 self.run_trial(trial)
@@ -4277,6 +4356,88 @@ class Study:
                 for file in checkpoint_files(trial_folder(self.settings.output_dir, trial.number)):
                     if file.name != best.get(trial.number):
                         file.unlink(missing_ok=True)
+
+
+@dataclass
+class Workers:
+    """A fork of this program for each device, which trains one trial at a time of the study that they share.
+
+    What a worker says, this program shows. One that can't go on is left out with its reason, and the others go on; one
+    that is killed leaves its trial to them.
+    """
+
+    devices: Sequence[str]
+    study_on: Callable[[str], Study]
+
+    @property
+    def names(self) -> list[str]:
+        """The devices, or cpu 1, cpu 2."""
+        return [f"{one} {n}" if self.devices.count(one) > 1 else one for n, one in enumerate(self.devices, start=1)]
+
+    def run(self) -> None:
+        """Until all have ended; SearchStopped if none of them could go on to the end."""
+        context, workers, reasons = multiprocessing.get_context("fork"), {}, []
+        try:
+            for name, device in zip(self.names, self.devices, strict=True):
+                ours, theirs = context.Pipe(duplex=False)
+                about = theirs, name, device, self.study_on(device)
+                process = context.Process(target=self._work, args=about, daemon=True)
+                process.start()
+                theirs.close()
+                workers[ours] = name, process
+            while workers:
+                for ours in multiprocessing.connection.wait(list(workers), 1.0):
+                    name, process = workers[ours]
+                    what, *about = self._hear(ours, process)
+                    if what != "ended":
+                        getattr(screen, what)(*about)
+                        continue
+                    del workers[ours]
+                    if about:
+                        reasons.append(f"{name} has stopped: {about[0]}")
+                        say(reasons[-1])
+                screen.refresh()
+        finally:
+            for _, process in workers.values():
+                process.terminate()
+            for _, process in workers.values():
+                process.join(2 * TERMINATION_SECONDS)
+                process.kill()
+                process.join()
+        if len(reasons) == len(self.devices):
+            raise SearchStopped(reasons[-1])
+
+    @staticmethod
+    def _hear(ours: Any, process: Any) -> tuple[Any, ...]:
+        """A method of the screen with its arguments; or that the worker has ended, and why if it was too early."""
+        try:
+            return ours.recv()
+        except (EOFError, OSError):  # a kill may have cut off what it said
+            process.join()
+            return ("ended", f"it ended with status {process.exitcode}") if process.exitcode else ("ended",)
+
+    def _work(self, tell: Any, name: str, device: str, ours: Study) -> None:
+        global screen
+        os.setsid()  # Ctrl-C is for the program, which then ends its workers
+        die_with_parent()
+        if os.getppid() != ours.main:  # it has died before
+            return
+        screen = CardScreen(tell.send, name, screen)
+        if device == "cpu":
+            threads = len(os.sched_getaffinity(0)) // len(self.devices)
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        ours.study._storage._backend.engine.dispose(close=False)  # the program's own connections
+        try:
+            ours.run()
+        except (Exception, KeyboardInterrupt) as error:
+            is_known = isinstance(error, (SearchError, KeyboardInterrupt, optuna.exceptions.StorageInternalError))
+            screen.log("" if is_known else traceback.format_exc())
+            told = (
+                one_line(error, 1000)
+                if isinstance(error, SearchError)
+                else Storage(ours.settings.storage).describe_error(error)
+            )
+            tell.send(("ended", told or type(error).__name__))
 
 
 def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
@@ -4796,7 +4957,6 @@ CHANGE_CAPTIONS = ("caption_prefix", "caption_suffix", "enable_wildcard")  # key
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
 # File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
 NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
-DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
@@ -4950,6 +5110,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
     answer = trainer.answer if trainer else {}
     if trainer:
+        settings, given = (replace(one, device=trainer.cards_of(one.device)) for one in (settings, given))
         problems.of(trainer.check_card, settings)
     options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
@@ -4965,11 +5126,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
         problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
-    enqueued, notes = [], []
-    for path in settings.enqueue if read else ():
-        tables, note = problems.of(read_enqueued, path, trainer, space) or ([], "")
-        enqueued += [table for table in tables if table not in enqueued]
-        notes += [note] if note else []
+    enqueued, notes = problems.of(read_all_enqueued, settings.enqueue if read else (), trainer, space) or ([], [])
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
@@ -4977,12 +5134,18 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
     problems.refuse()
+    check_together(inputs)
+    return inputs
+
+
+def check_together(inputs: Inputs) -> None:
+    """What can be checked once each input is right by itself."""
+    problems, study = Problems(), inputs.study
     problems.of(lambda: inputs.allowed)
     if study:
         problems.of(check_fingerprint, study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
-    return inputs
 
 
 def check_space_options(
@@ -5040,7 +5203,8 @@ def ask_trainer(
     fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
     fixed |= space.trained_parts
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
-    device = settings.device if DEVICE.fullmatch(settings.device) else "cpu"
+    device = settings.devices[0] if DEVICE.fullmatch(settings.device) else "cpu"
+    device = device if len(settings.devices) == 1 and device != ALL_CARDS else device.partition(":")[0]  # sees all
     about = (
         fixed,
         settings.base_model or Path("missing"),
@@ -5065,7 +5229,7 @@ def check_precision(settings: Settings, options: Mapping[str, Any], family: Fami
             "kohya then loads a diffusers folder of SDXL only from *.fp16.safetensors, and the scoring from the others"
         )
         raise RefusedInput(f'--training-config: {where}: {why}; set it to "bf16", or give a single file')
-    if settings.device == "cpu" and options.get("mixed_precision") == "fp16":
+    if settings.devices[0] == "cpu" and options.get("mixed_precision") == "fp16":
         raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
 
 
@@ -5146,6 +5310,17 @@ def make_plan(
     return build_scoring_plan(images, subject, scoring, *about)
 
 
+def read_all_enqueued(
+    paths: Iterable[Path], trainer: TrainerFacts | None, space: SearchSpace
+) -> tuple[list[Params], list[str]]:
+    """The parameters to try first, each once, and what is to be said of them."""
+    problems = Problems()
+    read = [problems.of(read_enqueued, path, trainer, space) for path in paths]
+    problems.refuse()
+    tables = [table for tables, _ in read for table in tables]
+    return [table for n, table in enumerate(tables) if table not in tables[:n]], [note for _, note in read if note]
+
+
 def read_enqueued(path: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
     """Parameters to try first, of a file or of an earlier search's output folder, and what is to be said of them."""
     return best_of_earlier(path, trainer, space) if path.is_dir() else (read_enqueue_file(path, trainer, space), "")
@@ -5154,32 +5329,26 @@ def read_enqueued(path: Path, trainer: TrainerFacts | None, space: SearchSpace) 
 def best_of_earlier(folder: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
     """The three best settings of an earlier search that may be trained here, as far as this space has their values."""
     try:
-        rows = list(csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8"))))
-        scored = {
-            int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows if row["score"]
-        }
-    except (OSError, ValueError, KeyError) as error:
-        remedy = "give a TOML file, or the output folder of a search that has results"
-        raise RefusedInput(
-            f"--enqueue: can't read {folder}/results/trials.csv ({one_line(error)}); {remedy}"
-        ) from error
+        rows = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
+        values = ((int(row["trial"]), row["final_score"], row["score"]) for row in rows)
+        scored = {number: (float(final or -1), float(score)) for number, final, score in values if score}
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
+        raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
     found, left_out = {}, {}
-    for number in sorted(scored, key=scored.__getitem__, reverse=True):
-        given = read_json(trial_folder(folder, number) / "params.json") or {}
-        values = {
-            name: value
-            for name, value in given.items()
-            if name in space.searched and holds(space.searched[name], value)
-        }
-        values = {name: value for name, value in values.items() if meets(values, space.when.get(name, {}))}
-        if values and values not in found.values() and len(found) < 3 and not why_rejected(values, trainer, space):
+    for number in sorted(scored, key=scored.__getitem__, reverse=True)[:20]:
+        given, values = read_json(trial_folder(folder, number) / "params.json") or {}, {}
+        for name in space.searched:
+            value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
+            if value is not None and holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
+                values[name] = value
+        if values and values not in found.values() and not why_rejected(values, trainer, space):
             found[number], kept = values, space.complete(values)
             left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
-    note = (
-        f"first from {folder.name}: trial {', '.join(map(str, found))}"
-        if found
-        else f"no setting of {folder.name} may be trained here"
-    )
+        if len(found) == 3:
+            break
+    trials = ", ".join(map(str, found))
+    note = f"first from {folder.name}: trial {trials}" if found else f"no setting of {folder.name} may be trained here"
     return list(found.values()), note + (f", without {', '.join(left_out)}" if left_out else "")
 
 
@@ -5289,7 +5458,7 @@ class CheckReport:
             "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
-            "device": trainer.device_name,
+            "device": trainer.device_name + (f" ({settings.device})" if len(settings.devices) > 1 else ""),
             "space": f"{inputs.space.name}: {len(inputs.space.searched)} parameters; "
             f"{len(inputs.allowed) / len(inputs.drawn):.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
@@ -5361,7 +5530,7 @@ class CheckReport:
         jobs = inputs.trial_size(np.mean)[0] * inputs.plan["screen"] + inputs.plan["confirm"]
         pixels = sum(job["width"] * job["height"] * job["steps"] for job in jobs)
         seconds = pixels / (512 * 512 * 25) * SECONDS_PER_IMAGE
-        if seconds > LONG_SCORING_SECONDS and self.settings.device != "cpu":
+        if seconds > LONG_SCORING_SECONDS and self.settings.devices[0] != "cpu":
             remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
             yield f"scoring a trial takes about {seconds / 60:.0f} min on a 16 GB card; {remedy}"
         if (kind := file_system(folder)) in NOT_LOCAL:
@@ -5440,7 +5609,7 @@ class Reference:
         """
         data_set, folder = self.inputs.data_set, self.folder / FIRST_STEP
         try:
-            with Latents.locked(image.path.parent for image in data_set.images):
+            with locked(image.path.parent for image in data_set.images):
                 if not self._is_tried_out():
                     screen.begin("none yet: the trainer is tried out")
                     say("Trying the trainer out for one step, which also caches the latents, once a study ...")
@@ -5568,7 +5737,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how much to search").add_argument
     add("--n-trials", type=int, metavar="N", help="trials to train in total, earlier runs included (20)")
     first = "to try first: files of parameters, or output folders of earlier searches, each one's three best"
-    add("--enqueue", type=_path, nargs="+", default=(), metavar="PATH", help=first)
+    add("--enqueue", type=_path, nargs="+", action="extend", default=[], metavar="PATH", help=first)
     add("--timeout", dest="timeout_hours", type=float, metavar="HOURS", help="start no new trial after that")
     add("--prune", choices=("on", "off"), default="on", help="stop trainings early that are unlikely to win (on)")
     add("--stall-minutes", type=float, default=30.0, metavar="MINUTES", help="stop a trainer that makes no step (30)")
@@ -5579,7 +5748,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep-checkpoints", choices=("best", "all"), default="best", help="the ten best trials' best, or all (best)")
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
-    add("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
+    devices = f"cuda, cuda:N or cpu; several, cuda:0,cuda:1 or {ALL_CARDS}, share the trials (cuda)"
+    add("--device", default="cuda", help=devices)
     nearby: dict[str, Any] = {"default": os.environ.get("SD_SCRIPTS_DIR") or None, "metavar": "DIR"}
     add("--sd-scripts", type=_path, **nearby, help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)")
     add("--trainer-python", type=_program, default=sys.executable, metavar="EXE", help="kohya's Python (this one)")
@@ -5629,7 +5799,14 @@ def senseless_values(args: argparse.Namespace) -> list[str]:
     """What is wrong with the command line's values."""
     problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
     if not DEVICE.fullmatch(args.device):
-        problems.append(f"--device: {args.device!r} is no device; give cuda, cuda:N or cpu")
+        problems.append(f"--device: {args.device!r} is no device; give cuda, cuda:N, cuda:N,cuda:M, {ALL_CARDS} or cpu")
+    if args.output_dir and args.output_dir.resolve() in [path.resolve() for path in args.enqueue]:
+        problems.append(
+            f"--enqueue: {args.output_dir} is the folder of this search; give an earlier one's, or leave it out"
+        )
+    cards = [name for name in args.device.split(",") if name != "cpu"]
+    if repeated := {name for name in cards if cards.count(name) > 1}:
+        problems.append(f"--device: {', '.join(repeated)} stands there twice; leave one out")
     if args.family and not args.demo:
         problems.append("--family: is for --demo alone, since a base model's file says its family; leave it out")
     for flag, value, low, high in (
@@ -5663,23 +5840,9 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
             for file in settings.output_dir.glob(f"{folders}/*{PROCESS_FILE}"):
                 ChildProcess.end_left_over(file)
         study = open_study(inputs)
-        scorer = functools.partial(score_in_child, device=settings.device, stall_minutes=settings.stall_minutes)
-        script = settings.sd_scripts / inputs.base_model.family.script
-        trainer = KohyaTrainer(settings.trainer_python, script, settings.device, settings.stall_minutes)
-        notes = Notes(study)
-
-        def before_trial() -> None:
-            inputs.check_room(inputs.largest_trial_bytes(), SearchStopped)
-            with only_warning(f"not all of {settings.results} is written"):
-                Results(study, settings.output_dir).write()
-            with only_warning("the notes for optuna-dashboard are not all written"):
-                notes.write()
-
-        early = EarlyStopping(inputs.plan["stop_early"], inputs.options["save_every_n_epochs"], scorer)
-        study.pruner = early.pruner()
-        stopping = early if settings.prune == "on" else None
-        objective = LoraObjective(settings, inputs.options, trainer, scorer, stopping, inputs.space)
-        ours = Study(study, settings, objective, started, before_trial)
+        study_on = functools.partial(study_on_device, inputs, study, started)
+        ours = study_on(settings.devices[0])
+        scorer, trainer = ours.objective.scorer, ours.objective.trainer
         with screen.live():
             ours.show()
             reference = Reference(inputs)
@@ -5688,11 +5851,38 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
             reference.make_anchors(study, scorer)
         ours.enqueue(inputs.enqueued)
         try:
+            if len(settings.devices) == 1:
+                with screen.live():
+                    ours.run()
+            else:
+                workers = Workers(settings.devices, study_on)
+                with screen.live(workers.names):
+                    ours.run(workers.run)
             with screen.live():
-                ours.run()
                 ours.decide(scorer)
         finally:
             show_results(study, settings.output_dir)
+
+
+def study_on_device(inputs: Inputs, study: optuna.Study, started: float, device: str) -> Study:
+    """The study as the program, or its worker on a device, runs it."""
+    settings, script = inputs.settings, inputs.settings.sd_scripts / inputs.base_model.family.script
+    scorer = functools.partial(score_in_child, device=device, stall_minutes=settings.stall_minutes)
+    trainer = KohyaTrainer(settings.trainer_python, script, device, settings.stall_minutes)
+    early = EarlyStopping(inputs.plan["stop_early"], inputs.options["save_every_n_epochs"], scorer)
+    study.pruner = early.pruner()
+    stopping = early if settings.prune == "on" else None
+    objective = LoraObjective(settings, inputs.options, trainer, scorer, stopping, inputs.space)
+    notes = Notes(study)
+
+    def before_trial() -> None:
+        inputs.check_room(inputs.largest_trial_bytes(), SearchStopped)
+        with only_warning(f"not all of {settings.results} is written"):
+            Results(study, settings.output_dir).write()
+        with only_warning("the notes for optuna-dashboard are not all written"):
+            notes.write()
+
+    return Study(study, settings, objective, started, before_trial)
 
 
 def describe_end(error: BaseException, storage: str) -> tuple[int, str]:
@@ -5779,7 +5969,8 @@ def run(args: argparse.Namespace) -> None:
         is_ours = bool(os.environ.get(PARENT_HOLDS_FOLDER))
         find_what_to_score(folder, may_be_paused=is_ours)  # before a lock is made where it has no place
         with contextlib.nullcontext() if is_ours else holding(folder.parent):
-            score_folder(folder, args.device, by_search=is_ours)
+            device = "cuda" if args.device == ALL_CARDS else args.device.split(",")[0]
+            score_folder(folder, device, by_search=is_ours)
     elif args.report:
         run_report(args)
     else:

@@ -8,8 +8,8 @@ at what it refuses; this file only records it. Then kohya makes each optimizer o
 tables of options. Nothing else is written.
 
     missing     packages that are not installed; if there are any, the answer may have no other key
-    torch, card, bitsandbytes, packages    the trainer's Python: PyTorch's version, the first card's name, whether
-                bitsandbytes works, the folder of packages with its time of change
+    torch, card, cards, bitsandbytes, packages    the trainer's Python: PyTorch's version, the first card's name, the
+                number of cards, whether bitsandbytes works, the folder of packages with its time of change
     options     {name: {kind, choices, is_list}} of the script's parser
     keys        names that a data set's file may hold
     images      path, captions (as trained), has_caption, is_reg, size, bucket, latents (a file), arrays (in it)
@@ -56,7 +56,8 @@ def describe_python() -> None:
 
     folder = sysconfig.get_paths()["purelib"]
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-    found.update(torch=torch.__version__, card=card, packages=[folder, Path(folder).stat().st_mtime_ns])
+    cards = torch.cuda.device_count() if card else 0
+    found.update(torch=torch.__version__, card=card, cards=cards, packages=[folder, Path(folder).stat().st_mtime_ns])
     try:
         found["bitsandbytes"] = bool(card and __import__("bitsandbytes"))
     except Exception:  # it raises all sorts where it finds no CUDA library

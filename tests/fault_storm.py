@@ -2,6 +2,7 @@
 
     python tests/fault_storm.py --kills 100                      a quarter of an hour on two cores
     python tests/fault_storm.py --kills 100 --seed 7 --output-dir runs/storm
+    python tests/fault_storm.py --kills 100 --device cpu,cpu     with two workers, which are killed, too
 
 The program is the real one, with its real scoring of a tiny model; the trainer is `tests/fault_trainer`. Every figure
 but the first two must be 0.
@@ -181,22 +182,40 @@ def child_of(output_dir: Path) -> int | None:
     return None
 
 
+A_CHILD, A_WORKER = "its child", "one of its workers"
+
+
+def workers_of(program: subprocess.Popen[Any]) -> list[int]:
+    """Its forks: they have its command line."""
+    of, line = Path(f"/proc/{program.pid}/task/{program.pid}/children"), Path(f"/proc/{program.pid}/cmdline")
+    with contextlib.suppress(OSError):
+        whose = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in of.read_text().split()}
+        return [int(pid) for pid, found in whose.items() if found == line.read_bytes()]
+    return []
+
+
 def strike(rng: random.Random, program: subprocess.Popen[Any], output_dir: Path, may_hit_child: bool) -> str:
     """Kill the program, mostly hard, or what it has started; what was done."""
+    workers = workers_of(program) if may_hit_child else []
+    if workers and rng.random() < 0.25:
+        os.kill(rng.choice(workers), signal.SIGKILL)
+        return A_WORKER
     child = child_of(output_dir) if may_hit_child else None
     if child and rng.random() < 0.25:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        return "its child"
+        return A_CHILD
     number = rng.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     program.send_signal(number)
     return number.name
 
 
-def storm(world: Path, output_dir: Path, kills: int, n_trials: int, seed: int, longest_life: float) -> Damage:
+def storm(
+    world: Path, output_dir: Path, kills: int, n_trials: int, seed: int, longest_life: float, device: str = "cpu"
+) -> Damage:
     """The storm itself; prints a line a kill. A program's child is killed once: three times would be the set-up's."""
     rng, damage, left, starts = random.Random(seed), Damage(output_dir), kills, 0
-    command = search_command(world, output_dir, n_trials)
+    command = search_command(world, output_dir, n_trials, "--device", device)
     while True:
         starts, hit_child = starts + 1, False
         with open(output_dir.parent / "screen.txt", "a", encoding="utf-8") as screen:
@@ -206,7 +225,7 @@ def storm(world: Path, output_dir: Path, kills: int, n_trials: int, seed: int, l
         while left and (what := wait_and_strike(rng, program, output_dir, longest_life, not hit_child)):
             left -= 1
             print(f"kill {kills - left} of {kills}: {what}", flush=True)
-            hit_child = what == "its child"
+            hit_child = what in (A_CHILD, A_WORKER)
             if not hit_child:
                 break
         status = program.wait(600)
@@ -238,12 +257,13 @@ def main() -> int:
     parser.add_argument("--n-trials", type=int, default=None, help="of the study (a third of the kills)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--longest-life", type=float, default=14.0, help="seconds until the next kill, at most")
+    parser.add_argument("--device", default="cpu", help="cpu, or cpu,cpu for two workers")
     parser.add_argument("--output-dir", type=Path, default=None, help="a new folder (a temporary one)")
     args = parser.parse_args()
     top = (args.output_dir or Path(tempfile.mkdtemp(prefix="storm-"))).resolve()
     demo_world.make_tiny_world(top / "world")
     n_trials = args.n_trials or max(2, args.kills // 3)
-    damage = storm(top / "world", top / "out", args.kills, n_trials, args.seed, args.longest_life)
+    damage = storm(top / "world", top / "out", args.kills, n_trials, args.seed, args.longest_life, args.device)
     print(f"trained trials: {sum(map(search.is_trained, damage.trials()))} of {n_trials}")
     print("\n".join(f"{kind}: {damage.counts[kind]}" for kind in KINDS))
     print("\n".join(damage.notes))

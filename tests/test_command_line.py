@@ -420,6 +420,20 @@ def test_the_queue_of_the_readme_checks_all_searches_first_and_goes_on_after_one
 
 
 @pytest.mark.slow
+def test_two_workers_train_one_study_in_one_folder_with_one_log(command: Command, tmp_path: Path) -> None:
+    arguments = command(device="cpu,cpu", n_trials=3)
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "out" / "search.log").read_text()
+    for said in (done.stdout, log):
+        assert {f"cpu {n}" for n in (1, 2)} == set(re.findall(r"(cpu \d)  Trial \d+ scored", said))
+        assert "3 of 3 trained" in said and said.count("Making the reference") == 1
+    assert len(list((tmp_path / "out").glob("trial_*/lora*.safetensors"))) == 3 and "Best: trial" in done.stdout
+    again = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert again.returncode == 0 and "scored" not in again.stdout.partition("Study '")[0]
+
+
+@pytest.mark.slow
 def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_screen(
     command: Command, world: Path, tmp_path: Path
 ) -> None:

@@ -698,8 +698,10 @@ def test_latents_of_another_resolution_are_refused(night: Night) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_storm_does_no_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu,cpu"])
+def test_a_short_storm_does_no_damage(tmp_path: Path, device: str) -> None:
     demo_world.make_tiny_world(tmp_path / "world")
-    damage = fault_storm.storm(tmp_path / "world", tmp_path / "out", kills=4, n_trials=2, seed=3, longest_life=14)
+    about = {"kills": 4, "n_trials": 2, "seed": 3, "longest_life": 14, "device": device}
+    damage = fault_storm.storm(tmp_path / "world", tmp_path / "out", **about)
     assert damage.notes == []
     assert sum(map(search.is_trained, damage.trials())) == 2

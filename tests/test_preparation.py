@@ -68,3 +68,15 @@ def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ratio", ["0.6", "0.85", "0.25", "0.9"])
 def test_the_grids_own_values_are_accepted(tmp_path: Path, ratio: str) -> None:
     assert read_enqueue(tmp_path, f"network_alpha_ratio = {ratio}")
+
+
+def test_arguments_of_an_earlier_searchs_optimizer_are_those_of_the_space(tmp_path: Path) -> None:
+    space = search.SearchSpace.read(search.HERE / "configs" / "search_space_prodigy.toml")
+    text = space.searched["optimizer_args"].choices[-1]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n0,0.5,\n")
+    search.write_json(
+        tmp_path / "trial_0000" / "params.json", {"optimizer_type": "Prodigy", "optimizer_args": text.split()}
+    )
+    ((table,), note) = search.read_enqueued(tmp_path, None, space)
+    assert table["optimizer_args"] == text and "optimizer_args" not in note

@@ -676,6 +676,32 @@ def test_a_lora_changes_the_pictures_and_leaves_no_trace_behind(scorer: search.I
     np.testing.assert_array_equal(before, pixels(scorer.render(jobs)))
 
 
+def test_a_lora_of_layers_that_diffusers_does_not_know_there_is_merged_whole(
+    scorer: search.ImageScorer, tmp_path: Path
+) -> None:
+    """As LyCORIS' preset "full" trains them besides."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    write_lora(tmp_path / "known.safetensors", 3.0)
+    layer = scorer.pipeline.unet.time_embedding.linear_1
+    down, up = torch.full((4, layer.in_features), 0.1), torch.full((layer.out_features, 4), 0.1)
+    more = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    more = {f"lora_unet_time_embedding_linear_1.{name}": values for name, values in more.items()}
+    save_file({**load_file(tmp_path / "known.safetensors"), **more}, tmp_path / "whole.safetensors")
+    jobs, before = scorer.plan["screen"][:2], layer.weight.clone()
+    with scorer.lora(tmp_path / "whole.safetensors"):
+        whole = pixels(scorer.render(jobs)).astype(int)
+    assert torch.equal(layer.weight, before)
+    with scorer.lora(tmp_path / "known.safetensors"):
+        without = pixels(scorer.render(jobs))
+        with torch.no_grad():
+            layer.weight += up @ down * 0.5
+        by_hand = pixels(scorer.render(jobs))
+        layer.weight.data.copy_(before)
+    assert np.abs(whole - by_hand).max() <= 1 < np.abs(whole - without).max()
+
+
 def test_a_lora_is_removed_when_rendering_fails(scorer: search.ImageScorer, tmp_path: Path) -> None:
     jobs = scorer.plan["screen"][:2]
     before = pixels(scorer.render(jobs))

@@ -479,7 +479,7 @@ def test_pictures_are_held_by_one_program_at_a_time(tmp_path: Path) -> None:
     import fcntl
 
     handle = os.open(tmp_path, os.O_RDONLY)
-    with search.Latents.locked([tmp_path, tmp_path]), pytest.raises(BlockingIOError):
+    with search.locked([tmp_path, tmp_path]), pytest.raises(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(handle)
