@@ -4430,13 +4430,10 @@ class Workers:
         try:
             ours.run()
         except (Exception, KeyboardInterrupt) as error:
-            is_known = isinstance(error, (SearchError, KeyboardInterrupt, optuna.exceptions.StorageInternalError))
-            screen.log("" if is_known else traceback.format_exc())
-            told = (
-                one_line(error, 1000)
-                if isinstance(error, SearchError)
-                else Storage(ours.settings.storage).describe_error(error)
-            )
+            if not isinstance(error, (SearchError, KeyboardInterrupt, optuna.exceptions.StorageInternalError)):
+                screen.log(traceback.format_exc())
+            storage = Storage(ours.settings.storage)
+            told = one_line(error, 1000) if isinstance(error, SearchError) else storage.describe_error(error)
             tell.send(("ended", told or type(error).__name__))
 
 
