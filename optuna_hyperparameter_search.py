@@ -2717,16 +2717,16 @@ def change_of_weight(parts: Mapping[str, Any]) -> Any:
     parts = {name: values.flatten(1) if values.ndim > 1 else values for name, values in parts.items()}
     if odd := parts.keys() - _MERGED_PARTS:
         raise KeyError(odd)
-    whole = {
-        name.removesuffix("_a"): values @ parts[f"{name[:-2]}_b"] for name, values in parts.items() if name[-2:] == "_a"
-    }
-    whole |= parts
-    if "lora_up.weight" in whole:
-        change = whole["lora_up.weight"] @ whole["lora_down.weight"]
-    elif "hada_w1" in whole:
-        change = whole["hada_w1"] * whole["hada_w2"]
+
+    def whole(name: str) -> Any:
+        return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+
+    if "lora_up.weight" in parts:
+        change = parts["lora_up.weight"] @ parts["lora_down.weight"]
+    elif any(name.startswith("hada") for name in parts):
+        change = whole("hada_w1") * whole("hada_w2")
     else:
-        change = torch.kron(whole["lokr_w1"].contiguous(), whole["lokr_w2"].contiguous())
+        change = torch.kron(whole("lokr_w1"), whole("lokr_w2"))
     ranks = [len(values) for name, values in parts.items() if name.endswith("_b") or "down" in name]
     return change * (float(parts.get("alpha", ranks[0])) / ranks[0]) if ranks else change
 
@@ -4288,7 +4288,7 @@ class Study:
         """Tell the scores that are ready, and mark unfinished trials so that other programs do not wait for them."""
         for frozen in self._left_over():
             if os.getpid() not in (self.main, frozen.user_attrs.get("pid")):
-                continue
+                continue  # no worker's own: the program sees to it once all have ended
             trial = optuna.Trial(self.study, frozen._trial_id)
             if self._is_scored(trial):
                 self.run_trial(trial)
@@ -5745,8 +5745,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep-checkpoints", choices=("best", "all"), default="best", help="the ten best trials' best, or all (best)")
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
-    devices = f"cuda, cuda:N or cpu; several, cuda:0,cuda:1 or {ALL_CARDS}, share the trials (cuda)"
-    add("--device", default="cuda", help=devices)
+    add("--device", default="cuda", help=f"cuda, cuda:N or cpu; cuda:0,cuda:1 or {ALL_CARDS} share the trials (cuda)")
     nearby: dict[str, Any] = {"default": os.environ.get("SD_SCRIPTS_DIR") or None, "metavar": "DIR"}
     add("--sd-scripts", type=_path, **nearby, help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)")
     add("--trainer-python", type=_program, default=sys.executable, metavar="EXE", help="kohya's Python (this one)")
