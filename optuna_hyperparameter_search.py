@@ -4708,7 +4708,7 @@ class Results:
 
     def write_trials_csv(self) -> None:
         about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
-        about += "scoring_seconds stopped_epoch rejection_reason reason folder"
+        about += "scoring_seconds stopped_epoch rejection_reason reason host output_dir folder"
         trials = [facts_of(trial, self.places) for trial in self.study.get_trials(deepcopy=False)]
         others = (name for facts in trials for name in facts.get("training_params", ()))
         columns = [*about.split(), *TERMS, *V2_1.searched, "network_alpha", "dose", "text_encoder_dose", *others]
@@ -4725,7 +4725,8 @@ class Results:
         attrs, folder = best.user_attrs, find_trial_folder(best, self.output_dir)
         checkpoint = folder / attrs["checkpoint"]
         if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
-            raise SearchStopped(f"the best trial's files are not in {folder}; bring them back and give --report again")
+            back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
+            raise SearchStopped(f"the best trial's files are not in {folder}; {back}")
         about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
         about |= {name: attrs[name] for name in ("standard_error",) if name in attrs}  # not in an earlier version's
         if self.places:
@@ -4790,6 +4791,7 @@ class Results:
             optuna_version=optuna.__version__,
             terms=TERMS,
             results=self.folder,
+            script=family_of(read_json(reference / "plan.json") or {}).script,
             reference=reference,
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
             plan=read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS},

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -440,6 +441,33 @@ def test_pictures_of_trials_in_another_folder_are_shown(browser: Browser, tmp_pa
     assert browser.wait("[...document.images].every(image => image.naturalWidth)")
     asked = [url for url in browser.requests() if "/trial_0000/scores/" in url]
     assert asked and all(url.startswith(made_in.as_uri()) for url in asked) and not browser.all(".missing")
+
+
+@pytest.mark.parametrize("bring", [shutil.copytree, os.symlink], ids=["copied", "linked"])
+def test_files_on_another_host_are_named_until_they_are_brought(bring: Callable[..., object], tmp_path: Path) -> None:
+    there, here, mounted = tmp_path / "there", tmp_path / "here", tmp_path / "mounted"
+    made_study.make_study(there, trials=1, picture_size=32, **FEW)
+    shutil.copytree(there, here, ignore=shutil.ignore_patterns("trial_*"))
+    there.rename(mounted)
+    page = rewritten(here)
+    place = f"Its files are on {socket.gethostname()} in {there}/trial_0000."
+    assert page.text.count(place) == 1 and f"Copy or link that folder into {here}," in page.text
+    assert any(label.startswith("trial 0:") for label in page.missing)
+    bring(mounted / "trial_0000", here / "trial_0000")
+    search.Results(study_in(here), here).write()
+    page = Shown(page_of(here))
+    assert "Its files are on" not in page.text and page.missing == []
+    lora = search.read_json(here / "results" / "best_parameters.json")["checkpoint"]
+    assert lora == str(here / "trial_0000" / Path(lora).name)
+
+
+def test_the_command_that_trains_again_names_the_familys_script(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made_study.make_study(out, trials=1, picture_size=32, **FEW)
+    assert "python train_network.py --config_file" in rewritten(out).text
+    plan = search.read_json(out / "reference" / "plan.json")
+    search.write_json(out / "reference" / "plan.json", {**plan, "family": "SDXL"})
+    assert "python sdxl_train_network.py --config_file" in rewritten(out).text
 
 
 def test_the_console_stays_empty(page: Browser) -> None:

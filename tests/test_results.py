@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -235,7 +236,8 @@ def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
     (settings.output_dir / "trial_0000" / "lora.safetensors").unlink()
     search.show_results(study, settings.output_dir)
     shown = capsys.readouterr().out
-    assert "Study 'test', best first:" in shown and "bring them back and give --report again" in shown
+    place = f"{socket.gethostname()}:{settings.output_dir}"
+    assert "Study 'test', best first:" in shown and f"bring them back from {place} and give --report again" in shown
     assert "best_lora.safetensors" not in shown
     assert (settings.output_dir / "results" / "trials.csv").is_file()
 
