@@ -434,7 +434,6 @@ def one_line(text: object, limit: int = 300) -> str:
 #    none. An unknown key is an error that names the key, the file and the nearest valid name.
 # ======================================================================================================
 
-
 ALL_CARDS = "cuda:all"
 _CARD = "cuda:(0|[1-9][0-9]?)"
 DEVICE = re.compile(rf"{ALL_CARDS}|cuda|{_CARD}(,{_CARD})*|cpu(,cpu)*")
@@ -481,8 +480,7 @@ class Settings:
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
-    may_be_json = what in ("--dataset-config", "--training-config")
-    kind = "JSON" if may_be_json and path.suffix.lower() == ".json" else "TOML"
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
@@ -579,12 +577,11 @@ class ScoringSettings:
             return wrong
         if key == "resolution" and (value % 8 or value < 16):
             return "must be a multiple of 8 (the VAE's factor), from 16 on"
-        if key == "steps" and value > MAX_STEPS:
-            return f"must be at most {MAX_STEPS}"
         if key == "at_percent" and (value % CURVE_STEP or value > 90):
             return f"must be a multiple of {CURVE_STEP}, up to 90"
-        if key == "keep_percent" and value > 100:
-            return "must be at most 100"
+        most = {"steps": MAX_STEPS, "keep_percent": 100}
+        if key in most and value > most[key]:
+            return f"must be at most {most[key]}"
         templates = value if table == "prompts" else []
         if not all(isinstance(text, str) and text.strip() for text in templates):
             return "must be a list of texts"
@@ -596,11 +593,8 @@ class ScoringSettings:
 # Options that a fixed training config must not hold, and why; some of them may be searched.
 _REFUSED = toml.loads((HERE / "configs" / "refused_options.toml").read_text(encoding="utf-8"))["refused"]
 REFUSED_OPTIONS: dict[str, str] = {key: table["why"] for table in _REFUSED for key in table["options"].split()}
-SEARCHABLE_OPTIONS, IGNORED_OPTIONS = (
-    {key for table in _REFUSED if table.get(mark) for key in table["options"].split()}
-    for mark in ("may_be_searched", "is_ignored")
-)
-_PICKLE_SUFFIXES = frozenset((".ckpt", ".pt", ".pth", ".bin", ".pkl"))
+SEARCHABLE_OPTIONS = {key for table in _REFUSED if table.get("may_be_searched") for key in table["options"].split()}
+IGNORED_OPTIONS = {key for table in _REFUSED if table.get("is_ignored") for key in table["options"].split()}
 LYCORIS, ALGORITHMS = "lycoris.kohya", ("lora", "locon", "loha", "lokr")
 NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "rs_lora")
 # The search can score no others; the first is the default.
@@ -644,10 +638,8 @@ def read_preset(given: Mapping[str, Any]) -> Params:
     """The options in a JSON preset of kohya's GUI, as it gives them to sd-scripts: "2" is a number, and 0 is unset."""
     options = {}
     for key, value in given.items():
-        if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d{0,14}", value):
-            options[key] = int(value)
-        elif isinstance(value, str) and re.fullmatch(r"-?\d{1,15}(\.\d{1,15}|(\.\d{1,15})?e[-+]?\d\d?)", value):
-            options[key] = float(value)
+        if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?(e[-+]?\d\d?)?", value):
+            options[key] = json.loads(value)
         elif isinstance(value, (str, int, float)):
             options[key] = value
     if options.get("xformers") in ("xformers", "sdpa"):
@@ -657,19 +649,16 @@ def read_preset(given: Mapping[str, Any]) -> Params:
     return {key: value for key, value in options.items() if value != 0}
 
 
-def ignored_options(options: Params, path: Path, known: Mapping[str, Any]) -> list[str]:
-    """Options of a training config that the search sets, and those of a GUI's preset that sd-scripts does not have."""
-    is_preset, names = path.suffix.lower() == ".json", IGNORED_OPTIONS | GUI_OPTIONS
-    if {"optimizer", "optimizer_type"} & options.keys():  # which is not taken from the file, and they belong to it
-        names = names | {"optimizer_args"}
-    return [key for key in options if key in names or (is_preset and known and key not in known)]
-
-
 def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
-    """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser."""
-    problems, ignored = [], ignored_options(options, path, known)
-    fit = functools.partial(_fit, is_preset=path.suffix.lower() == ".json")
-    options = {key: fit(value, known.get(key, {})) for key, value in options.items() if key not in ignored}
+    """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser.
+
+    Ignored are options that the search sets, and those of a GUI's preset that sd-scripts does not have.
+    """
+    problems, is_preset, ignored = [], path.suffix.lower() == ".json", IGNORED_OPTIONS | GUI_OPTIONS
+    if {"optimizer", "optimizer_type"} & options.keys():  # which is not taken from the file, and they belong to it
+        ignored = ignored | {"optimizer_args"}
+    ignored = ignored | (options.keys() - known if is_preset and known else set())
+    options = {key: _fit(value, known.get(key, {}), is_preset) for key, value in options.items() if key not in ignored}
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
@@ -681,7 +670,7 @@ def check_training_options(options: Params, path: Path, known: Mapping[str, Mapp
     return options
 
 
-def _fit(value: Any, option: Mapping[str, Any], *, is_preset: bool) -> Any:
+def _fit(value: Any, option: Mapping[str, Any], is_preset: bool) -> Any:
     """A value as the option's kind has it, where that says the same: 1 for a switch, 2.0 for a whole number."""
     kind = option.get("kind")
     if kind == "switch" and type(value) is int and value in (0, 1):
@@ -707,7 +696,7 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
             return wrong
         if option.get("choices") and text not in option["choices"]:
             return f"must be one of {', '.join(option['choices'])}"
-        if Path(text).suffix.lower() in _PICKLE_SUFFIXES:
+        if Path(text).suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
             return "is a pickle; use a safetensors file"
         if re.match(r"[A-Za-z]:[\\/]", text):
             return f"does not exist; {path_remedy(text)}"
@@ -715,11 +704,8 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
 
 
 # Suffixes of pictures. sd-scripts always trains the first group; the rest depends on the plug-ins of its Python.
-_ALWAYS_TRAINED = frozenset(".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split())
-_PICTURE_SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()
-)
-_CAPTION_SUFFIXES = frozenset((".txt", ".caption", ".cap", ".tags", ".json"))
+_ALWAYS_TRAINED = {*".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split()}
+_PICTURE_SUFFIXES = {*".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()}
 _FOLDERS = ("image_dir", "conditioning_data_dir", "metadata_file")  # keys of a subset that hold a path
 
 
@@ -879,10 +865,9 @@ class DataSetReader:
         captions = {file: self._read_caption(file, extension) for file in files if file.suffix in _ALWAYS_TRAINED}
         without = [file.name for file, caption in captions.items() if caption is None]
         if without and not settings.get("class_tokens") and settings.get("is_reg") is not True:
-            why = (
-                f"{len(without)} of {len(captions)} images in {folder} have no {extension} caption and no class_tokens"
-            )
-            self.problems.append(f"{why}, {without[0]} for one; write them, or set caption_extension or class_tokens")
+            counted = f"{len(without)} of {len(captions)} images in {folder}, {without[0]} for one,"
+            remedy = "write them, or set caption_extension or class_tokens"
+            self.problems.append(f"{counted} have no {extension} caption and no class_tokens; {remedy}")
         return captions
 
     def _find_images(self, files: Sequence[Path]) -> str:
@@ -942,7 +927,7 @@ class DataSetReader:
             by_cache = folder / "metadata_cache.json" in files and "metadata_cache.json is read instead (cache_info)"
             pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file not in trained]
             others = [file for file in files if file.with_suffix("") not in with_caption]
-            captions = [file for file in others if file.suffix in _CAPTION_SUFFIXES]
+            captions = [file for file in others if file.suffix in (".txt", ".caption", ".cap", ".tags", ".json")]
             for what, found, remedy in (
                 ("not trained", pictures, by_cache or "convert them, or leave them"),
                 ("captions that are not read", captions, "set caption_extension, rename them, or leave them"),
@@ -1109,20 +1094,16 @@ class BaseModel:
     def _prediction_of_file(header: Mapping[str, Any]) -> dict[str, bool]:
         """By the empty tensors v_pred and ztsnr, which such models hold, or by the metadata of Stability AI's form."""
         said = header.get("__metadata__", {}).get("modelspec.prediction_type")
-        found = {}
+        found = {"zero_terminal_snr": True} if "ztsnr" in header else {}
         if "v_pred" in header or said in ("v", "v_prediction", "epsilon"):
             found["v_parameterization"] = "v_pred" in header or said != "epsilon"
-        if "ztsnr" in header:
-            found["zero_terminal_snr"] = True
         return found
 
     @staticmethod
     def _prediction_of_folder(folder: Path) -> dict[str, bool]:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json") or {}
-        found = {"v_parameterization": scheduler.get("prediction_type") == "v_prediction"}
-        if scheduler.get("rescale_betas_zero_snr") is True:
-            found["zero_terminal_snr"] = True
-        return found
+        found = {"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") is True else {}
+        return {**found, "v_parameterization": scheduler.get("prediction_type") == "v_prediction"}
 
     @staticmethod
     def _files_of(file: Path) -> list[Path]:
@@ -1148,7 +1129,6 @@ SEARCH_SPACE: dict[str, BaseDistribution] = {
     "gradient_accumulation_steps": CategoricalDistribution((1, 2, 4)),
     "lr_warmup_steps": IntDistribution(50, 200, step=50),  # optimizer updates
 }
-RESTART_CYCLES = IntDistribution(2, 3)  # only with cosine_with_restarts; one cycle would be plain cosine
 _COMPARISON = re.compile(r"(<=|>=|<|>) *([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.IGNORECASE)
 NEEDED = {  # kinds and smallest values of what V2.1 searches
     "network_dim": ("int", 1), "max_train_epochs": ("int", 1), "gradient_accumulation_steps": ("int", 1),
@@ -1208,8 +1188,9 @@ class SearchSpace:
     name: str = dataclasses.field(compare=False)
     searched: dict[str, BaseDistribution]  # a parameter with a condition comes after those that it names
     when: dict[str, Condition]  # of parameters that not every trial has
-    fixed: list[tuple[Condition, Params]]  # values, and when they are set; the first ones always
-    forbidden: list[tuple[Condition, str]]  # and why
+    # Values, and when they are set; the first ones always.
+    fixed: list[tuple[Condition, Params]] = dataclasses.field(default_factory=lambda: [({}, {})])
+    forbidden: list[tuple[Condition, str]] = dataclasses.field(default_factory=list)  # and why
     safety_constraints: bool = True
     alpha_bands: bool = True
 
@@ -1217,8 +1198,7 @@ class SearchSpace:
     def read(cls, path: Path) -> SearchSpace:
         """Read a file such as configs/search_space_v2.1.toml, which explains its form; RefusedInput lists faults."""
         content, problems = read_toml(path, "--search-space"), Problems()
-        space = cls(path.name, {}, {}, [({}, {})], [])
-        switches = {name: content.pop(name, None) for name in ("safety_constraints", "alpha_bands")}
+        space = cls(path.name, {}, {})
         rules = {name: content.pop(name, []) for name in ("set", "forbid")}
         for name, given in content.items():
             if isinstance(given, dict):
@@ -1228,55 +1208,54 @@ class SearchSpace:
         for kind, tables in rules.items():
             for table in tables if isinstance(tables, list) else [tables]:
                 problems.of(space._add_rule, kind, table)
-        wrong = [name for name, value in switches.items() if value is not None and type(value) is not bool]
+        has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
+        defaults = {"safety_constraints": True, "alpha_bands": has_bands}
+        switches = {name: space.fixed[0][1].pop(name, default) for name, default in defaults.items()}
+        wrong = [name for name, value in switches.items() if type(value) is not bool]
         problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
         problems.lines += dict.fromkeys(space._wrong_kinds())
-        has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
         if switches["alpha_bands"] and not has_bands:
             problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
         problems.lines += [] if problems.lines else sorted(set(space._faults()))
         Problems(f"--search-space: {path}: {problem}" for problem in problems.lines).refuse()
-        bands = has_bands and switches["alpha_bands"] is not False
-        return replace(space, safety_constraints=switches["safety_constraints"] is not False, alpha_bands=bands)
+        return replace(space, **switches)
 
     def _add(self, name: str, given: Params) -> None:
         """Add a parameter's table; RefusedInput if it describes none."""
-        condition, log = given.pop("when", {}), given.get("log", False)
-        known = ("low", "high", "step", "log", "choices")
-        numbers = {key: value for key, value in given.items() if key in known[:3]}
+        condition = given.pop("when", {})
+        self._check_condition(condition, f"[{name}], when")
         try:
-            for key in given.keys() - set(known):
-                raise ValueError(f"unknown key '{key}'{nearest(key, known)}")
-            for key, value in numbers.items():
-                if wrong := _wrong_value(value, "float"):
-                    raise ValueError(f"{key} {wrong}")
-            if wrong := _wrong_value(log, "switch"):
-                raise ValueError(f"log {wrong}")
-            if missing := {"low", "high"} - given.keys() if "choices" not in given else ():
-                raise ValueError(f"no {' and no '.join(sorted(missing))}")
-            whole = all(type(one) is int for one in numbers.values()) and NEEDED.get(name, ("",))[0] != "float"
-            distribution = self._distribution(whole, **given)
+            distribution = self._distribution(given, may_be_whole=NEEDED.get(name, ("",))[0] != "float")
             _draw(distribution, np.random.default_rng(0))  # OverflowError for a range without end
             self.searched[name] = distribution
-        except (ValueError, TypeError, ArithmeticError, UserWarning) as error:
-            said = one_line(error).replace("`", "")
-            said = "high is not low and some steps more" if isinstance(error, UserWarning) else said
+        except (ValueError, ArithmeticError, UserWarning) as error:
+            is_odd_step = isinstance(error, UserWarning)
+            said = "high is not low and some steps more" if is_odd_step else one_line(error).replace("`", "")
             raise RefusedInput(f"[{name}]: {said}; give low and high (and step or log), or choices") from error
-        self._check_condition(condition, f"[{name}], when", but=name)
         self.when.update({name: condition} if condition else {})
 
     @staticmethod
-    def _distribution(whole: bool, **given: Any) -> BaseDistribution:
-        if "choices" not in given:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # Optuna would move `high` to the last step
-                return IntDistribution(**given) if whole else FloatDistribution(**given)
-        choices = given["choices"] if isinstance(given["choices"], list) and len(given) == 1 else [None]
-        if not all(isinstance(choice, (str, int, float)) for choice in choices):
-            raise ValueError("choices must be a list of texts, numbers or switches, and stand alone")
-        if len(set(map(repr, choices))) < len(choices):
-            raise ValueError("a choice stands there twice")
-        return CategoricalDistribution(choices)
+    def _distribution(given: Params, *, may_be_whole: bool) -> BaseDistribution:
+        """The distribution that a parameter's table describes. Raises as Optuna does if it describes none."""
+        kinds = {"low": "float", "high": "float", "step": "float", "log": "switch", "choices": "list"}
+        for key, value in given.items():
+            if key not in kinds:
+                raise ValueError(f"unknown key '{key}'{nearest(key, kinds)}")
+            if wrong := _wrong_value(value, kinds[key]):
+                raise ValueError(f"{key} {wrong}")
+        if "choices" in given:
+            choices = given["choices"]
+            if len(given) > 1 or not all(isinstance(choice, (str, int, float)) for choice in choices):
+                raise ValueError("choices must be a list of texts, numbers or switches, and stand alone")
+            if len(set(map(repr, choices))) < len(choices):
+                raise ValueError("a choice stands there twice")
+            return CategoricalDistribution(choices)
+        if missing := sorted({"low", "high"} - given.keys()):
+            raise ValueError(f"no {' and no '.join(missing)}")
+        is_whole = may_be_whole and not any(isinstance(value, float) for value in given.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Optuna would move `high` to the last step
+            return IntDistribution(**given) if is_whole else FloatDistribution(**given)
 
     def _add_rule(self, kind: str, table: Any) -> None:
         """Add a [[set]] or [[forbid]] table."""
@@ -1298,20 +1277,17 @@ class SearchSpace:
             raise RefusedInput(f"{where} holds always; {'add when = {...}' if kind == 'set' else 'name parameters'}")
         self._check_condition(condition, where)
 
-    def _check_condition(self, condition: Any, where: str, but: str = "") -> None:
+    def _check_condition(self, condition: Any, where: str) -> None:
         """RefusedInput unless it compares parameters that are searched with values that they may have."""
         if not isinstance(condition, dict):
             raise RefusedInput(f"{where} must be a table of parameters and values; correct it")
         for name, wanted in condition.items():
-            if name not in self.searched or name == but:
-                hint = nearest(name, self.searched.keys() - {name, but})
-                raise RefusedInput(f"{where}: {name!r} is not searched above it{hint}")
-            is_comparison = isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
-            if is_comparison and any(isinstance(value, str) for value in self.values(name)):
-                raise RefusedInput(f"{where}: {name} is no number, so it can't be {wanted}; give a value or a list")
-            if wanted == []:
-                raise RefusedInput(f"{where}: {name} can't be one of no values; correct it")
-            for value in [] if is_comparison else wanted if isinstance(wanted, list) else [wanted]:
+            if name not in self.searched:
+                raise RefusedInput(f"{where}: {name!r} is not searched above it{nearest(name, self.searched)}")
+            is_number = not any(isinstance(value, str) for value in self.values(name))
+            if is_number and isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
+                continue
+            for value in wanted if wanted and isinstance(wanted, list) else [wanted]:
                 if not holds(self.searched[name], value):
                     raise RefusedInput(f"{where}: {name} is never {value!r}; correct it")
 
@@ -1381,16 +1357,9 @@ class SearchSpace:
 
 V2_1 = SearchSpace(
     name="V2.1",
-    searched={**SEARCH_SPACE, "lr_scheduler_num_cycles": RESTART_CYCLES},
+    searched={**SEARCH_SPACE, "lr_scheduler_num_cycles": IntDistribution(2, 3)},  # one cycle would be plain cosine
     when={"lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"}},
-    fixed=[({}, {})],
-    forbidden=[],
 )
-
-
-def complete_params(values: Mapping[str, Any], space: SearchSpace = V2_1) -> Params:
-    """As SearchSpace.complete()."""
-    return space.complete(values)
 
 
 def suggest_hyperparameters(trial: optuna.trial.BaseTrial, space: SearchSpace = V2_1) -> Params:
@@ -1399,7 +1368,7 @@ def suggest_hyperparameters(trial: optuna.trial.BaseTrial, space: SearchSpace = 
     for name, distribution in space.searched.items():
         if meets(values, space.when.get(name, {})):
             values[name] = _suggest(trial, name, distribution)
-    return complete_params(values, space)
+    return space.complete(values)
 
 
 def _suggest(trial: optuna.trial.BaseTrial, name: str, distribution: BaseDistribution) -> Any:
@@ -1479,8 +1448,7 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
-    """Whether a setting may be trained, and if not, why: by the safety constraints on what the space searches, unless
-    it switches them off, and by its own rules."""
+    """Whether a setting may be trained, and if not, why. The safety constraints hold for what the space searches."""
     if missing := missing_params(params):
         return False, f"{space.name} gives no {', '.join(missing)} for it"
     if space.safety_constraints:
@@ -1501,10 +1469,8 @@ def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]
 # 6. Sampler: Optuna's TPE that proposes only what passes section 5, and keeps the guide's alpha bands.
 # ======================================================================================================
 
-LOW_ALPHA = tuple(round(0.05 * n, 2) for n in range(5, 9))  # 0.25 .. 0.40
-MID_ALPHA = tuple(round(0.05 * n, 2) for n in range(9, 15))  # 0.45 .. 0.70
-HIGH_ALPHA = tuple(round(0.05 * n, 2) for n in range(15, 19))  # 0.75 .. 0.90
-BAND_BLOCK = (LOW_ALPHA,) * 3 + (MID_ALPHA,) * 4 + (HIGH_ALPHA,) * 3  # the guide's 30 / 40 / 30 %
+RATIOS = tuple(round(0.05 * n, 2) for n in range(5, 19))  # low from 0.25, middle from 0.45, high from 0.75 to 0.90
+BAND_BLOCK = (RATIOS[:4],) * 3 + (RATIOS[4:10],) * 4 + (RATIOS[10:],) * 3  # the guide's 30 / 40 / 30 %
 DEALT_TRIALS = 20  # then TPE has seen all bands, and chooses them
 TPE_TRIES = 64  # about 5 ms each
 RANDOM_TRIES = 2000  # about 20 microseconds each; the rarest completion seen is 1 in 40
@@ -1552,10 +1518,9 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
             fixed = {**{other: value for other, value in wanted if holds(search_space[other], value)}, **fixed}
         names = [name for name in search_space if name not in fixed]
         joint = {name: search_space[name] for name in names if name not in self._space.when}
-        others = [
-            t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.state != TrialState.FAIL
-        ]
-        known = [self._space.complete(other.params) for other in others]  # to train one again would tell nothing
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        # To train one of these again would tell nothing.
+        known = [self._space.complete(other.params) for other in others if other.state != TrialState.FAIL]
         tpe = self._tpe(trial.number, multivariate=True)
         proposals: list[Params] = []
         ruled = {*NEEDED, *(name for condition, _ in self._space.forbidden for name in condition)}
@@ -1579,10 +1544,8 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """For parameters with a condition, each with random numbers of its own."""
-        place = [*self._space.when].index(param_name) if param_name in self._space.when else 0
-        sampler = self._tpe(
-            trial.number, *([place] if place else []), multivariate=False
-        )  # V2.1's only one has no place
+        place = [place for place, name in enumerate(self._space.when) if name == param_name and place > 0]
+        sampler = self._tpe(trial.number, *place, multivariate=False)  # the first one, V2.1's only one, has no place
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _is_possible(self, values: Params) -> bool:
@@ -4950,6 +4913,7 @@ class Notes:
 # ======================================================================================================
 
 OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}  # besides those of scoring
+DRAWN = 2000  # settings, by which a search space is judged
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 CHANGE_CAPTIONS = ("caption_prefix", "caption_suffix", "enable_wildcard")  # keys of kohya's data set file
@@ -5035,22 +4999,18 @@ class Inputs:
         return self.data_set.batches_per_epoch is None or params["lr_warmup_steps"] < self.data_set.updates(params)
 
     def sampler(self) -> FeasibleTPESampler:
-        checks = {"can_train": self.trainer.can_train, "prefers": self.prefers}
-        return FeasibleTPESampler(self.settings.seed, self.space, **checks)
-
-    @functools.cached_property
-    def drawn(self) -> list[Params]:
-        """2,000 settings of the space, drawn at random."""
-        rng = np.random.default_rng(0)
-        return [self.space.complete(self.space.draw(rng)) for _ in range(2000)]
+        can_train, prefers = self.trainer.can_train, self.prefers
+        return FeasibleTPESampler(self.settings.seed, self.space, can_train=can_train, prefers=prefers)
 
     @functools.cached_property
     def allowed(self) -> list[Params]:
-        """Those of the drawn settings that may be trained; RefusedInput if there are none."""
-        found = [params for params in self.drawn if may_train(params, self.space)[0] and self.trainer.can_train(params)]
+        """Of DRAWN settings, drawn at random, those that may be trained; RefusedInput if there are none."""
+        rng = np.random.default_rng(0)
+        drawn = [self.space.complete(self.space.draw(rng)) for _ in range(DRAWN)]
+        found = [params for params in drawn if may_train(params, self.space)[0] and self.trainer.can_train(params)]
         if not found:
-            why, count = Counter(may_train(params, self.space)[1] for params in self.drawn).most_common(1)[0]
-            said = f"none of {len(self.drawn)} settings drawn from {self.space.name} may be trained"
+            why, count = Counter(may_train(params, self.space)[1] for params in drawn).most_common(1)[0]
+            said = f"none of {DRAWN} settings drawn from {self.space.name} may be trained"
             raise RefusedInput(f"--search-space: {said}, {count} of them since: {why or 'AdamW8bit'}; loosen its rules")
         return found
 
@@ -5107,7 +5067,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     read = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
     space = read or V2_1
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
-    answer = trainer.answer if trainer else {}
+    answer, can_train = (trainer.answer, trainer.can_train) if trainer else ({}, lambda _: True)
     if trainer:
         settings, given = (replace(one, device=trainer.cards_of(one.device)) for one in (settings, given))
         problems.of(trainer.check_card, settings)
@@ -5124,8 +5084,8 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     if scoring:
         problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
-        problems.of(check_space_options, space, raw or {}, answer, trainer.can_train if trainer else lambda _: True)
-    enqueued, notes = problems.of(read_all_enqueued, settings.enqueue if read else (), trainer, space) or ([], [])
+        problems.of(check_space_options, space, raw or {}, answer, can_train)
+    enqueued, notes = problems.of(read_enqueued, settings.enqueue if read else (), can_train, space) or ([], [])
     study = problems.of(find_study, settings) if settings.output_dir else None
     if settings.output_dir:
         problems.of(check_output_dir, settings.output_dir, data_set)
@@ -5133,23 +5093,15 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
     problems.refuse()
-    check_together(inputs)
-    return inputs
-
-
-def check_together(inputs: Inputs) -> None:
-    """What can be checked once each input is right by itself."""
-    problems, study = Problems(), inputs.study
     problems.of(lambda: inputs.allowed)
     if study:
         problems.of(check_fingerprint, study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
+    return inputs
 
 
-def check_space_options(
-    space: SearchSpace, options: Params, answer: Mapping[str, Any], can_train: Check = lambda _: True
-) -> None:
+def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str, Any], can_train: Check) -> None:
     """RefusedInput unless a --search-space holds options that this sd-scripts has, with values that they may have."""
     known, problems = answer.get("options", {}), []
     for name in dict.fromkeys([*space.searched, *(name for _, values in space.fixed for name in values)]):
@@ -5167,10 +5119,9 @@ def check_space_options(
         if known.get(name, {}).get("kind") == "float" and isinstance(space.searched.get(name), IntDistribution):
             problems.append(f"{name} would be a whole number; write its range with points, such as 1.0")
         problems += [f"a value of {name} {text}" for text in wrong[:1]]
-    failed = [one for one in answer.get("optimizers", []) if can_train({"optimizer_type": one[0]})]
-    problems += [
-        f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it" for name, why in failed
-    ]
+    for name, why in answer.get("optimizers", []):
+        if can_train({"optimizer_type": name}):
+            problems.append(f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it")
     Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
 
 
@@ -5178,12 +5129,9 @@ def with_family_files(settings: Settings, family: Family, data_set: DataSet | No
     """The settings with the family's files where none is given. Captions that are tags may have one of their own."""
     texts = [text for image in data_set.subject_images for text in image.captions] if data_set else []
     scoring = family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config
-    return replace(
-        settings,
-        training_config=settings.training_config or HERE / "configs" / family.training_config,
-        scoring_config=settings.scoring_config or HERE / "configs" / scoring,
-        search_space=settings.search_space or (HERE / "configs" / family.search_space if family.search_space else None),
-    )
+    files = {"training_config": family.training_config, "scoring_config": scoring, "search_space": family.search_space}
+    shipped = {name: HERE / "configs" / file for name, file in files.items() if file}
+    return replace(settings, **{name: getattr(settings, name) or file for name, file in shipped.items()})
 
 
 def add_prediction(options: Params, known: Mapping[str, bool], path: Path) -> Params:
@@ -5199,18 +5147,12 @@ def ask_trainer(
     settings: Settings, family: Family, options: Mapping[str, Any], config: Any, space: SearchSpace, afresh: bool
 ) -> TrainerFacts:
     """What sd-scripts answers about inputs of which some may be missing."""
-    fixed = {k: value for k, value in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS}
-    fixed |= space.trained_parts
+    fixed = {k: v for k, v in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS} | space.trained_parts
+    optimizers = [] if space is V2_1 else space.optimizers()
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.devices[0] if DEVICE.fullmatch(settings.device) else "cpu"
     device = device if len(settings.devices) == 1 and device != ALL_CARDS else device.partition(":")[0]  # sees all
-    about = (
-        fixed,
-        settings.base_model or Path("missing"),
-        config or {"datasets": []},
-        [] if space is V2_1 else space.optimizers(),
-        family.script,
-    )
+    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []}, optimizers, family.script)
     return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
 
 
@@ -5224,9 +5166,7 @@ def check_packages() -> None:
 def check_precision(settings: Settings, options: Mapping[str, Any], family: Family) -> None:
     where = f"mixed_precision = 'fp16' in {settings.training_config}"
     if options.get("mixed_precision") == "fp16" and family is not SD1 and settings.base_model.is_dir():
-        why = (
-            "kohya then loads a diffusers folder of SDXL only from *.fp16.safetensors, and the scoring from the others"
-        )
+        why = "kohya then loads a folder of SDXL only from *.fp16.safetensors, and the scoring from the others"
         raise RefusedInput(f'--training-config: {where}: {why}; set it to "bf16", or give a single file')
     if settings.devices[0] == "cpu" and options.get("mixed_precision") == "fp16":
         raise RefusedInput(f'--training-config: {where} needs a CUDA card; set it to "no" for --device cpu')
@@ -5309,28 +5249,21 @@ def make_plan(
     return build_scoring_plan(images, subject, scoring, *about)
 
 
-def read_all_enqueued(
-    paths: Iterable[Path], trainer: TrainerFacts | None, space: SearchSpace
-) -> tuple[list[Params], list[str]]:
-    """The parameters to try first, each once, and what is to be said of them."""
+def read_enqueued(paths: Iterable[Path], can_train: Check, space: SearchSpace) -> tuple[list[Params], list[str]]:
+    """Parameters to try first, of files and of earlier searches' folders, and what is to be said of the folders."""
     problems = Problems()
-    read = [problems.of(read_enqueued, path, trainer, space) for path in paths]
+    readers = [(best_of_earlier if path.is_dir() else read_enqueue_file, path) for path in paths]
+    read = [problems.of(reader, path, can_train, space) for reader, path in readers]
     problems.refuse()
-    tables = [table for tables, _ in read for table in tables]
-    return [table for n, table in enumerate(tables) if table not in tables[:n]], [note for _, note in read if note]
+    return [table for tables, _ in read for table in tables], [note for _, note in read if note]
 
 
-def read_enqueued(path: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
-    """Parameters to try first, of a file or of an earlier search's output folder, and what is to be said of them."""
-    return best_of_earlier(path, trainer, space) if path.is_dir() else (read_enqueue_file(path, trainer, space), "")
-
-
-def best_of_earlier(folder: Path, trainer: TrainerFacts | None, space: SearchSpace) -> tuple[list[Params], str]:
+def best_of_earlier(folder: Path, can_train: Check, space: SearchSpace) -> tuple[list[Params], str]:
     """The three best settings of an earlier search that may be trained here, as far as this space has their values."""
     try:
-        rows = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
-        values = ((int(row["trial"]), row["final_score"], row["score"]) for row in rows)
-        scored = {number: (float(final or -1), float(score)) for number, final, score in values if score}
+        table = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
+        rows = [row for row in table if row["score"]]
+        scored = {int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows}
     except (OSError, ValueError, KeyError, csv.Error) as error:
         why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
         raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
@@ -5339,9 +5272,9 @@ def best_of_earlier(folder: Path, trainer: TrainerFacts | None, space: SearchSpa
         given, values = read_json(trial_folder(folder, number) / "params.json") or {}, {}
         for name in space.searched:
             value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
-            if value is not None and holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
+            if holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
                 values[name] = value
-        if values and values not in found.values() and not why_rejected(values, trainer, space):
+        if values and values not in found.values() and not why_rejected(values, can_train, space):
             found[number], kept = values, space.complete(values)
             left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
         if len(found) == 3:
@@ -5351,34 +5284,33 @@ def best_of_earlier(folder: Path, trainer: TrainerFacts | None, space: SearchSpa
     return list(found.values()), note + (f", without {', '.join(left_out)}" if left_out else "")
 
 
-def why_rejected(table: Params, trainer: TrainerFacts | None, space: SearchSpace) -> str:
+def why_rejected(table: Params, can_train: Check, space: SearchSpace) -> str:
     """Why enqueued parameters are rejected, whatever completes them; "" if they may be trained."""
-    can_train = trainer.can_train if trainer else lambda _: True
     study = optuna.create_study(sampler=FeasibleTPESampler(0, space, can_train=can_train))
     study.enqueue_trial(table)
     params = suggest_hyperparameters(study.ask(), space)
     return may_train(params, space)[1] or ("" if can_train(params) else "AdamW8bit needs bitsandbytes and a CUDA card")
 
 
-def read_enqueue_file(path: Path, trainer: TrainerFacts | None, space: SearchSpace = V2_1) -> list[Params]:
+def read_enqueue_file(path: Path, can_train: Check, space: SearchSpace) -> tuple[list[Params], str]:
     """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
     content = read_toml(path, "--enqueue")
     given = content.pop("trial", [])
     tables = [given] if isinstance(given, dict) else given or [content]
     if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
         raise RefusedInput(f"--enqueue: {path} has no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables")
-    problems = [problem for table in tables for problem in _wrong_parameters(table, trainer, space)]
+    problems = [problem for table in tables for problem in _wrong_parameters(table, can_train, space)]
     if content and given:
         problems.append("has parameters outside of its [[trial]] tables; put all into tables")
     Problems(f"--enqueue: {path}: {problem}" for problem in problems).refuse()
-    return tables
+    return tables, ""
 
 
-def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: SearchSpace) -> Iterator[str]:
+def _wrong_parameters(table: Params, can_train: Check, space: SearchSpace) -> Iterator[str]:
     """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
     dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), space.searched.get("network_alpha_ratio"))
     if "network_alpha_ratio" not in table and ratios and type(dim) is type(alpha) is int and dim > 0:
-        grid = (*LOW_ALPHA, *MID_ALPHA, *HIGH_ALPHA, round(alpha / dim, 10))
+        grid = (*RATIOS, round(alpha / dim, 10))
         for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
             del table["network_alpha"]
             table["network_alpha_ratio"] = ratio
@@ -5390,7 +5322,7 @@ def _wrong_parameters(table: Params, trainer: TrainerFacts | None, space: Search
             yield f"unknown parameter '{name}'{nearest(name, space.searched)}"
         elif not holds(space.searched[name], value):
             yield f"{name} = {value!r} is outside the search space, {space.searched[name]}; give a value in it"
-    if trainer and not trainer.can_train(table):
+    if not can_train(table):
         yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
     for name in table.keys() & space.when.keys():
         if not meets(table, space.when[name]):
@@ -5431,7 +5363,7 @@ class CheckReport:
     def __str__(self) -> str:
         notes, tokens = [*self.inputs.data_set.notes, *self.inputs.notes], self.inputs.data_set.class_tokens
         file = self.settings.training_config
-        if ignored := ignored_options(read_training_options(file), file, self.inputs.trainer.answer.get("options", {})):
+        if ignored := [key for key in read_training_options(file) if key not in self.inputs.options]:
             more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
             notes.append(f"the search does not take from {file.name}: {', '.join(ignored[:12])}{more}")
         if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
@@ -5450,8 +5382,10 @@ class CheckReport:
         unable = [name for name in optimizers if name not in able]
         needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
         trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
+        predicts = {"v_parameterization": "v-prediction", "zero_terminal_snr": "zero SNR"}
+        kinds = [inputs.base_model.family.name, *(predicts[key] for key in predicts if inputs.options.get(key))]
         return {
-            "base model": f"{settings.base_model.name} ({self._kind_of_model()})",
+            "base model": f"{settings.base_model.name} ({', '.join(kinds)})",
             "data set": f"{len(data.subject_images)} images, {captions} captions, {others} for regularisation",
             "subject": self._subject(),
             "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
@@ -5459,7 +5393,7 @@ class CheckReport:
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name + (f" ({settings.device})" if len(settings.devices) > 1 else ""),
             "space": f"{inputs.space.name}: {len(inputs.space.searched)} parameters; "
-            f"{len(inputs.allowed) / len(inputs.drawn):.0%} of their combinations may be trained here",
+            f"{len(inputs.allowed) / DRAWN:.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one, "
             f"by {settings.scoring_config.name}; about {inputs.base_model.family.screening_gb:g} GB of a card "
@@ -5468,11 +5402,6 @@ class CheckReport:
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
         }
-
-    def _kind_of_model(self) -> str:
-        """The family, and how the model predicts if it is not the usual way."""
-        options, names = self.inputs.options, {"v_parameterization": "v-prediction", "zero_terminal_snr": "zero SNR"}
-        return ", ".join([self.inputs.base_model.family.name, *(names[key] for key in names if options.get(key))])
 
     def _early_stop(self) -> str:
         stop, every = self.inputs.plan["stop_early"], self.inputs.options["save_every_n_epochs"]
@@ -5515,14 +5444,19 @@ class CheckReport:
         if older:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
-        yield from self._long_warmup()
+        counted = inputs.allowed if inputs.data_set.batches_per_epoch else []
+        shares = np.array([params["lr_warmup_steps"] / inputs.data_set.updates(params) for params in counted])
+        if (shares > 0.5).any():
+            said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
+            said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
+            yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
         tables = [inputs.data_set.config["general"], *inputs.data_set.config["datasets"]]
         tables += [subset for data_set in inputs.data_set.config["datasets"] for subset in data_set["subsets"]]
         changed = {key for table in tables for key in CHANGE_CAPTIONS if table.get(key)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
             said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
             yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"
-        if len(inputs.allowed) < len(inputs.drawn) / 200:
+        if len(inputs.allowed) < DRAWN / 200:
             yield f"{inputs.space.name} forbids so much that trials may be rejected; narrow its ranges instead"
         if (different := len(set(map(str, inputs.allowed)))) < min(self.settings.n_trials, len(inputs.allowed)):
             yield f"{inputs.space.name} allows only {different} different settings, so that some are trained twice"
@@ -5536,22 +5470,11 @@ class CheckReport:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in inputs.enqueued:
-            if reason := why_rejected(table, inputs.trainer, inputs.space):
+            if reason := why_rejected(table, inputs.trainer.can_train, inputs.space):
                 yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
         known = inputs.study.user_attrs.get("environment") if inputs.study else None
         for difference in fingerprint_differences(known or inputs.tools, inputs.tools):
             yield f"the study was begun with other tools: {difference}"
-
-    def _long_warmup(self) -> Iterator[str]:
-        """How many of the allowed settings warm up for over half of the run, or for all of it."""
-        data_set = self.inputs.data_set
-        if data_set.batches_per_epoch is None:
-            return
-        shares = np.array([params["lr_warmup_steps"] / data_set.updates(params) for params in self.inputs.allowed])
-        if (shares > 0.5).any():
-            said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
-            said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
-            yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
 
 
 def open_study(inputs: Inputs) -> optuna.Study:
@@ -5659,10 +5582,9 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
     """Keep the anchors in the study; RefusedInput if it has others, by which its scores are not comparable."""
     stored, moved = study.user_attrs.get("anchors", anchors), []
     study.set_user_attr("anchors", stored)
-    for name in stored:  # the final stage adds its own later
+    for name in [name for name in stored if name != "data"]:  # no score depends on it; the final stage adds its own
         tolerance = GREY_TOLERANCE if name == "usable" else ANCHOR_TOLERANCE
-        if name != "data":  # no score depends on it
-            moved += fingerprint_differences(stored.get(name), anchors.get(name), name, tolerance=tolerance)
+        moved += fingerprint_differences(stored[name], anchors.get(name), name, tolerance=tolerance)
     if moved:
         differ = f"the score's anchors differ from the study's ({'; '.join(moved[:3])})"
         remedy = "restore reference/, or give another --output-dir"

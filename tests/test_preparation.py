@@ -14,7 +14,7 @@ import optuna_hyperparameter_search as search
 def read_enqueue(tmp_path: Path, text: str, *, has_8bit: bool = True) -> list[search.Params]:
     (tmp_path / "first.toml").write_text(text)
     trainer = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": has_8bit})
-    return search.read_enqueue_file(tmp_path / "first.toml", trainer)
+    return search.read_enqueued([tmp_path / "first.toml"], trainer.can_train, search.V2_1)[0]
 
 
 def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
@@ -78,5 +78,5 @@ def test_arguments_of_an_earlier_searchs_optimizer_are_those_of_the_space(tmp_pa
     search.write_json(
         tmp_path / "trial_0000" / "params.json", {"optimizer_type": "Prodigy", "optimizer_args": text.split()}
     )
-    ((table,), note) = search.read_enqueued(tmp_path, None, space)
+    ((table,), (note,)) = search.read_enqueued([tmp_path], lambda _: True, space)
     assert table["optimizer_args"] == text and "optimizer_args" not in note

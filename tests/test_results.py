@@ -435,7 +435,7 @@ def test_the_report_says_which_way_the_dose_should_move(tmp_path: Path, best: fl
     for number in range(12):
         params = {**SAFE, "learning_rate": 6e-5 + number * 6e-5 / 11}
         score = 1 - abs(params["learning_rate"] - best) * 1e3
-        attrs = {"training_params": search.complete_params(params), "ended": "scored", "terms": TERMS}
+        attrs = {"training_params": search.V2_1.complete(params), "ended": "scored", "terms": TERMS}
         study.add_trial(
             optuna.create_trial(value=score, params=params, distributions=search.SEARCH_SPACE, user_attrs=attrs)
         )
@@ -447,7 +447,7 @@ def test_doses_that_were_stopped_early_count_for_the_advice(tmp_path: Path) -> N
     study = optuna.create_study(direction="maximize")
     for number in range(12):
         params = {**SAFE, "learning_rate": 6e-5 + number * 6e-5 / 11}
-        attrs = {"training_params": search.complete_params(params), "ended": "scored", "terms": TERMS}
+        attrs = {"training_params": search.V2_1.complete(params), "ended": "scored", "terms": TERMS}
         end: dict[str, object] = {"value": number / 20}
         if number < 7:
             attrs["ended"] = "stopped early"
@@ -460,7 +460,7 @@ def test_doses_that_were_stopped_early_count_for_the_advice(tmp_path: Path) -> N
 def test_a_study_of_an_earlier_version_has_no_plot_of_scores_while_training(tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize")
     for number in range(3):
-        attrs = {"training_params": search.complete_params(SAFE), "ended": "scored", "terms": TERMS}
+        attrs = {"training_params": search.V2_1.complete(SAFE), "ended": "scored", "terms": TERMS}
         space = search.SEARCH_SPACE
         study.add_trial(optuna.create_trial(value=number / 9, params=SAFE, distributions=space, user_attrs=attrs))
     plots = search.Results(study, tmp_path).plots()

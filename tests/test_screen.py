@@ -27,7 +27,7 @@ import optuna_hyperparameter_search as search
 
 LABELS = ("study", "trial", "train", "score")
 NAME = "[bold]storm"
-PARAMS = search.complete_params(
+PARAMS = search.V2_1.complete(
     {
         "network_dim": 128,
         "network_alpha_ratio": 0.55,

@@ -74,7 +74,7 @@ def test_num_cycles_is_neither_asked_nor_returned_without_restarts(lr_scheduler:
 
 def test_the_declared_space_is_the_suggested_one() -> None:
     assert search.SEARCH_SPACE == SPECIFIED
-    assert search.RESTART_CYCLES == NUM_CYCLES
+    assert search.V2_1.searched["lr_scheduler_num_cycles"] == NUM_CYCLES
 
 
 def test_params_hold_every_suggested_value_and_the_alpha() -> None:
@@ -86,7 +86,7 @@ def test_params_hold_every_suggested_value_and_the_alpha() -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_alpha_is_dim_times_ratio_rounded_down(dim: int, ratio: float) -> None:
-    params = search.complete_params({**VALUES, "network_dim": dim, "network_alpha_ratio": ratio})
+    params = search.V2_1.complete({**VALUES, "network_dim": dim, "network_alpha_ratio": ratio})
     hundredths = round(ratio * 100)
     assert params["network_alpha"] == dim * hundredths // 100  # in whole numbers, so without rounding errors
     assert params["network_alpha"] == int(dim * ratio)
@@ -97,7 +97,7 @@ def test_every_ratio_that_optuna_can_suggest_has_two_decimals() -> None:
     seen = set()
     for step in range(len(RATIOS)):
         internal = 0.25 + step * 0.05  # 0.6000000000000001 and 0.8500000000000001 among them
-        seen.add(search.complete_params({**VALUES, "network_alpha_ratio": internal})["network_alpha_ratio"])
+        seen.add(search.V2_1.complete({**VALUES, "network_alpha_ratio": internal})["network_alpha_ratio"])
     assert sorted(seen) == RATIOS
 
 
@@ -106,7 +106,7 @@ def test_ratios_drawn_by_optuna_are_on_the_grid() -> None:
 
 
 def test_alpha_stands_below_dim() -> None:
-    highest = search.complete_params({**VALUES, "network_dim": 64, "network_alpha_ratio": 0.9})
+    highest = search.V2_1.complete({**VALUES, "network_dim": 64, "network_alpha_ratio": 0.9})
     assert highest["network_alpha"] == 57
 
 
@@ -133,13 +133,13 @@ def test_what_v1_proposed_and_v2_1_removed_is_gone() -> None:
 
 
 def test_describes_alpha_with_its_ratio() -> None:
-    lines = search.describe_params(search.complete_params(VALUES)).splitlines()
+    lines = search.describe_params(search.V2_1.complete(VALUES)).splitlines()
     assert lines[0] == "Parameters:"
     assert "  network_alpha: 96 (ratio: 0.750)" in lines
 
 
 def test_describes_every_other_parameter_as_name_and_value() -> None:
-    params = search.complete_params(VALUES)
+    params = search.V2_1.complete(VALUES)
     lines = search.describe_params(params).splitlines()[1:]
     plain = {name: value for name, value in params.items() if name != "network_alpha"}
     assert [line for line in lines if not line.startswith("  network_alpha:")] == [

@@ -146,7 +146,7 @@ def test_a_scored_trial_keeps_all_that_the_report_needs(tmp_path: Path) -> None:
     trial = run(settings_for(tmp_path, 1)).get_trials()[0]
     attrs = trial.user_attrs
     assert trial.value == pytest.approx(0.1) and trial.state == COMPLETE
-    assert attrs["training_params"] == search.complete_params(trial.params)
+    assert attrs["training_params"] == search.V2_1.complete(trial.params)
     assert attrs["ended"] == "scored" and attrs["best_epoch"] == 12 and attrs["terms"] == TERMS
     assert attrs["training_seconds"] == 7.0 and attrs["scoring_seconds"] == 2.0
     assert {"host", "pid", "folder", "output_dir"} <= attrs.keys()

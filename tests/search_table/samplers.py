@@ -93,7 +93,7 @@ class DoseSampler(UnconditionalSampler):
             drawn = tpe.sample_relative(seen, asked, space)
             if not drawn:
                 break
-            values = search.complete_params({**dealt, **drawn})
+            values = search.V2_1.complete({**dealt, **drawn})
             values["learning_rate"] = values.pop("dose") / (values["network_alpha_ratio"] * updates(values))
             limits = search_space["learning_rate"]
             if (
@@ -104,7 +104,7 @@ class DoseSampler(UnconditionalSampler):
                 return {name: values[name] for name in search_space}
         while True:
             drawn = {name: search._draw(one, rng) for name, one in search_space.items() if name not in dealt}
-            if self._is_possible({**dealt, **drawn}) and self._prefers(search.complete_params({**dealt, **drawn})):
+            if self._is_possible({**dealt, **drawn}) and self._prefers(search.V2_1.complete({**dealt, **drawn})):
                 return {**dealt, **drawn}
 
 
@@ -138,7 +138,7 @@ class FeasibleGPSampler(UnconditionalSampler):
         while len(draws) < GP_DRAWS:
             values = {name: search._draw(one, rng) for name, one in search_space.items() if name not in dealt}
             values |= dealt
-            if self._is_possible(values) and self._prefers(search.complete_params(values)):
+            if self._is_possible(values) and self._prefers(search.V2_1.complete(values)):
                 draws.append(values)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
