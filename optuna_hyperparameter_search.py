@@ -546,10 +546,12 @@ class ScoringSettings:
     plain: list[str]
 
     @classmethod
-    def read(cls, path: Path) -> ScoringSettings:
-        """Read and check a scoring config. configs/scoring.toml defines the keys, and has what a file leaves out."""
-        given, shipped = (read_toml(file, "--scoring-config") for file in (path, HERE / "configs" / "scoring.toml"))
-        problems = []
+    def read(cls, path: Path, family_file: Path | None = None) -> ScoringSettings:
+        """Read and check a scoring config. What it leaves out is as in the family's, and in configs/scoring.toml."""
+        first = HERE / "configs" / "scoring.toml"  # has all keys
+        files = (first, family_file or first, path)
+        shipped, of_family, given = (read_toml(file, "--scoring-config") for file in files)
+        shipped, problems = {table: {**found, **of_family.get(table, {})} for table, found in shipped.items()}, []
         for table, found in given.items():
             if not isinstance(found, dict) or table not in shipped:
                 problems.append(f"[{table}] in {path} is no table of a scoring config{nearest(table, shipped)}")
@@ -5059,7 +5061,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     problems = Problems(known_problems)
     base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
     family = base_model.family if base_model else SD1
-    given, settings = settings, with_family_files(settings, family)
+    settings = with_family_files(settings, family)
     raw = problems.of(read_training_options, settings.training_config)
     if raw and base_model:
         raw = problems.of(add_prediction, raw, base_model.prediction, settings.training_config)
@@ -5069,15 +5071,16 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
     answer, can_train = (trainer.answer, trainer.can_train) if trainer else ({}, lambda _: True)
     if trainer:
-        settings, given = (replace(one, device=trainer.cards_of(one.device)) for one in (settings, given))
+        settings = replace(settings, device=trainer.cards_of(settings.device))
         problems.of(trainer.check_card, settings)
     options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
     problems.of(check_precision, settings, options or {}, family)
     if settings.eval_prompts:
         problems.of(read_eval_prompts, settings.eval_prompts)
-    settings = with_family_files(given, family, data_set)
-    scoring = problems.of(ScoringSettings.read, settings.scoring_config)
+    shipped = shipped_scoring_config(family, data_set)
+    settings = replace(settings, scoring_config=settings.scoring_config or shipped)
+    scoring = problems.of(ScoringSettings.read, settings.scoring_config, shipped)
     ready = data_set and scoring and options
     plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
     problems.of(check_packages)
@@ -5093,12 +5096,18 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     if ready and base_model and trainer and inputs.latents:
         problems.of(inputs.latents.check)
     problems.refuse()
+    check_together(inputs)
+    return inputs
+
+
+def check_together(inputs: Inputs) -> None:
+    """What can be checked once each input is right by itself."""
+    problems = Problems()
     problems.of(lambda: inputs.allowed)
-    if study:
-        problems.of(check_fingerprint, study, inputs.fingerprint)
+    if inputs.study:
+        problems.of(check_fingerprint, inputs.study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
-    return inputs
 
 
 def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str, Any], can_train: Check) -> None:
@@ -5125,13 +5134,17 @@ def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str
     Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
 
 
-def with_family_files(settings: Settings, family: Family, data_set: DataSet | None = None) -> Settings:
-    """The settings with the family's files where none is given. Captions that are tags may have one of their own."""
+def with_family_files(settings: Settings, family: Family) -> Settings:
+    """The settings with the family's training config and search space where none is given."""
+    training, space = (file and HERE / "configs" / file for file in (family.training_config, family.search_space))
+    training, space = settings.training_config or training, settings.search_space or space or None
+    return replace(settings, training_config=training, search_space=space)
+
+
+def shipped_scoring_config(family: Family, data_set: DataSet | None) -> Path:
+    """The family's. Captions that are tags may have one of their own."""
     texts = [text for image in data_set.subject_images for text in image.captions] if data_set else []
-    scoring = family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config
-    files = {"training_config": family.training_config, "scoring_config": scoring, "search_space": family.search_space}
-    shipped = {name: HERE / "configs" / file for name, file in files.items() if file}
-    return replace(settings, **{name: getattr(settings, name) or file for name, file in shipped.items()})
+    return HERE / "configs" / (family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config)
 
 
 def add_prediction(options: Params, known: Mapping[str, bool], path: Path) -> Params:
@@ -5396,8 +5409,8 @@ class CheckReport:
             f"{len(inputs.allowed) / DRAWN:.0%} of their combinations may be trained here",
             "optimizers": ", ".join(able) + (f" (no bitsandbytes on CUDA: no {', '.join(unable)})" if unable else ""),
             "scoring": f"{len(plan['screen'])} images a checkpoint, {len(plan['confirm'])} for the best one, "
-            f"by {settings.scoring_config.name}; about {inputs.base_model.family.screening_gb:g} GB of a card "
-            "(with less its models take turns)",
+            f"of {plan['resolution']} pixels, by {settings.scoring_config.name}; "
+            f"about {inputs.base_model.family.screening_gb:g} GB of a card (with less its models take turns)",
             "early stop": self._early_stop(),
             "disk": f"{needed} needed for average trials and the largest one, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toml
 
 import optuna_hyperparameter_search as search
 
@@ -211,24 +212,47 @@ def test_a_v_prediction_model_of_zero_snr_draws_the_picture_that_it_was_trained_
 )
 def test_sdxl_takes_its_own_files_and_tags_their_own_prompts(captions: list[str], scoring: str) -> None:
     data_set = search.DataSet({}, tuple(search.TrainingImage(Path("a"), (text,), True) for text in captions), 1, None)
-    none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
-    found = search.with_family_files(settings(**none), SDXL, data_set)
-    files = (found.training_config, found.scoring_config, found.search_space)
+    found = search.with_family_files(settings(**NONE), SDXL)
+    files = (found.training_config, search.shipped_scoring_config(SDXL, data_set), found.search_space)
     assert files == tuple(CONFIGS / name for name in ("training_sdxl.toml", scoring, "search_space_sdxl.toml"))
 
 
 def test_what_the_user_gives_is_taken_for_any_family() -> None:
-    own = {name: Path(f"my_{name}.toml") for name in ("training_config", "scoring_config", "search_space")}
-    captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
-    assert search.with_family_files(settings(**own), SDXL, search.DataSet({}, captions, 1, None)) == settings(**own)
+    own = {name: Path(f"my_{name}.toml") for name in NONE}
+    assert search.with_family_files(settings(**own), SDXL) == settings(**own)
 
 
 def test_stable_diffusion_1_has_the_guides_space_and_the_files_of_before() -> None:
-    none = dict.fromkeys(("training_config", "scoring_config", "search_space"))
     captions = (search.TrainingImage(Path("a"), ("1girl, luca",), True),)
-    found = search.with_family_files(settings(**none), search.SD1, search.DataSet({}, captions, 1, None))
-    assert found.search_space is None
-    assert (found.training_config, found.scoring_config) == (CONFIGS / "training.toml", CONFIGS / "scoring.toml")
+    found = search.with_family_files(settings(**NONE), search.SD1)
+    assert (found.search_space, found.training_config) == (None, CONFIGS / "training.toml")
+    data_set = search.DataSet({}, captions, 1, None)
+    assert search.shipped_scoring_config(search.SD1, data_set) == CONFIGS / "scoring.toml"
+
+
+@pytest.mark.parametrize("name", ["scoring.toml", "scoring_sdxl.toml", "scoring_anime.toml"])
+def test_what_an_own_scoring_config_leaves_out_is_as_in_the_familys(name: str, tmp_path: Path) -> None:
+    own, shipped = tmp_path / "own.toml", search.ScoringSettings.read(CONFIGS / name)
+    own.write_text("")
+    assert search.ScoringSettings.read(own, CONFIGS / name) == shipped
+    own.write_text("[weights]\ntext = 0.25\n[images]\nsteps = 30\n")
+    changed = dataclasses.replace(shipped, steps=30, weights={**shipped.weights, "text": 0.25})
+    assert search.ScoringSettings.read(own, CONFIGS / name) == changed
+
+
+def test_an_own_scoring_config_of_sdxl_draws_at_its_size(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoders = {"encoders": toml.loads((world / "scoring.toml").read_text(encoding="utf-8"))["encoders"]}
+    (tmp_path / "own.toml").write_text(toml.dumps(encoders))
+    command = ["--base-model", str(world / "base_model"), "--dataset-config", str(world / "dataset.toml"), "--check"]
+    command += ["--training-config", str(world / "training.toml"), "--scoring-config", str(tmp_path / "own.toml")]
+    command += ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--device", "cpu"]
+    assert search.main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "of 1024 pixels, by own.toml" in capsys.readouterr().out
+
+
+NONE = dict.fromkeys(("training_config", "scoring_config", "search_space"))
 
 
 def settings(**changes: Any) -> search.Settings:
