@@ -61,7 +61,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import tempfile
@@ -2272,6 +2271,7 @@ class Captions:
         self.texts = texts
         # Odd line ends (U+2028) separate tags as commas do.
         self.tags = [[tag.strip() for tag in re.split("[,，、\u2028\u2029\x85\v\f]", text)] for text in texts]
+        self.counts = Counter(tag for tags in self.tags for tag in dict.fromkeys(tags) if tag)
         folded = [{tag.casefold() for tag in tags} for tags in self.tags]
         first = dict.fromkeys(self.tags[0]) if texts else ()
         shared = [tag for tag in first if tag and all(tag.casefold() in tags for tags in folded)]
@@ -2289,9 +2289,8 @@ class Captions:
 
     def look(self, subject: Subject) -> list[str]:
         """How the captions say that the subject looks: up to four tags that more than half of them have."""
-        counts = Counter(tag for tags in self.tags for tag in dict.fromkeys(tags) if tag and not subject.is_in(tag))
-        often = [tag for tag, count in counts.most_common() if count > len(self.texts) / 2]
-        return [tag for tag in often if not self.is_common(tag, NO_LOOKS)][:4]
+        often = (tag for tag, count in self.counts.most_common() if count > len(self.texts) / 2)
+        return [tag for tag in often if not (subject.is_in(tag) or self.is_common(tag, NO_LOOKS))][:4]
 
     def find_subject(self, class_tokens: str | None, given: str | None) -> str:
         """As given, else class_tokens, else the first name that all captions share; a name in no caption is refused."""
@@ -2321,14 +2320,12 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
 class PromptChooser:
     """Chooses prompts and seeds: screening, confirmation and final share none, and no seed is the training's."""
 
-    def __init__(self, subject: str, captions: Sequence[str], settings: ScoringSettings) -> None:
-        self.subject = Subject(subject)
-        self.captions = dict.fromkeys(captions)
-        self.look = ", ".join(Captions(list(self.captions)).look(self.subject))
-        self.settings = settings
-        self.counts: dict[str, dict[str, int]] = {
-            stage: getattr(settings, stage) for stage in ("screen", "confirm", "final")
-        }
+    def __init__(self, subject: str, images: Sequence[tuple[Path, str]], settings: ScoringSettings) -> None:
+        """`images`: pictures of the data set, each with a caption."""
+        self.subject, self.settings = Subject(subject), settings
+        self.images = dict.fromkeys(path for path, _ in images)
+        self.captions = dict.fromkeys(text for _, text in images)
+        self.counts = {"screen": settings.screen, "confirm": settings.confirm, "final": settings.final}
 
     def from_captions(self) -> dict[str, list[Prompt]]:
         """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones.
@@ -2336,10 +2333,8 @@ class PromptChooser:
         Every second prompt that shows it elsewhere says its look, too: a bare name favours an overtrained LoRA.
         """
         named = [c for c in self.captions if self.subject.is_in(c) and self.subject.removed_from(c)]
-        elsewhere, style = (
-            iter([text.replace("{subject}", self.subject.name) for text in dict.fromkeys(templates)])
-            for templates in (self._looking(self.settings.elsewhere), self.settings.style)
-        )
+        look = ", ".join(["", *Captions(list(self.captions)).look(self.subject)])
+        elsewhere, style = self._filled(self.settings.elsewhere, look), self._filled(self.settings.style)
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
             texts = _evenly(named[number :: len(self.counts)], counts["prompts"] // 4)
@@ -2350,14 +2345,14 @@ class PromptChooser:
             chosen[stage] = [{"prompt": text, "subject": True} for text in texts] + chosen[stage]
         if missing:
             said = f"the lists 'elsewhere' and 'style' in [prompts] are {missing} templates short"
-            raise RefusedInput(
-                f"--scoring-config: {said}; add some, or lower prompts in [screen], [confirm] or [final]"
-            )
+            remedy = "add some, or lower prompts in [screen], [confirm] or [final]"
+            raise RefusedInput(f"--scoring-config: {said}; {remedy}")
         return chosen
 
-    def _looking(self, templates: Sequence[str]) -> list[str]:
-        every = enumerate(dict.fromkeys(templates))
-        return [f"{text}, {self.look}" if self.look and number % 2 else text for number, text in every]
+    def _filled(self, templates: Iterable[str], look: str = "") -> Iterator[str]:
+        """The templates with the subject's name; every second one also with its look behind it."""
+        for number, text in enumerate(dict.fromkeys(templates)):
+            yield text.replace("{subject}", self.subject.name) + look * (number % 2)
 
     def _plain(self) -> dict[str, list[Prompt]]:
         """For each stage prompts without the subject, at least two, because an anchor compares them with each other."""
@@ -2383,63 +2378,49 @@ class PromptChooser:
         others = {stage: plain[n::3] for n, stage in enumerate(self.counts)} if len(plain) >= 6 else self._plain()
         return {stage: about[number::3] + others[stage] for number, stage in enumerate(self.counts)}
 
-    def image_jobs(self, prompts: Sequence[Prompt], stage: str, training_seed: int) -> list[dict[str, Any]]:
+    def image_jobs(self, prompts: dict[str, list[Prompt]], stage: str, training_seed: int) -> Iterator[dict[str, Any]]:
         """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
-        settings, seeds = self.settings, self.counts[stage.partition("-")[0]]["seeds"]
-        jobs = []
-        for number, prompt in enumerate(prompts):
+        settings, kind = self.settings, stage.partition("-")[0]
+        for number, prompt in enumerate(prompts[kind]):
             # Screening begins at the prompt's own seed; a later stage is as far from it as the stages' first seeds are.
             start = prompt.get("seed", FIRST_SEEDS["screen"]) + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
+            seeds = self.counts[kind]["seeds"] if prompt["subject"] else 1
             unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
-            for count, seed in enumerate(unused[: seeds if prompt["subject"] else 1]):
-                jobs.append(
-                    {  # the order is part of a study's fingerprint
-                        "name": f"p{number:02d}-s{count}",
-                        "prompt": settings.prompt_prefix + prompt["prompt"],
-                        "text": self.subject.removed_from(prompt["prompt"]),
-                        "negative": prompt.get("negative", settings.negative_prompt),
-                        "seed": seed,
-                        "width": prompt.get("width", settings.resolution),
-                        "height": prompt.get("height", settings.resolution),
-                        "steps": prompt.get("steps", settings.steps),
-                        "cfg": prompt.get("cfg", settings.guidance_scale),
-                        "subject": prompt["subject"],
-                        "caption": prompt["prompt"] in self.captions,  # a copy is what it asks for
-                    }
-                )
-        return jobs
+            for count, seed in enumerate(unused[:seeds]):
+                yield {  # the order is part of a study's fingerprint
+                    "name": f"p{number:02d}-s{count}",
+                    "prompt": settings.prompt_prefix + prompt["prompt"],
+                    "text": self.subject.removed_from(prompt["prompt"]),
+                    "negative": prompt.get("negative", settings.negative_prompt),
+                    "seed": seed,
+                    "width": prompt.get("width", settings.resolution),
+                    "height": prompt.get("height", settings.resolution),
+                    "steps": prompt.get("steps", settings.steps),
+                    "cfg": prompt.get("cfg", settings.guidance_scale),
+                    "subject": prompt["subject"],
+                    "caption": prompt["prompt"] in self.captions,  # a copy is what it asks for
+                }
 
-
-def build_scoring_plan(
-    images: Sequence[tuple[Path, str]],
-    subject: str,
-    settings: ScoringSettings,
-    base_model: str,
-    options: Mapping[str, Any],
-    eval_prompts: Path | None,
-    family: Family = SD1,
-) -> dict[str, Any]:
-    """All that the scoring process needs, as JSON: models, settings, and the image jobs of all stages."""
-    chooser = PromptChooser(subject, [caption for _, caption in images], settings)
-    prompts = chooser.from_file(eval_prompts) if eval_prompts else chooser.from_captions()
-    return {
-        "family": family.name,
-        "base_model": base_model,
-        "pipeline_config": settings.pipeline_config,
-        "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
-        "images": [str(path) for path in dict.fromkeys(path for path, _ in images)],
-        "batch_size": settings.batch_size,
-        "subject": subject,
-        "clip_skip": options["clip_skip"],
-        "scheduler": scheduler_of(options),
-        "resolution": settings.resolution,
-        "weights": settings.weights,
-        "stop_early": settings.stop_early,
-        "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
-        **{
-            stage: chooser.image_jobs(prompts[stage.partition("-")[0]], stage, options["seed"]) for stage in FIRST_SEEDS
-        },
-    }
+    def plan(self, base_model: str, options: Params, eval_prompts: Path | None, family: Family) -> dict[str, Any]:
+        """All that the scoring process needs, as JSON: models, settings, and the image jobs of all stages."""
+        settings = self.settings
+        prompts = self.from_file(eval_prompts) if eval_prompts else self.from_captions()
+        return {
+            "family": family.name,
+            "base_model": base_model,
+            "pipeline_config": settings.pipeline_config,
+            "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
+            "images": list(map(str, self.images)),
+            "batch_size": settings.batch_size,
+            "subject": self.subject.name,
+            "clip_skip": options["clip_skip"],
+            "scheduler": scheduler_of(options),
+            "resolution": settings.resolution,
+            "weights": settings.weights,
+            "stop_early": settings.stop_early,
+            "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
+            **{stage: list(self.image_jobs(prompts, stage, options["seed"])) for stage in FIRST_SEEDS},
+        }
 
 
 def family_of(plan: Mapping[str, Any]) -> Family:
@@ -2534,11 +2515,6 @@ def pixel_vectors(images: Sequence[Any]) -> np.ndarray:
     small = [np.asarray(image.convert("RGB").resize((16, 16)), dtype=np.float64).ravel() for image in images]
     centred = np.stack([pixels - pixels.mean() for pixels in small])
     return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-
-
-def paired_similarity(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean cosine of each row of x with the same row of y."""
-    return float((x * y).sum(axis=1).mean())
 
 
 def crossed_similarity(x: np.ndarray, y: np.ndarray, labels: Sequence[str] | np.ndarray) -> float:
@@ -2803,22 +2779,18 @@ class ImageScorer:
         from safetensors.torch import load_file
 
         weights = load_file(path)
-        known = (".alpha", ".lora_down.weight", ".lora_up.weight")
-        is_plain = all(key.endswith(known) for key in weights)
-        if is_plain and self._add_beside(dict(weights), path, strength):
-            try:
-                yield
-            finally:
-                self.pipeline.unload_lora_weights()
-        else:
-            with self._merged(weights, path, strength):
-                yield
+        with contextlib.ExitStack() as undo:
+            if not self._add_beside(dict(weights), path, strength, undo):
+                self._merge(weights, path, strength, undo)
+            yield
 
-    def _add_beside(self, weights: dict[str, Any], path: Path, strength: float) -> bool:
+    def _add_beside(self, weights: dict[str, Any], path: Path, strength: float, undo: contextlib.ExitStack) -> bool:
         """Add a LoRA as diffusers does; False, and nothing is added, where that knows only a part of its modules.
 
         alpha / rank is multiplied into lora_up, since diffusers 0.32 ignores mixed alphas.
         """
+        if not all(key.endswith((".alpha", ".lora_down.weight", ".lora_up.weight")) for key in weights):
+            return False
         modules = {key.partition(".")[0] for key in weights}
         for module in modules:
             down, up = (f"{module}.lora_{side}.weight" for side in ("down", "up"))
@@ -2829,33 +2801,33 @@ class ImageScorer:
         except (ValueError, ImportError, AttributeError) as error:  # a library found another one too old
             said = f"diffusers can't load {path} ({type(error).__name__}: {one_line(error, 160)})"
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
+        undo.callback(self.pipeline.unload_lora_weights)
         models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
         is_whole = len(modules) == sum("trial" in getattr(m, "lora_A", {}) for model in models for m in model.modules())
         if not is_whole:
-            self.pipeline.unload_lora_weights()
+            undo.close()
         return is_whole
 
-    @contextlib.contextmanager
-    def _merged(self, weights: Mapping[str, Any], path: Path, strength: float) -> Iterator[None]:
-        """A LoHa, a LoKr, or a LoRA of layers that diffusers does not know there, added to the pipeline's weights."""
-        modules, before, networks = self._modules_by_name(), {}, {}
+    def _merge(self, weights: Mapping[str, Any], path: Path, strength: float, undo: contextlib.ExitStack) -> None:
+        """Add a LoHa, a LoKr, or a LoRA of layers that diffusers does not know there, to the pipeline's weights."""
+        modules, networks = self._modules_by_name(), {}
         for key, values in weights.items():
             name, _, part = key.partition(".")
             networks.setdefault(name, {})[part] = values.float()
-        try:
-            for name, parts in networks.items():
-                try:
-                    module = modules[name]
-                    change = strength * change_of_weight(parts).reshape(module.weight.shape)
-                except (KeyError, RuntimeError) as error:
-                    remedy = f"use {' or '.join(ALGORITHMS)}, and none of {', '.join(NOT_MERGED)}"
-                    raise ScoringFailed(f"{path}: {name} ({', '.join(parts)}) can't be merged; {remedy}") from error
-                before[module] = module.weight.data.cpu()
-                module.weight.data = (before[module].float() + change).to(module.weight)
-            yield
-        finally:
-            for module, weight in before.items():
-                module.weight.data = weight.to(module.weight)
+        for name, parts in networks.items():
+            try:
+                module = modules[name]
+                change = strength * change_of_weight(parts).reshape(module.weight.shape)
+            except (KeyError, RuntimeError) as error:
+                remedy = f"use {' or '.join(ALGORITHMS)}, and none of {', '.join(NOT_MERGED)}"
+                raise ScoringFailed(f"{path}: {name} ({', '.join(parts)}) can't be merged; {remedy}") from error
+            before = module.weight.data.cpu()
+            undo.callback(self._set_weight, module, before)
+            self._set_weight(module, before.float() + change)
+
+    @staticmethod
+    def _set_weight(module: Any, values: Any) -> None:
+        module.weight.data = values.to(module.weight)
 
     def _modules_by_name(self) -> dict[str, Any]:
         """Modules of the pipeline that a network may adapt, by the names that kohya gives them."""
@@ -3011,41 +2983,34 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     reference, plan, checkpoints = find_what_to_score(folder, may_be_paused=by_search)
     is_paused = by_search and bool(checkpoints) and checkpoints[-1].path.stem != LORA_NAME
     try:
-        for checkpoint in () if by_search else checkpoints:
-            check_lora(checkpoint.path)
         if not by_search:  # all is made anew
             (folder / "scores" / SCREENED).unlink(missing_ok=True)
+            for checkpoint in checkpoints:
+                check_lora(checkpoint.path)
         needed = 1e9 * family_of(plan).screening_gb if is_paused else 0.0
         scorer = FolderScorer(ImageScorer(plan, device, needed), reference)
-        metrics = scorer.score_trial(folder, checkpoints) if checkpoints and not is_paused else None
         if is_paused:
-            scorer.screen_paused(folder, checkpoints)
-        if (folder / FINALISTS).is_file():
+            with image_bar(len(checkpoints) * len(plan["screen"])) as bar:
+                scorer.screen_checkpoints(folder, checkpoints, bar)
+        elif checkpoints:
+            metrics = scorer.score_trial(folder, checkpoints)
+            seconds = round(time.monotonic() - started, 1)
+            write_json(folder / "metrics.json", {**metrics, "scoring_seconds": seconds})
+            (folder / "scores" / SCREENED).unlink(missing_ok=True)
+            with only_warning("no contact sheet could be made"):
+                ContactSheet(folder).make()
+        elif (folder / FINALISTS).is_file():
             FinalStage(scorer, folder).run()
-    except Diverged as error:
-        print(f"  diverged: {error}", flush=True)
-        metrics = dict.fromkeys(("score", "best_epoch", "checkpoint", "device"))  # the same keys as of a scored trial
-        metrics |= {"outcome": "diverged", "reason": str(error), "terms": {}, "raw": {}, "screen": [], "copies": {}}
     except SearchError:
         raise
     except Exception as error:
         kind = "out of memory" if "out of memory" in str(error).lower() else type(error).__name__
         raise ScoringFailed(f"{kind} while scoring {folder}: {one_line(error)}") from error
-    seconds = time.monotonic() - started
-    if metrics:
-        write_json(folder / "metrics.json", {**metrics, "scoring_seconds": round(seconds, 1)})
-        (folder / "scores" / SCREENED).unlink(missing_ok=True)
-        if metrics["outcome"] == "scored":
-            with only_warning("no contact sheet could be made"):
-                ContactSheet(folder).make()
-    print(f"  scoring took {seconds:.0f} s", flush=True)
+    print(f"  scoring took {time.monotonic() - started:.0f} s", flush=True)
 
 
 def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
-    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored.
-
-    `may_be_paused`: it need not be a training that has finished.
-    """
+    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
@@ -3053,18 +3018,18 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if is_reference or (folder / FINALISTS).is_file():
         return reference, plan, []
-    params = read_json(folder / "params.json")
-    if params is None:
-        raise RefusedInput(f"--score: {folder} has no whole params.json; give a trial's folder")
-    checkpoints = [c for c in Checkpoint.find(folder, params["max_train_epochs"]) if c.path.is_file()]
+    params = read_json(folder / "params.json") or {}
+    checkpoints = [c for c in Checkpoint.find(folder, params.get("max_train_epochs", 0)) if c.path.is_file()]
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not checkpoints or not (scored or may_be_paused or checkpoints[-1].path.stem == LORA_NAME):
-        raise RefusedInput(f"--score: {folder} has no {LORA_NAME}.safetensors; give one whose training has finished")
+    if not (params and checkpoints and (scored or may_be_paused or checkpoints[-1].path.stem == LORA_NAME)):
+        why = f"{folder} has no {LORA_NAME}.safetensors or no whole params.json"
+        raise RefusedInput(f"--score: {why}; give a trial's folder whose training has finished")
     return reference, plan, checkpoints
 
 
-# A bar that counts the images. A user may look at it, and the search's ScoringProgress reads it.
-IMAGE_BAR = {"desc": "images", "unit": " images", "mininterval": 0.5, "leave": False}
+def image_bar(images: int) -> tqdm:
+    """A bar that counts the images. A user may look at it, and the search's ScoringProgress reads it."""
+    return tqdm(total=images, file=sys.stdout, desc="images", unit=" images", mininterval=0.5, leave=False)
 
 
 class StageImages:
@@ -3103,10 +3068,8 @@ class StageImages:
         `base` holds the base model's vectors. An image more similar than `limit` to one of the data set is a copy,
         unless its prompt is a caption of the data set.
         """
-        images: list[dict[str, Any]] = [
-            {"name": job["name"], "subject": job["subject"], "usable": bool(ok)}
-            for job, ok in zip(self.jobs, self.usable, strict=True)
-        ]
+        known = zip(self.jobs, self.usable.tolist(), strict=True)
+        images = [{"name": job["name"], "subject": job["subject"], "usable": ok} for job, ok in known]
         shown, spread = self.vectors[self.about], None
         if self.about:
             similar, texts = subject_similarity(shown, self.data), (self.pictures * self.texts).sum(axis=1)
@@ -3146,11 +3109,9 @@ class FolderScorer:
             with self.scorer.lora(first_step):
                 pass  # a LoRA that can't be loaded is better found now than after the first training
         self._measure_data_set()
-        total = len(self.plan["screen"]) + len(self.plan["confirm"])
-        bar = tqdm(total=total, file=sys.stdout, **IMAGE_BAR)
-        for stage in ("screen", "confirm"):
-            self._measure_base(stage, bar.update)
-        bar.close()
+        with image_bar(len(self.plan["screen"]) + len(self.plan["confirm"])) as bar:
+            for stage in ("screen", "confirm"):
+                self._measure_base(stage, bar.update)
         self._keep_anchors()
 
     def _measure_base(self, stage: str, report: Callable[[int], None]) -> None:
@@ -3198,12 +3159,7 @@ class FolderScorer:
         return StageImages(self.scorer, stage, images, self.anchors["usable"], self.embeddings["data"])
 
     def score_checkpoint(
-        self,
-        path: Path,
-        stage: str,
-        images: Path,
-        report: Callable[[int], None] = lambda made: None,
-        strength: float = 1.0,
+        self, path: Path, stage: str, images: Path, report: Callable[[int], Any], strength: float = 1.0
     ) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
         if stage not in self.anchors:
@@ -3217,11 +3173,9 @@ class FolderScorer:
 
     def judge(self, raw: Mapping[str, Any], *stages: str) -> dict[str, Any]:
         """Score, its standard error and terms from the raw values of one stage, or of several together."""
-        anchors = self._anchors_of(stages)
-        terms = {name: float(value) for name, value in terms_of(raw, anchors).items()}
-        error = float(np.std(resampled_scores(raw, anchors, self.plan["weights"])))
-        score = float(combine(terms, self.plan["weights"]))
-        return {"score": score, "standard_error": error, "terms": terms, "raw": raw}
+        terms = {name: float(value) for name, value in terms_of(raw, self._anchors_of(stages)).items()}
+        score, error = combine(terms, self.plan["weights"]), np.std(self.resampled(raw, *stages))
+        return {"score": float(score), "standard_error": float(error), "terms": terms, "raw": raw}
 
     def resampled(self, raw: Mapping[str, Any], *stages: str) -> np.ndarray:
         return resampled_scores(raw, self._anchors_of(stages), self.plan["weights"])
@@ -3236,8 +3190,8 @@ class FolderScorer:
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
         deleted = [{**result, "deleted": True} for result in known if not (folder / result["checkpoint"]).is_file()]
-        with self._bar(checkpoints, len(self.plan["confirm"])) as bar:
-            screened = self._screen(folder, checkpoints, bar)
+        with image_bar(len(checkpoints) * len(self.plan["screen"]) + len(self.plan["confirm"])) as bar:
+            screened = self.screen_checkpoints(folder, checkpoints, bar)
             best = max(screened, key=lambda result: result["score"])
             path, images = folder / best["checkpoint"], folder / "scores" / "confirm"
             confirmed = self.score_checkpoint(path, "confirm", images, bar.update)
@@ -3245,7 +3199,6 @@ class FolderScorer:
         copies = [image["name"] for image in confirmed["raw"]["images"] if image.get("copies")]
         return {
             "outcome": "scored",
-            "reason": "",
             **confirmed,
             "best_epoch": best["epoch"],
             "checkpoint": best["checkpoint"],
@@ -3254,15 +3207,7 @@ class FolderScorer:
             "device": self.scorer.device,
         }
 
-    def screen_paused(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> None:
-        """Screen what a paused training has saved so far."""
-        with self._bar(checkpoints) as bar:
-            self._screen(folder, checkpoints, bar)
-
-    def _bar(self, checkpoints: Sequence[Checkpoint], more: int = 0) -> tqdm:
-        return tqdm(total=len(checkpoints) * len(self.plan["screen"]) + more, file=sys.stdout, **IMAGE_BAR)
-
-    def _screen(self, folder: Path, checkpoints: Sequence[Checkpoint], bar: tqdm) -> list[dict[str, Any]]:
+    def screen_checkpoints(self, folder: Path, checkpoints: Sequence[Checkpoint], bar: tqdm) -> list[dict[str, Any]]:
         """What screening finds of each checkpoint. It is kept, so that none is screened again."""
         file = folder / "scores" / SCREENED
         known = {result["checkpoint"]: result for result in (read_json(file) or {}).get("screen", [])}
@@ -3299,27 +3244,27 @@ class FinalStage:
 
     def __init__(self, scorer: FolderScorer, folder: Path) -> None:
         self.scorer, self.folder = scorer, folder
-        finalists = read_json(folder / FINALISTS) or {}
-        self.checkpoints = {number: Path(path) for number, path in finalists.items()}
-        self.rounds: dict[str, list[str]] = {number: [] for number in finalists}
-        self.results: dict[tuple[str, str, float], dict[str, Any]] = {}  # by trial, round and strength
+        self.checkpoints = {number: Path(path) for number, path in (read_json(folder / FINALISTS) or {}).items()}
+        # What was found of each finalist, by round.
+        self.rounds: dict[str, dict[str, dict[str, Any]]] = {number: {} for number in self.checkpoints}
         self.first = next(iter(FINAL_ROUNDS))
         about = {job["prompt"] for job in scorer.plan[self.first] if job["subject"]}
         self.may_drop = len(about) >= ENOUGH_PROMPTS
-        self.bar = tqdm(total=1, file=sys.stdout, **IMAGE_BAR)
+        self.bar = image_bar(1)
 
     def run(self) -> None:
         left, rounds = list(self.checkpoints), list(FINAL_ROUNDS)
-        while rounds and (len(left) > 1 or len(rounds) == len(FINAL_ROUNDS)):
+        while rounds and len(left) > 1:
             self._expect(len(left), rounds)
             stage = rounds.pop(0)
             for number in left:
-                self._score(number, stage)
-                self.rounds[number].append(stage)
+                self.rounds[number][stage] = self._score(number, stage)
             judged = {number: self._judge(number) for number in left}
             said = ", ".join(f"trial {number} {with_error(found)}" for number, found in judged.items())
             self.bar.write(f"  round {stage[-1]}: {said}")
-            left = self._without_losers(left, max(left, key=lambda number: judged[number]["score"]))
+            leader = max(left, key=lambda number: judged[number]["score"])
+            if self.may_drop:
+                left = [n for n in left if np.percentile(self._ahead(n, leader), LOSES_SURELY) >= 0]
         self._expect(0, [])
         ranked = sorted(self.checkpoints, key=lambda number: (number in left, self._judge(number)["score"]))[::-1]
         found = [{**self._summary_of(number, ranked[0]), "dropped": number not in left} for number in ranked]
@@ -3333,28 +3278,21 @@ class FinalStage:
         self.bar.total = self.bar.n + images + len(STRENGTHS) * len(plan[self.first])
         self.bar.refresh()
 
-    def _without_losers(self, left: Sequence[str], leader: str) -> list[str]:
-        ahead = {number: np.percentile(self._ahead(number, leader), LOSES_SURELY) for number in left}
-        return [number for number in left if ahead[number] >= 0 or not self.may_drop]
-
     def _score(self, number: str, stage: str, strength: float = 1.0) -> dict[str, Any]:
         """A round of a finalist, from its file if it was made before."""
-        key, path = (number, stage, strength), self.checkpoints[number]
-        if key not in self.results:
-            images = self.folder / path.parent.name / (stage if strength == 1 else f"strength-{strength}")
-            known = read_json(images / "metrics.json")
-            if known is None or known["checkpoint"] != path.name:
-                result = self.scorer.score_checkpoint(path, stage, images, self.bar.update, strength)
-                known = {"checkpoint": path.name, **result}
-                write_json(images / "metrics.json", known)
-            else:
-                self.bar.update(len(self.scorer.plan[stage]))
-            self.results[key] = known
-        return self.results[key]
+        path = self.checkpoints[number]
+        images = self.folder / path.parent.name / (stage if strength == 1 else f"strength-{strength}")
+        known = read_json(images / "metrics.json")
+        if known and known["checkpoint"] == path.name:
+            self.bar.update(len(self.scorer.plan[stage]))
+            return known
+        result = self.scorer.score_checkpoint(path, stage, images, self.bar.update, strength)
+        write_json(images / "metrics.json", {"checkpoint": path.name, **result})
+        return result
 
-    def _raw(self, number: str, stages: Sequence[str]) -> dict[str, Any]:
+    def _raw(self, number: str, stages: Iterable[str]) -> dict[str, Any]:
         """The raw values of several rounds together."""
-        rounds = [self._score(number, stage)["raw"] for stage in stages]
+        rounds = [self.rounds[number][stage]["raw"] for stage in stages]
         images = [image for raw in rounds for image in raw["images"]]
         spreads = [raw["spread"] for raw in rounds if raw["spread"] is not None]
         return {**average(images), "spread": float(np.mean(spreads)) if spreads else None, "images": images}
@@ -3370,15 +3308,15 @@ class FinalStage:
 
     def _summary_of(self, number: str, winner: str) -> dict[str, Any]:
         """A finalist's values, and the 99% interval of how far it is ahead of the winner: dropped ones are below 0."""
-        limits = (100 - LOSES_SURELY, LOSES_SURELY)
-        judged, interval = self._judge(number), np.percentile(self._ahead(number, winner), limits)
+        judged, limits = self._judge(number), (100 - LOSES_SURELY, LOSES_SURELY)
         about = {name: judged[name] for name in ("score", "standard_error", "terms")}
-        rounds = len(self.rounds[number])
-        return {"trial": int(number), **about, "rounds": rounds, "ahead_of_winner": list(map(float, interval))}
+        interval = np.percentile(self._ahead(number, winner), limits).tolist()
+        return {"trial": int(number), **about, "rounds": len(self.rounds[number]), "ahead_of_winner": interval}
 
     def _strengths(self, winner: str) -> dict[str, Any]:
         """The winner's score at several strengths, and the best one, if it is surely better than 1."""
-        found = {strength: self._score(winner, self.first, strength) for strength in sorted((1.0, *STRENGTHS))}
+        found = {strength: self._score(winner, self.first, strength) for strength in STRENGTHS}
+        found = dict(sorted({**found, 1.0: self.rounds[winner][self.first]}.items()))
         best = max(found, key=lambda strength: found[strength]["score"])
         one, two = (self.scorer.resampled(found[strength]["raw"], self.first) for strength in (best, 1.0))
         is_better = self.may_drop and np.percentile(one - two, 100 - LOSES_SURELY) > 0
@@ -3474,13 +3412,10 @@ class ContactSheet:
         return [artifact.artifact_id for artifact in attached if artifact.filename == CONTACT_SHEET]
 
     def attach_to(self, trial: optuna.Trial) -> None:
-        """Before the trial is told its score: Optuna lets nothing be added to a finished trial.
-
-        If an earlier attempt has attached the sheet, only its file is written again.
-        """
+        """Before the trial is told its score: Optuna lets nothing be added to a finished trial."""
         artifacts, content = self.folder.parent / ARTIFACTS, self.content()
         known = self.attached_to(trial, trial.storage)
-        for artifact in known:
+        for artifact in known:  # by an earlier attempt
             write_atomically(artifacts / artifact, content)
         if not known:
             artifacts.mkdir(exist_ok=True)
@@ -3525,10 +3460,7 @@ class ScoringProgress(ProcessOutput):
 
 
 def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> None:
-    """Make metrics.json in a trial's folder, OUTPUT_DIR/reference, or the final stage in OUTPUT_DIR/final.
-
-    A child process does it, so that this program never touches CUDA.
-    """
+    """Have a child process do what score_folder does, so that this program never touches CUDA."""
     progress = ScoringProgress()
 
     def watch() -> None:
@@ -3542,9 +3474,8 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
     status = child.run(progress.read, watch, folder / "scoring.log")
     if status != 0:
         progress.refuse_full_disk()
-        if status == -signal.SIGKILL:
-            raise ScoringFailed(f"scoring {KILLED}")
-        raise ScoringFailed(f"scoring ended with status {status}: {progress.error()}")
+        ended = KILLED if status == -signal.SIGKILL else f"ended with status {status}: {progress.error()}"
+        raise ScoringFailed(f"scoring {ended}")
 
 
 def params_of(trial: optuna.Trial | FrozenTrial) -> Params:
@@ -3686,8 +3617,7 @@ class LoraObjective:
 
     def _clear(self, folder: Path) -> None:
         """Remove what a broken training left, so that nothing stale is judged, scored or shown. Its log is kept."""
-        made = (folder / "metrics.json", folder / "scores" / SCREENED)
-        for file in (*checkpoint_files(folder), *made, *folder.glob(".*.tmp")):
+        for file in (*checkpoint_files(folder), folder / "metrics.json", *folder.glob(".*.tmp")):
             file.unlink(missing_ok=True)
         for name in ("logs", "scores"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -3696,8 +3626,8 @@ class LoraObjective:
 
     def _usual_batch_seconds(self, study: optuna.Study) -> float | None:
         """Median seconds of a batch over the study's trainings; None before there are three."""
-        found = [trial.user_attrs.get("batch_seconds") for trial in study.get_trials(deepcopy=False)]
-        known = [seconds for seconds in found if seconds]
+        trials = study.get_trials(deepcopy=False)
+        known = [seconds for trial in trials if (seconds := trial.user_attrs.get("batch_seconds"))]
         return float(np.median(known)) if len(known) >= 3 else None
 
     def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> float:
@@ -3709,8 +3639,6 @@ class LoraObjective:
             raise ScoringFailed(f"scoring left no {folder / 'metrics.json'}; see scoring.log there")
         screening_seconds = trial.user_attrs.get("screening_seconds") or 0.0
         trial.set_user_attr("scoring_seconds", metrics["scoring_seconds"] + screening_seconds)
-        if metrics["outcome"] == "diverged":
-            raise Diverged(metrics["reason"])
         if not math.isfinite(metrics["score"]):  # Optuna would make a failure of it, without a reason
             raise ScoringFailed(f"the score is {metrics['score']}; check [encoders] in the scoring config")
         for name in ("best_epoch", "checkpoint", "terms", "standard_error"):
@@ -4453,8 +4381,7 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
         # An earlier version has not measured all, and text encoders may not be trained.
         **dict.fromkeys((*TERMS, "standard_error", "text_encoder_lr"), math.nan),
         "final": with_error(found) if found else "-",
-        "final_score": found.get("score"),
-        "final_standard_error": found.get("standard_error"),
+        **{f"final_{name}": found.get(name) for name in ("score", "standard_error")},
         "trial": trial.number,
         "state": trial.state.name,
         "score": trial.value if trial.state == TrialState.COMPLETE else None,  # Optuna gives a pruned one its last
@@ -4475,22 +4402,18 @@ def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     proposals = [t.user_attrs.get("ended") for t in trials if "enqueued" not in t.user_attrs]
     trained = [facts_of(t) for t in trials if is_trained(t)]
-    stable = [facts for facts in trained if facts["outcome"] != Diverged.ended]
+    outcomes, ratios = ([facts[name] for facts in trained] for name in ("outcome", "network_alpha_ratio"))
+    stable, judged = (len(trained) - outcomes.count(ended) for ended in (Diverged.ended, StoppedEarly.ended))
     scored = [facts_of(t) for t in scored_trials(study)]
-    judged = [facts for facts in trained if facts["outcome"] != StoppedEarly.ended]
-    failures = [facts for facts in scored if facts["usable"] < QUALITY_FAILURE_BELOW]
-    optimal = [facts for facts in scored if facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"]]
-    ratios = [facts["network_alpha_ratio"] for facts in trained]
-    bands = [
-        (name, sum(low < ratio <= high for ratio in ratios), len(trained), share)
-        for name, (low, high, share) in ALPHA_BANDS.items()
-    ]
+    failures = sum(facts["usable"] < QUALITY_FAILURE_BELOW for facts in scored)
+    optimal = sum(facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"] for facts in scored)
+    bands = ((name, sum(low < ratio <= high for ratio in ratios), of) for name, (low, high, of) in ALPHA_BANDS.items())
     return [
         ("rejected proposals", proposals.count("rejected"), len(proposals), "< 10%"),
-        ("stable trainings", len(stable), len(trained), "80-90%"),
-        ("quality failures (usable < 0.9)", len(failures), len(judged), "< 10%"),
-        ("optimal (within 5% of the best)", len(optimal), len(judged), "30-40%"),
-        *bands,
+        ("stable trainings", stable, len(trained), "80-90%"),
+        ("quality failures (usable < 0.9)", failures, judged, "< 10%"),
+        ("optimal (within 5% of the best)", optimal, judged, "30-40%"),
+        *((name, part, len(trained), expected) for name, part, expected in bands),
     ]
 
 
@@ -4522,12 +4445,11 @@ def describe_rescored(study: optuna.Study, weights: Mapping[str, float]) -> str:
     """The trials' scores under other weights, best first, from the terms of the pictures that were judged."""
     scored = scored_trials(study)
     known = {name: w for name, w in weights.items() if all(name in trial.user_attrs["terms"] for trial in scored)}
-    found = [(float(combine(facts_of(trial), known)), trial) for trial in scored]
-    lines = [
-        f"  trial {trial.number:5d}  {score:.3f}  (was {trial.value:.3f})"
-        for score, trial in sorted(found, key=lambda one: -one[0])
-    ]
-    return "\n".join(["", "With the weights of --scoring-config:", *lines])
+    lines = ["", "With the weights of --scoring-config:"]
+    found = ((float(combine(facts_of(trial), known)), trial) for trial in scored)
+    for score, trial in sorted(found, key=lambda one: -one[0]):
+        lines.append(f"  trial {trial.number:5d}  {score:.3f}  (was {trial.value:.3f})")
+    return "\n".join(lines)
 
 
 # --- the blind comparison in the report, and what its votes say ---
@@ -4539,96 +4461,90 @@ Z_95 = 1.96  # 95% of a normal distribution are within so many standard deviatio
 Vote = Mapping[str, Any]  # "left" and "right": numbers of trials; "vote": one of VOTES
 
 
-def values_of_pair(pair: Sequence[FrozenTrial], places: Places) -> list[dict[str, Any]]:
-    """Score and terms of two trials: of the final stage if both were in it, else of the confirmation."""
-    if all(trial.number in places for trial in pair):
-        final = [places[trial.number] for trial in pair]
-        return [{**found["terms"], "score": found["score"]} for found in final]
-    return [facts_of(trial) for trial in pair]
+@dataclass(frozen=True)
+class Comparison:
+    """Scored trials in pairs for the user's eye, and what the votes say."""
 
+    trials: Sequence[FrozenTrial]
+    places: Places
 
-def pairs_to_compare(trials: Iterable[FrozenTrial], places: Places) -> list[list[int]]:
-    """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
-    gaps = {}
-    for one, two in itertools.combinations(sorted(trials, key=lambda trial: trial.number), 2):
-        left, right = values_of_pair([one, two], places)
-        gaps[one.number, two.number] = abs(left["score"] - right["score"])
-    return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
+    def values(self, *pair: int) -> list[dict[str, Any]]:
+        """Score and terms of two trials: of the final stage if both were in it, else of the confirmation."""
+        if self.places.keys() >= {*pair}:
+            return [{**self.places[number]["terms"], "score": self.places[number]["score"]} for number in pair]
+        by_number = {trial.number: trial for trial in self.trials}
+        return [facts_of(by_number[number]) for number in pair]
 
+    def pairs(self) -> list[list[int]]:
+        """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
+        gaps = {}
+        for pair in itertools.combinations(sorted(trial.number for trial in self.trials), 2):
+            left, right = self.values(*pair)
+            gaps[pair] = abs(left["score"] - right["score"])
+        return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
 
-def read_votes(path: Path, study: optuna.Study) -> list[Vote]:
-    """The votes of a file, [] if there is none. ValueError if it is damaged or not on this study's scored trials."""
-    known = {trial.number for trial in scored_trials(study)}
+    def read_votes(self, path: Path, study_name: str) -> list[Vote]:
+        """The votes of a file, [] if there is none. ValueError if it is damaged or not on this study's trials."""
+        known = {trial.number for trial in self.trials}
 
-    def is_vote(vote: Any) -> bool:
-        trials = [vote.get("left"), vote.get("right")] if isinstance(vote, dict) else []
-        are_known = all(type(trial) is int and trial in known for trial in trials) and len(set(trials)) == 2
-        return are_known and vote.get("vote") in list(VOTES)
+        def is_vote(vote: Any) -> bool:
+            trials = [vote.get("left"), vote.get("right")] if isinstance(vote, dict) else []
+            are_known = all(type(trial) is int and trial in known for trial in trials) and len(set(trials)) == 2
+            return are_known and vote.get("vote") in list(VOTES)
 
-    found = read_json(path) or {} if path.exists() else {"study": study.study_name, "votes": []}
-    votes = found.get("votes")
-    if found.get("study") != study.study_name or not isinstance(votes, list) or not all(map(is_vote, votes)):
-        raise ValueError(f"it is damaged, or not on scored trials of study {study.study_name!r}")
-    return votes
+        found = read_json(path) or {} if path.exists() else {"study": study_name, "votes": []}
+        votes = found.get("votes")
+        if found.get("study") != study_name or not isinstance(votes, list) or not all(map(is_vote, votes)):
+            raise ValueError(f"it is damaged, or not on scored trials of study {study_name!r}")
+        return votes
 
+    def agreement(self, votes: Iterable[Vote]) -> dict[str, list[float]]:
+        """For score and terms: 1 for a vote for the higher value, 0 for the lower. Draws and equals are left out."""
+        agreed: dict[str, list[float]] = {name: [] for name in ("score", *TERMS)}
+        for vote in votes:
+            left, right = self.values(vote["left"], vote["right"])
+            for name, found in agreed.items():
+                sign = (left[name] > right[name]) - (left[name] < right[name])  # 0 for NaN, too
+                if sign and VOTES[vote["vote"]]:
+                    found.append(float(sign == VOTES[vote["vote"]]))
+        return agreed
 
-def agreement_with(votes: Iterable[Vote], trials: Iterable[FrozenTrial], places: Places) -> dict[str, list[float]]:
-    """For score and terms: 1 for a vote for the higher value, 0 for the lower. Draws and equal values are left out."""
-    by_number = {trial.number: trial for trial in trials}
-    agreed: dict[str, list[float]] = {name: [] for name in ("score", *TERMS)}
-    for vote in votes:
-        left, right = values_of_pair([by_number[vote["left"]], by_number[vote["right"]]], places)
-        for name, found in agreed.items():
-            sign = (left[name] > right[name]) - (left[name] < right[name])  # 0 for NaN, too
-            if sign and VOTES[vote["vote"]]:
-                found.append(float(sign == VOTES[vote["vote"]]))
-    return agreed
+    @staticmethod
+    def ranking(votes: Iterable[Vote]) -> dict[str, list[float]]:
+        """For each trial, the best first: 1 for a comparison that it won, 0.5 for a draw, 0 for a loss."""
+        won: dict[str, list[float]] = {}
+        for vote in votes:
+            left = (1 + VOTES[vote["vote"]]) / 2
+            won.setdefault(f"trial {vote['left']}", []).append(left)
+            won.setdefault(f"trial {vote['right']}", []).append(1 - left)
+        return dict(sorted(won.items(), key=lambda one: -float(np.mean(one[1]))))
 
-
-def ranking_by(votes: Iterable[Vote]) -> dict[str, list[float]]:
-    """For each trial, the best first: 1 for a comparison that it won, 0.5 for a draw, 0 for a loss."""
-    won: dict[str, list[float]] = {}
-    for vote in votes:
-        left = (1 + VOTES[vote["vote"]]) / 2
-        won.setdefault(f"trial {vote['left']}", []).append(left)
-        won.setdefault(f"trial {vote['right']}", []).append(1 - left)
-    return dict(sorted(won.items(), key=lambda one: -float(np.mean(one[1]))))
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95% (Wilson 1927, which holds for few votes, too)."""
-    spread = Z_95**2 / count
-    middle, reach = share + spread / 2, math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
+    def describe(self, votes: Sequence[Vote]) -> str:
+        """What the user's votes say, and their 95% intervals."""
+        lines = [f"Your eye against the score: {len(votes)} votes, with 95% intervals", "Decided votes that agree with"]
+        lines += itertools.starmap(describe_share, self.agreement(votes).items())
+        lines.append("Comparisons won (a draw is half)")
+        lines += itertools.starmap(describe_share, self.ranking(votes).items())
+        return "\n".join(lines)
 
 
 def describe_share(name: str, won: Sequence[float]) -> str:
+    """The share of comparisons won, with the 95% interval of Wilson (1927), which holds for few votes, too."""
     if not won:
         return f"  {name:14s}   -"
-    share = sum(won) / len(won)
-    low, high = wilson_interval(share, len(won))
+    share, spread = sum(won) / len(won), Z_95**2 / len(won)
+    reach = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    low, high = (np.clip((share + spread / 2 + side) / (1 + spread), 0, 1) for side in (-reach, reach))
     return f"  {name:14s}{share:4.0%}  ({low:.0%} to {high:.0%}; {sum(won):g} of {len(won)})"
-
-
-def describe_votes(votes: Sequence[Vote], trials: Iterable[FrozenTrial], places: Places) -> str:
-    """What the user's votes say, and their 95% intervals."""
-    lines = [f"Your eye against the score: {len(votes)} votes, with 95% intervals", "Decided votes that agree with"]
-    lines += itertools.starmap(describe_share, agreement_with(votes, trials, places).items())
-    lines.append("Comparisons won (a draw is half)")
-    lines += itertools.starmap(describe_share, ranking_by(votes).items())
-    return "\n".join(lines)
 
 
 def loss_curve(log_file: Path, epochs: int) -> list[tuple[float, float | None]]:
     """(epoch, average loss) along a training, from kohya's own bars; None for a loss that is not finite."""
-    losses: dict[int, float | None] = {}
-    steps = 0
     text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    for line in re.split(r"[\r\n]", text):
-        if (bar := _BAR.match(line)) and bar["name"] == TrainingProgress.bar_name and bar["loss"]:
-            steps = int(bar["steps"])
-            losses[int(bar["step"])] = float(bar["loss"]) if math.isfinite(float(bar["loss"])) else None
-    return _evenly([(round(step / steps * epochs, 3), loss) for step, loss in losses.items()], CURVE_POINTS)
+    bars = filter(None, map(_BAR.match, re.split(r"[\r\n]", text)))
+    known = [bar for bar in bars if bar["name"] == TrainingProgress.bar_name and bar["loss"]]
+    losses = {round(int(bar["step"]) / int(bar["steps"]) * epochs, 3): float(bar["loss"]) for bar in known}
+    return _evenly([(epoch, loss if math.isfinite(loss) else None) for epoch, loss in losses.items()], CURVE_POINTS)
 
 
 class Results:
@@ -4639,8 +4555,9 @@ class Results:
         self.ranked, self.places = ranked_trials(study), final_places(study)
         self.votes = ""
         with only_warning(f"{self.folder / VOTES_NAME} is left out"):
-            if votes := read_votes(self.folder / VOTES_NAME, study):
-                self.votes = describe_votes(votes, self.ranked, self.places)
+            comparison = Comparison(self.ranked, self.places)
+            if votes := comparison.read_votes(self.folder / VOTES_NAME, study.study_name):
+                self.votes = comparison.describe(votes)
 
     def write(self) -> None:
         """SearchStopped if the best trial's files are gone; all else is written before."""
@@ -4676,8 +4593,8 @@ class Results:
         about += "scoring_seconds stopped_epoch rejection_reason reason host output_dir folder"
         trials = [facts_of(trial, self.places) for trial in self.study.get_trials(deepcopy=False)]
         others = (name for facts in trials for name in facts.get("training_params", ()))
-        columns = [*about.split(), *TERMS, *V2_1.searched, "network_alpha", "dose", "text_encoder_dose", *others]
-        columns = list(dict.fromkeys(columns))
+        doses = "network_alpha", "dose", "text_encoder_dose"
+        columns = dict.fromkeys((*about.split(), *TERMS, *V2_1.searched, *doses, *others))
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -4689,25 +4606,27 @@ class Results:
         """The best LoRA, its parameters, and the config that trains it again. SearchStopped if its files are gone."""
         attrs, folder = best.user_attrs, find_trial_folder(best, self.output_dir)
         checkpoint = folder / attrs["checkpoint"]
-        if not (checkpoint.is_file() and (folder / "config.toml").is_file()):
-            back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
-            raise SearchStopped(f"the best trial's files are not in {folder}; {back}")
         about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
         about |= {name: attrs[name] for name in ("standard_error",) if name in attrs}  # not in an earlier version's
         if self.places:
             about |= {f"final_{name}": self.places[best.number][name] for name in ("score", "standard_error")}
             about["strength"] = self.study.user_attrs["final"]["strength"]
-        lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
+        try:
+            lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
+            config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            said = f"the best trial's files are not whole in {folder} ({one_line(error)})"
+            back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
+            raise SearchStopped(f"{said}; {back}") from error
         copy = self.folder / "best_lora.safetensors"
         if not (copy.is_file() and copy.read_bytes() == lora):
             write_atomically(copy, lora)
         kept = {"best_epoch": attrs["best_epoch"], "checkpoint": str(checkpoint), "terms": attrs["terms"]}
         write_json(self.folder / "best_parameters.json", {**about, **kept, "parameters": attrs["training_params"]})
-        self.write_best_config(best, folder)
+        self._write_best_config(best, folder, config)
 
-    def write_best_config(self, best: FrozenTrial, folder: Path) -> None:
+    def _write_best_config(self, best: FrozenTrial, folder: Path, config: dict[str, Any]) -> None:
         """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
-        config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         retrained = self.folder / f"retrained_{folder.name}"
         data_set, path = self.folder / "dataset.toml", self.folder / "best_config.toml"
         if (dataset_config := folder.parent / "reference" / "dataset.toml").is_file():
@@ -4726,16 +4645,12 @@ class Results:
     @staticmethod
     def _labelled(checkpoint: Path, labels: Mapping[str, object]) -> bytes:
         """A checkpoint with `labels` as optuna_... in its metadata. Only its header changes, padded to 8 bytes."""
-        try:
-            header = read_safetensors_header(checkpoint)
-        except ValueError as error:
-            raise SearchStopped(f"{checkpoint}: {error}; bring it back and give --report again") from error
+        header, data = read_safetensors_header(checkpoint), checkpoint.read_bytes()
         metadata = header.pop("__metadata__", {})
         metadata |= {f"optuna_{name}": printable(value) for name, value in labels.items()}
         text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        data = checkpoint.read_bytes()
-        return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
+        return len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little") :]
 
     def write_report(self) -> None:
         """A page that needs no network. Its pictures stay where they are."""
@@ -4743,6 +4658,7 @@ class Results:
         from plotly.offline import get_plotlyjs
 
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
+        plan = read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
         pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -4756,10 +4672,10 @@ class Results:
             optuna_version=optuna.__version__,
             terms=TERMS,
             results=self.folder,
-            script=family_of(read_json(reference / "plan.json") or {}).script,
+            script=family_of(plan).script,
             reference=reference,
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
-            plan=read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS},
+            plan=plan,
             first_seeds=first_seeds,
             trained=sum(map(is_trained, trials)),
             trials=[facts_of(trial) for trial in trials],
@@ -4770,7 +4686,7 @@ class Results:
             plots=self.plots() if len(self.ranked) > 1 else {},
             dose_advice=self.dose_advice(),
             improvements=measure_improvements(self.study),
-            pairs=pairs_to_compare(pictured[:COMPARED_TRIALS], self.places),
+            pairs=Comparison(pictured[:COMPARED_TRIALS], self.places).pairs(),
             votes=self.votes,
             plotly_js=get_plotlyjs(),
         )
@@ -5252,14 +5168,14 @@ def find_study(settings: Settings) -> optuna.Study | None:
 
 
 def make_plan(
-    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Mapping[str, Any], family: Family = SD1
+    settings: Settings, data_set: DataSet, scoring: ScoringSettings, options: Params, family: Family = SD1
 ) -> dict[str, Any]:
     # A file that two [[datasets]] train at two resolutions is one picture.
     images = list(dict.fromkeys((image.path, text) for image in data_set.subject_images for text in image.captions))
     captions = Captions([caption for _, caption in images])
     subject = captions.find_subject(data_set.class_tokens, settings.subject)
     about = (str(settings.base_model.resolve()), options, settings.eval_prompts, family)
-    return build_scoring_plan(images, subject, scoring, *about)
+    return PromptChooser(subject, images, scoring).plan(*about)
 
 
 def read_enqueued(paths: Iterable[Path], can_train: Check, space: SearchSpace) -> tuple[list[Params], list[str]]:
@@ -5430,8 +5346,7 @@ class CheckReport:
         if self.settings.subject:
             return repr(name)
         others = [tag for tag in captions.candidates if tag != name]
-        counts = Counter(tag for tags in captions.tags for tag in dict.fromkeys(tags) if tag)
-        most = [tag for tag, count in counts.items() if NEARLY_ALL * total <= count < total]
+        most = [tag for tag, count in captions.counts.items() if NEARLY_ALL * total <= count < total]
         nearly = [tag for tag in most if not captions.is_common(tag)]
         said = f"; all captions share {', '.join(map(repr, others[:5]))} too" if others else ""
         said += f"; most have {', '.join(map(repr, nearly[:3]))}" if nearly else ""

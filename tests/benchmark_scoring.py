@@ -44,9 +44,8 @@ def make_trial(output_dir: Path, args: argparse.Namespace) -> Path:
     settings = search.ScoringSettings.read(world / "scoring.toml")
     images = [(image.path, *image.captions) for image in data.images]
     base_model = str(args.base_model.resolve() if args.base_model else world / "base_model")
-    plan = search.build_scoring_plan(
-        images, demo_world.SUBJECT, settings, base_model, {"clip_skip": 2, "seed": 42}, None
-    )
+    about = (base_model, {"clip_skip": 2, "seed": 42}, None, search.SD1)
+    plan = search.PromptChooser(demo_world.SUBJECT, images, settings).plan(*about)
     if args.pipeline_config:
         plan["pipeline_config"] = str(args.pipeline_config.resolve())
     search.write_json(output_dir / "reference" / "plan.json", plan)
@@ -82,7 +81,7 @@ def score_one_in_this_process(trial: Path, checkpoint: str, stage: str) -> None:
     reference = trial.parent / "reference"
     scorer = search.FolderScorer(search.ImageScorer(search.read_json(reference / "plan.json"), "cpu"), reference)
     images = trial / "fresh" / Path(checkpoint).stem / stage
-    print(json.dumps(scorer.score_checkpoint(trial / checkpoint, stage, images)))
+    print(json.dumps(scorer.score_checkpoint(trial / checkpoint, stage, images, lambda made: None)))
 
 
 def timed(command: list[str]) -> tuple[float, str]:

@@ -31,7 +31,7 @@ def make_scorer(world: Path, **options: Any) -> search.ImageScorer:
     settings = search.ScoringSettings.read(world / "scoring.toml")
     images = [(file, "luca, a beach") for file in sorted((world / "images").glob("*.png"))]
     about = (str(world / "base_model"), {"clip_skip": 1, "seed": 42, **options}, None, SDXL)
-    return search.ImageScorer(search.build_scoring_plan(images, "luca", settings, *about), "cpu")
+    return search.ImageScorer(search.PromptChooser("luca", images, settings).plan(*about), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def settings(**changes: Any) -> search.Settings:
 @pytest.mark.parametrize("name", ["scoring.toml", "scoring_sdxl.toml", "scoring_anime.toml"])
 def test_every_shipped_scoring_config_has_prompts_for_all_stages(name: str) -> None:
     config = search.ScoringSettings.read(CONFIGS / name)
-    plan = search.build_scoring_plan([], "luca", config, "/model", {"clip_skip": 1, "seed": 42}, None, SDXL)
+    plan = search.PromptChooser("luca", [], config).plan("/model", {"clip_skip": 1, "seed": 42}, None, SDXL)
     for stage in ("screen", "confirm", "final-1"):
         prompts = {job["prompt"] for job in plan[stage]}
         wanted = getattr(config, stage.partition("-")[0])

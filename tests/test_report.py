@@ -603,9 +603,13 @@ def eye(browser: Browser, made: Path) -> Browser:
     return browser
 
 
-def pairs_of(output_dir: Path) -> list[list[int]]:
+def comparison_of(output_dir: Path) -> search.Comparison:
     study = study_in(output_dir)
-    return search.pairs_to_compare(search.ranked_trials(study), search.final_places(study))
+    return search.Comparison(search.ranked_trials(study), search.final_places(study))
+
+
+def pairs_of(output_dir: Path) -> list[list[int]]:
+    return comparison_of(output_dir).pairs()
 
 
 def download(page: Browser, folder: Path) -> Path:
@@ -727,10 +731,8 @@ def test_the_report_reads_the_votes_that_it_saved(
 ) -> None:
     copy = tmp_path / "out"
     shutil.copytree(made, copy)
-    values = {trial.number: trial for trial in search.ranked_trials(study_in(made))}
-    places = search.final_places(study_in(made))
     for number, pair in enumerate(pairs_of(made)):
-        one, two = search.values_of_pair([values[trial] for trial in pair], places)
+        one, two = comparison_of(made).values(*pair)
         agrees = "left" if one["score"] > two["score"] else "right"
         eye.click(f"[data-vote={agrees if number else 'equal'}]")
     download(eye, copy / "results")

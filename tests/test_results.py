@@ -265,26 +265,26 @@ FINAL = {
 
 def test_a_value_agrees_if_the_vote_is_for_the_higher_one() -> None:
     votes = [vote(0, 1, "left"), vote(2, 1, "right"), vote(3, 0, "left")]
-    agreed = search.agreement_with(votes, VALUED, {})
+    agreed = search.Comparison(VALUED, {}).agreement(votes)
     assert agreed["score"] == [1, 1, 0] and agreed["fidelity"] == [0, 0, 1]
 
 
 def test_draws_and_equal_or_missing_values_neither_agree_nor_disagree() -> None:
     votes = [vote(0, 1, "equal"), vote(2, 3, "left")]
-    agreed = search.agreement_with(votes, VALUED, {})
+    agreed = search.Comparison(VALUED, {}).agreement(votes)
     assert agreed["score"] == [1]
     assert [agreed[name] for name in ("fidelity", "text", "variety")] == [[], [], []]
 
 
 def test_two_finalists_are_compared_by_the_final_stage_and_others_by_the_confirmation() -> None:
     votes = [vote(0, 1, "right"), vote(0, 2, "left")]
-    agreed = search.agreement_with(votes, VALUED, FINAL)
+    agreed = search.Comparison(VALUED, FINAL).agreement(votes)
     assert agreed["score"] == [1, 1] and agreed["fidelity"] == [0, 0]
 
 
 def test_trials_rank_by_wins_and_halved_draws() -> None:
     votes = [vote(0, 1, "right"), vote(2, 1, "equal"), vote(2, 0, "left"), vote(1, 0, "left")]
-    ranking = search.ranking_by(votes)
+    ranking = search.Comparison.ranking(votes)
     assert list(ranking.items()) == [("trial 1", [1, 0.5, 1]), ("trial 2", [0.5, 1]), ("trial 0", [0, 0, 0])]
 
 
@@ -293,12 +293,13 @@ def test_trials_rank_by_wins_and_halved_draws() -> None:
     [(3, 4, 0.3006, 0.9544), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 20, 0.5313, 0.8881)],
 )
 def test_intervals_are_wilsons(part: int, count: int, low: float, high: float) -> None:
-    assert search.wilson_interval(part / count, count) == pytest.approx((low, high), abs=5e-5)
+    said = search.describe_share("score", [1.0] * part + [0.0] * (count - part))
+    assert said.endswith(f"({low:.0%} to {high:.0%}; {part} of {count})")
 
 
 def test_votes_are_told_as_shares_with_intervals() -> None:
     votes = [vote(0, 1, "left"), vote(1, 2, "left"), vote(0, 2, "right"), vote(0, 3, "left"), vote(0, 3, "equal")]
-    lines = search.describe_votes(votes, VALUED, {}).splitlines()
+    lines = search.Comparison(VALUED, {}).describe(votes).splitlines()
     assert lines[0].startswith("Your eye against the score: 5 votes")
     assert "  score          75%  (30% to 95%; 3 of 4)" in lines
     assert "  originality      -" in lines
@@ -306,32 +307,31 @@ def test_votes_are_told_as_shares_with_intervals() -> None:
 
 
 def test_pairs_with_the_closest_scores_come_first() -> None:
-    pairs = search.pairs_to_compare(VALUED, {})
+    pairs = search.Comparison(VALUED, {}).pairs()
     assert list(map(sorted, pairs)) == [[0, 1], [1, 2], [0, 2], [2, 3], [1, 3], [0, 3]]
     final = {number: {"score": score, "terms": {}} for number, score in ((0, 0.95), (1, 0.25))}
-    assert list(map(sorted, search.pairs_to_compare(VALUED, final)))[-1] == [0, 1]
+    assert list(map(sorted, search.Comparison(VALUED, final).pairs()))[-1] == [0, 1]
 
 
 def test_sides_of_a_pair_are_drawn_and_stay_when_other_trials_come() -> None:
     trials = [valued(number, 0.01 * number, 0.1) for number in range(8)]
-    pairs = search.pairs_to_compare(trials, {})
+    pairs = search.Comparison(trials, {}).pairs()
     assert 7 < sum(left < right for left, right in pairs) < 21 and len(pairs) == 28
-    fewer = search.pairs_to_compare(trials[5:2:-1], {})
+    fewer = search.Comparison(trials[5:2:-1], {}).pairs()
     assert len(fewer) == 3 and all(pair in pairs for pair in fewer)
 
 
-def study_with_votes(folder: Path, text: str) -> optuna.Study:
+def read_votes(file: Path) -> list[search.Vote]:
     study = optuna.create_study(direction="maximize", study_name="test")
     study.add_trials([*VALUED, optuna.trial.create_trial(state=TrialState.FAIL)])
-    (folder / "votes.json").write_text(text)
-    return study
+    return search.Comparison(search.scored_trials(study), {}).read_votes(file, "test")
 
 
 def test_votes_are_read_as_they_were_saved(tmp_path: Path) -> None:
     votes = [vote(0, 1, "left"), vote(3, 2, "equal")]
-    study = study_with_votes(tmp_path, json.dumps({"study": "test", "votes": votes}))
-    assert search.read_votes(tmp_path / "votes.json", study) == votes
-    assert search.read_votes(tmp_path / "none.json", study) == []
+    (tmp_path / "votes.json").write_text(json.dumps({"study": "test", "votes": votes}))
+    assert read_votes(tmp_path / "votes.json") == votes
+    assert read_votes(tmp_path / "none.json") == []
 
 
 GOOD_VOTE = vote(0, 1, "left")
@@ -354,9 +354,9 @@ GOOD_VOTE = vote(0, 1, "left")
     ],
 )  # fmt: skip
 def test_damaged_and_foreign_votes_are_refused(tmp_path: Path, text: str) -> None:
-    study = study_with_votes(tmp_path, text)
+    (tmp_path / "votes.json").write_text(text)
     with pytest.raises(ValueError, match="damaged, or not on scored trials of study 'test'"):
-        search.read_votes(tmp_path / "votes.json", study)
+        read_votes(tmp_path / "votes.json")
 
 
 def improvements(study: optuna.Study) -> list[str]:

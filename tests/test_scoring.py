@@ -85,12 +85,6 @@ def test_a_subject_in_every_second_image_is_half_as_similar() -> None:
     )
 
 
-def test_paired_similarity_is_1_for_identical_images_and_less_for_shuffled_ones() -> None:
-    x = cloud(1, 8)
-    assert search.paired_similarity(x, x) == pytest.approx(1)
-    assert search.paired_similarity(x, np.roll(x, 1, axis=0)) < 0.9
-
-
 def test_crossed_similarity_leaves_out_equal_prompts() -> None:
     x = np.array([[1.0, 0], [1, 0], [0, 1]])
     assert search.crossed_similarity(x, x, ["a", "a", "b"]) == pytest.approx(0)
@@ -360,9 +354,8 @@ def plan_of(
 ) -> dict[str, Any]:
     images = [(Path(f"/{number}.png"), caption) for number, caption in enumerate(captions)]
     settings = dataclasses.replace(settings_of_configs(), **changed)
-    return search.build_scoring_plan(
-        images, subject, settings, "/model", {"clip_skip": 2, "seed": training_seed}, prompts
-    )
+    options = {"clip_skip": 2, "seed": training_seed}
+    return search.PromptChooser(subject, images, settings).plan("/model", options, prompts, search.SD1)
 
 
 def prompts_of(plan: dict[str, Any], stage: str, subject: bool = True) -> set[str]:
@@ -569,9 +562,8 @@ def output_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = demo_world.read_data_set(world / "dataset.toml", {"cache_latents": True})
     images = [(image.path, *image.captions) for image in data.images]
     settings = search.ScoringSettings.read(world / "scoring.toml")
-    plan = search.build_scoring_plan(
-        images, "luca", settings, str(world / "base_model"), {"clip_skip": 2, "seed": 42}, None
-    )
+    about = (str(world / "base_model"), {"clip_skip": 2, "seed": 42}, None, search.SD1)
+    plan = search.PromptChooser("luca", images, settings).plan(*about)
     (folder / "reference").mkdir()
     search.write_json(folder / "reference" / "plan.json", plan)
     return folder
@@ -933,7 +925,7 @@ def test_the_base_models_own_images_are_the_anchors(
 ) -> None:
     """A LoRA that does nothing has the base model's raw values, so fidelity 0 and preservation 1."""
     folder = make_trial(output_dir, "trial_nothing", [1e-12], 2)
-    result = folder_scorer.score_checkpoint(folder / "lora.safetensors", "screen", folder / "scores")
+    result = folder_scorer.score_checkpoint(folder / "lora.safetensors", "screen", folder / "scores", print)
     with np.load(folder / "scores" / "embeddings.npz") as kept:
         np.testing.assert_allclose(kept["dinov2"], folder_scorer.embeddings["screen"], atol=2e-3)
     for name in ("q", "m", "spread"):
@@ -963,7 +955,7 @@ def test_images_of_an_interrupted_scoring_do_not_stay(
     (tmp_path / "images" / "p99-s0.png").write_bytes(b"half an ima")
     write_lora(tmp_path / "lora.safetensors")
     monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: [None, *[noise(0, 256)] * (len(jobs) - 1)])
-    folder_scorer.score_checkpoint(tmp_path / "lora.safetensors", "screen", tmp_path / "images")
+    folder_scorer.score_checkpoint(tmp_path / "lora.safetensors", "screen", tmp_path / "images", print)
     names = {job["name"] for job in folder_scorer.plan["screen"][1:]}
     assert {path.stem for path in (tmp_path / "images").glob("*.png")} == names
 
@@ -1126,13 +1118,11 @@ def test_a_scoring_that_is_killed_says_that_memory_ran_out(output_dir: Path) -> 
     killer.join()
 
 
-def test_a_checkpoint_that_is_not_finite_ends_as_diverged_without_an_image(output_dir: Path) -> None:
+def test_a_checkpoint_that_is_not_finite_stops_a_users_scoring_before_an_image_is_made(output_dir: Path) -> None:
     folder = make_trial(output_dir, "trial_0001", [1.0, float("nan")], 4)
-    assert run_score(folder) == (0, "")
-    metrics = search.read_json(folder / "metrics.json")
-    assert metrics["outcome"] == "diverged" and "not finite in lora.safetensors" in metrics["reason"]
-    assert metrics["score"] is None and metrics["terms"] == {} and metrics["screen"] == []
-    assert not (folder / "scores").exists()
+    status, said = run_score(folder)
+    assert status == 1 and "stopped: weights that are not finite in lora.safetensors (" in said
+    assert not (folder / "metrics.json").exists() and not (folder / "scores").exists()
 
 
 def test_a_half_trained_folder_is_refused(output_dir: Path) -> None:

@@ -455,7 +455,7 @@ def test_images_are_said_every_ten_seconds_at_most(
 def test_a_users_scoring_shows_one_bar_that_is_cleanly_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = set_up(monkeypatch)
     terminal = Terminal()
-    bar = search.tqdm(total=10_000, file=sys.stdout, **search.IMAGE_BAR)
+    bar = search.image_bar(10_000)
     for _ in range(1000):
         bar.update(1)
     bar.write("  epoch   5    score 0.6840")

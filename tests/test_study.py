@@ -1014,19 +1014,6 @@ def test_metrics_that_were_whole_at_an_interruption_are_told(tmp_path: Path) -> 
     assert endings(open_study(settings)) == [(COMPLETE, "scored")]
 
 
-def test_metrics_that_say_diverged_are_told_so(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, 2)
-
-    def find_nan_and_die(folder: Path) -> None:
-        found = {"outcome": "diverged", "reason": "not finite", "score": None, "scoring_seconds": 1.0}
-        search.write_json(folder / "metrics.json", found)
-        raise Killed
-
-    with pytest.raises(Killed):
-        run(settings, [], [find_nan_and_die])
-    assert endings(run(settings)) == [(PRUNED, "diverged"), (COMPLETE, "scored")]
-
-
 def test_metrics_of_a_training_that_had_not_finished_are_not_told(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     with pytest.raises(Killed):
