@@ -84,6 +84,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+if sys.platform != "win32":  # native Windows is refused in one line
+    import fcntl
+
 HERE = Path(__file__).resolve().parent
 DATABASE_NAME = "optuna_study.db"
 LOG_NAME = "search.log"
@@ -98,6 +101,8 @@ Params = dict[str, Any]
 # ======================================================================================================
 # 2. Errors, the screen, and files. A message says what was refused, the value, and what to do next.
 # ======================================================================================================
+
+REDRAWS_PER_SECOND = 8  # of the live region, at most
 
 
 class SearchError(Exception):
@@ -178,9 +183,6 @@ def printable(text: object) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
 
 
-REDRAWS_PER_SECOND = 8
-
-
 class Screen:
     """What the user sees: lines that stay and, in a terminal, a live region of four lines below them.
 
@@ -233,7 +235,7 @@ class Screen:
                 self.print(f"warning: can't write to {file} ({error.strerror}), so it lacks what follows; make room")
 
     def refresh(self) -> None:
-        """Redraw the live region, REDRAWS_PER_SECOND at most."""
+        """Redraw the live region, unless it was redrawn just now."""
         if self._live is not None and time.monotonic() >= self._next_redraw:
             with self._drawing():
                 self._live.refresh()
@@ -262,10 +264,7 @@ class Screen:
                     live.stop()
 
     def _make_live(self, devices: Sequence[str]) -> Any:
-        """A line for the study (with a clock), then for each device's trial, training and scoring.
-
-        None for a terminal like TERM=dumb.
-        """
+        """A line for the study, then three for each device; None for a terminal like TERM=dumb."""
         from rich.console import Console, Group
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -279,12 +278,11 @@ class Screen:
         room = Column(ratio=1, no_wrap=True, overflow="crop" if console.options.ascii_only else "ellipsis")
         text = TextColumn("{task.fields[text]}", markup=False, table_column=room)
         bar = BarColumn(max(8, min(30, console.width - 72)))  # label and text of a training take 72 columns
-        lines, self._lines = {"study": (label, text, TimeElapsedColumn())}, {}
-        for device in devices:
-            names = [f"{device} {name}".strip() for name in ("trial", "train", "score")]
-            lines |= dict(zip(names, ((label, text), (label, bar, text), (label, bar, text)), strict=True))
-        for name, columns in lines.items():
-            self._lines[name] = Progress(*columns, console=console, expand=True)
+        columns = {"study": (text, TimeElapsedColumn()), "trial": (text,), "train": (bar, text), "score": (bar, text)}
+        self._lines = {}
+        for device, part in [("", "study"), *itertools.product(devices, ("trial", "train", "score"))]:
+            name = f"{device} {part}".strip()
+            self._lines[name] = Progress(label, *columns[part], console=console, expand=True)
             self._lines[name].add_task(name, total=1, text="-")
         self._lines["study"].tasks[0].start_time = self.started
         rows = Group(*self._lines.values(), "")  # the cursor stands in the empty row, and ^C is echoed there
@@ -316,17 +314,14 @@ class CardScreen(Screen):
 
     def __init__(self, tell: Callable[[tuple[Any, ...]], Any], device: str, whole: Screen) -> None:
         super().__init__()
-        self._tell, self._device, self._is_live, self.log_file = tell, device, whole.is_live, whole.log_file
-
-    @property
-    def is_live(self) -> bool:
-        return self._is_live
+        self._tell, self._device, self._live, self.log_file = tell, device, whole._live, whole.log_file
+        self._next_redraw = math.inf  # only the program draws
 
     def show(self, name: str, text: str, done: float = 0, total: float = 1) -> None:
         self._tell(("show", name if name == "study" else f"{self._device} {name}", text, done, total))
 
     def print(self, text: str, *, detail: bool = False) -> None:
-        if not (detail and self._is_live):
+        if not (detail and self.is_live):
             self._tell(("print", self._behind_device(text)))
 
     def log(self, text: str) -> None:
@@ -334,9 +329,6 @@ class CardScreen(Screen):
 
     def _behind_device(self, text: str) -> str:
         return "\n".join(f"{self._device}  {line}" for line in text.strip("\n").split("\n"))
-
-    def refresh(self) -> None:
-        """Only the program draws."""
 
 
 screen = Screen()
@@ -1611,8 +1603,7 @@ class ChildProcess(subprocess.Popen[bytes]):
     def run(self, on_text: Callable[[str], Any], watch: Callable[[], Any], log: Path | None = None) -> int:
         """Wait for the end and return the status. `on_text` gets the output, and `log` the same bytes.
 
-        `watch` is called about every second. Whatever ends this call (Ctrl-C, an error of `watch`) ends the whole
-        session. While it lives, a PROCESS_FILE beside the log names it.
+        `watch` is called about every second. Whatever ends this call ends the session, which a PROCESS_FILE names.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         with contextlib.ExitStack() as stack:
@@ -1642,26 +1633,13 @@ class ChildProcess(subprocess.Popen[bytes]):
             if ended:
                 return b""
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The process stands still, and its memory stays. Its own children only wait for it.
-
-        They are not stopped: after a kill -9 of this program nobody would let them go on, or end them.
-        """
-        self.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.send_signal(signal.SIGCONT)
-
     def _end(self) -> None:
         """SIGTERM, then SIGKILL to whatever is left of its session."""
         try:
-            if self.poll() is None:
-                os.killpg(self.pid, signal.SIGTERM)
-                self.wait(TERMINATION_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                if self.poll() is None:
+                    os.killpg(self.pid, signal.SIGTERM)
+                    self.wait(TERMINATION_SECONDS)
         finally:  # a second Ctrl-C, too, gets here at once
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -1747,10 +1725,7 @@ _DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.fl
 
 
 def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
-    """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing.
-
-    An earlier checkpoint may be zero, because a warm-up begins with a learning rate of 0.
-    """
+    """Diverged for weights that are not finite; TrialFailed for a torn file, or a last one that learnt nothing."""
     try:
         header = {key: entry for key, entry in read_safetensors_header(path).items() if key != "__metadata__"}
         data = np.memmap(path, mode="r")
@@ -1766,7 +1741,7 @@ def check_lora(path: Path, *, may_be_zero: bool = False) -> None:
         if not np.isfinite(values).all():
             raise Diverged(f"weights that are not finite in {path.name} ({name})")
         learnt = learnt or bool(_BEGINS_AT_ZERO.search(name) and values.any())
-    if path.stem == LORA_NAME and not learnt and not may_be_zero:
+    if path.stem == LORA_NAME and not learnt and not may_be_zero:  # an earlier one may be: a warm-up begins with 0
         raise TrialFailed(f"no weight of {path.name} has moved from zero")
 
 
@@ -1902,10 +1877,7 @@ class TrainingProgress(ProcessOutput):
             say(f"  {self.describe(f'{100 * self.step // max(1, self.steps):3d}%')}", detail=True)
 
     def check(self, folder: Path, device: str, stall_minutes: float, usual_step: float | None) -> None:
-        """Judge a training while it runs, about every second, and at its end; an error ends the trainer.
-
-        `usual_step`: the usual seconds of a step in this study; None for the first training.
-        """
+        """Judge a running training; an error ends the trainer. `usual_step`: the usual seconds of a step, if known."""
         if device != "cpu" and self.device.startswith("cpu"):  # kohya does so without a warning
             raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
         minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
@@ -1930,7 +1902,7 @@ class TrainingProgress(ProcessOutput):
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
                 raise Diverged(f"{error}; {since}") from error
 
-    def judge_end(self, folder: Path, status: int, *, may_be_zero: bool = False) -> None:
+    def judge_end(self, folder: Path, status: int) -> None:
         """Raise why the training failed. kohya ends with status 0 when it finds no image, too."""
         if status != 0:
             self.refuse_full_disk()
@@ -1942,7 +1914,7 @@ class TrainingProgress(ProcessOutput):
         if not (self.saved and (folder / f"{LORA_NAME}.safetensors").is_file()):
             raise TrialFailed(f"the trainer ended with status 0 but saved no LoRA: {self.error()}")
         for path in checkpoint_files(folder):
-            check_lora(path, may_be_zero=may_be_zero)
+            check_lora(path, may_be_zero=folder.name == FIRST_STEP)  # fp16 may skip its only step
 
 
 @dataclass(frozen=True)
@@ -1963,13 +1935,11 @@ class KohyaTrainer:
     stall_minutes: float = 30.0
 
     def __call__(
-        self, config: Path, usual_step: float | None = None, pause: Pause | None = None, *, may_be_zero: bool = False
+        self, config: Path, usual_step: float | None = None, pause: Pause | None = None
     ) -> tuple[float, float | None]:
-        """Run the training of a config.toml. Raises TrialFailed.
+        """Run the training of a config.toml; TrialFailed says why it failed. `usual_step` is TrainingProgress.check's.
 
-        Returns the seconds of the training, without its pause, and of a step (None for very few steps). `usual_step`:
-        the usual seconds of a step in this study; a much slower one is warned of. `may_be_zero`: fp16 may skip the
-        first steps.
+        Returns the seconds of the training, without its pause, and of a step (None for very few steps).
         """
         started, folder, progress = time.monotonic(), config.parent, TrainingProgress()
         child = ChildProcess([self.python, str(self.script), "--config_file", str(config)], self.device)
@@ -1979,8 +1949,11 @@ class KohyaTrainer:
             progress.check(folder, self.device, self.stall_minutes, usual_step)
             if pause and child.poll() is None and Checkpoint.is_saved(pause.checkpoint):
                 work, pause, paused = pause.work, None, time.monotonic()
-                with child.paused():
+                child.send_signal(signal.SIGSTOP)  # but not to its children, which nobody would end after a kill -9
+                try:
                     work(paused - started)
+                finally:
+                    child.send_signal(signal.SIGCONT)
                 progress.was_paused, progress.last_sign = True, time.monotonic()  # it made no step, and did not hang
                 started += progress.last_sign - paused
 
@@ -1988,15 +1961,13 @@ class KohyaTrainer:
             status = child.run(progress.read, watch, folder / "training.log")
         finally:
             progress.finish()
-        progress.judge_end(folder, status, may_be_zero=may_be_zero)
+        progress.judge_end(folder, status)
         return time.monotonic() - started, progress.seconds_per_step()
 
 
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
     """Lock folders, and wait until they are free: two trainers may tear a cache of latents that both write."""
-    import fcntl  # not on native Windows, which is refused before
-
     with contextlib.ExitStack() as stack:
         for folder in sorted(set(folders)):  # always in this order, against deadlocks
             handle = os.open(folder, os.O_RDONLY)
@@ -2133,44 +2104,39 @@ class TrainerFacts:
 class Probe:
     """Asks sd-scripts, in the trainer's Python, what it would train."""
 
-    sd_scripts: Path
+    script: Path  # the trainer, in the folder of sd-scripts
     python: str
     device: str
     options: Mapping[str, Any]
     base_model: Path
     data_set: Mapping[str, Any]  # its file's content
     optimizers: Sequence[Params] = ()  # that kohya must be able to make
-    script_name: str = SD1.script
-
-    @property
-    def script(self) -> Path:
-        return self.sd_scripts / self.script_name
 
     def ask(self, cache: Path | None = None) -> TrainerFacts:
         """The answer, from `cache` if nothing has changed since; RefusedInput for a trainer that does not work."""
-        script = self.script
-        if not script.is_file():
-            raise RefusedInput(f"--sd-scripts: {self.sd_scripts} has no {script.name}; give the folder of sd-scripts")
-        version = self._version()
-        about = [version, quick_digest(PROBE), self.script_name, self.python, socket.gethostname()]
+        folder, name = self.script.parent, self.script.name
+        if not self.script.is_file():
+            raise RefusedInput(f"--sd-scripts: {folder} has no {name}; give the folder of sd-scripts")
+        version = self._version(folder)
+        about = [version, quick_digest(PROBE), name, self.python, socket.gethostname()]
         about += [self.device, os.environ.get("CUDA_VISIBLE_DEVICES"), sorted(map(str, Path("/dev").glob("nvidia?")))]
         about += [dict(self.options), str(self.base_model), self.data_set, self._data_set_files(), self.optimizers]
         key = digest(json.dumps(about, default=str))
         answer = (read_json(cache) if cache else None) or {}
-        if answer.get("key") != key or not self._has_packages(*answer.get("packages", ("", 0))):
+        place, changed = answer.get("packages", ("", 0))  # where something may have been installed or removed since
+        if answer.get("key") != key or not Path(place).is_dir() or Path(place).stat().st_mtime_ns != changed:
             answer = {**self._run(), "key": key}
         if missing := ", ".join(answer["missing"]):
-            raise RefusedInput(
-                f"--trainer-python: {self.python} has no {missing}; install it there, or give the Python of kohya"
-            )
+            why = f"{self.python} has no {missing}"
+            raise RefusedInput(f"--trainer-python: {why}; install it there, or give the Python of kohya")
         if "dataset_config" not in answer.get("options", {}):
-            why = f"{script} does not answer as kohya's trainer does ({why_stopped(answer)})"
+            why = f"{self.script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
         return TrainerFacts(version, answer["card"] if self.device != "cpu" else "cpu", answer)
 
-    def _version(self) -> str:
+    def _version(self, folder: Path) -> str:
         """Git's description, and a digest of the trainer's files, which a user may have changed."""
-        folder = self.sd_scripts  # train_network.py is what other scripts build on
+        # Other scripts build on train_network.py.
         files = dict.fromkeys([self.script, folder / "train_network.py", *sorted(folder.glob("library/*.py"))])
         content = "files " + digest(b"".join(file.read_bytes() for file in files if file.is_file()))[:8]
         if (folder / ".git").exists() and shutil.which("git"):
@@ -2192,11 +2158,6 @@ class Probe:
                     if file.suffix != ".npz" and file.exists():
                         about.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
         return about
-
-    @staticmethod
-    def _has_packages(folder: str, changed: int) -> bool:
-        """Whether the folder of the trainer's packages is unchanged: nothing was installed or removed."""
-        return Path(folder).is_dir() and Path(folder).stat().st_mtime_ns == changed
 
     def _run(self) -> dict[str, Any]:
         """Run configs/kohya_probe.py, whose files are deleted afterwards."""
@@ -3668,6 +3629,9 @@ KEPT_TRIALS = 10  # whose best checkpoint is kept
 ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by less
 GREY_TOLERANCE = 1.0  # and one in 0..255
 FINALISTS_AT_LEAST, FINALISTS_AT_MOST = 3, 5
+STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
+TOGETHER = "which goes with which"  # in the fingerprint
+Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells, by trial
 
 
 def default_storage(output_dir: Path) -> str:
@@ -3713,10 +3677,7 @@ class Storage:
         return set(sqlalchemy.inspect(engine).get_table_names())
 
     def open(self) -> optuna.storages.BaseStorage:
-        """Optuna's storage; for SQLite with a patient lock and BEGIN IMMEDIATE.
-
-        Without it two programs take the same enqueued trial: both read before one of them writes (35 of 200 measured).
-        """
+        """Optuna's storage. Without BEGIN IMMEDIATE, two programs take the same enqueued trial (35 of 200 measured)."""
         from sqlalchemy import event
 
         is_made = "alembic_version" in self.tables()  # else Optuna would add tables to an older version's
@@ -3803,8 +3764,6 @@ def refuse_foreign_study(study: optuna.Study) -> None:
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """An output folder belongs to one running program; RefusedInput names the one that holds it already."""
-    import fcntl  # not on native Windows, which is refused before
-
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3820,18 +3779,12 @@ def holding(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
-    import fcntl
-
     try:
         with (folder / ".lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except OSError as error:
         return not isinstance(error, (FileNotFoundError, NotADirectoryError))
-
-
-STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
-TOGETHER = "which goes with which"
 
 
 def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
@@ -3888,9 +3841,6 @@ def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(scored, key=lambda trial: places[trial.number]["place"] if trial.number in places else len(places))
 
 
-Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells, by trial
-
-
 def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
     """What the final stage found of each finalist, by trial; {} before it, and while trials were scored since."""
     final = study.user_attrs.get("final", {})
@@ -3907,8 +3857,7 @@ def may_be_best(places: Places) -> list[int]:
 def choose_finalists(study: optuna.Study, output_dir: Path) -> dict[str, str]:
     """The finalists' checkpoints, by trial number: the three best, and the next two if they may be as good as the best.
 
-    A trial may be as good if it is within two standard errors of the difference. Only trials whose checkpoint is at
-    hand count. An earlier winner takes part again.
+    That is, within two standard errors of the difference. Checkpoints must be at hand. An earlier winner comes again.
     """
     earlier = [found["trial"] for found in study.user_attrs.get("final", {}).get("finalists", [])[:1]]
     scored = [(t, find_trial_folder(t, output_dir) / t.user_attrs["checkpoint"]) for t in scored_trials(study)]
@@ -3948,10 +3897,7 @@ class Study:
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
     def run(self, work: Callable[[], None] | None = None) -> None:
-        """Run trials until exactly n_trials are trained; SearchStopped says why it ended earlier.
-
-        Or have `work` do it, whose workers on several devices call this, too.
-        """
+        """Run trials, or have `work` call this on each device, until n_trials are trained; else SearchStopped."""
         try:
             if os.getpid() == self.main:
                 self.adopt()
@@ -3974,6 +3920,7 @@ class Study:
             running = [trial.number for trial in trials if is_at_work(trial)]
             if trained >= self.settings.n_trials and not left_over:
                 return
+            screen.show("study", ", ".join(self.progress()))
             hours = self.settings.timeout_hours
             if hours is not None and time.monotonic() - self.started >= 3600 * hours:
                 said = f"--timeout {hours:g} is over with {trained} of {self.settings.n_trials} trials trained"
@@ -3983,7 +3930,6 @@ class Study:
                     say(f"Waiting for trials {running}, which others run in this study.")
                 waits_for = running
                 screen.begin("of others:", *map(str, running))
-                self.show()
                 screen.wait(POLL_SECONDS)
                 continue
             self.before_trial()
@@ -3993,35 +3939,34 @@ class Study:
 
     # --- whose trial it is ---
 
+    def _is_here(self, trial: FrozenTrial) -> bool:
+        """Whether it is in this output folder, so that this program continues it."""
+        return trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
+
     def _is_ours(self, trial: FrozenTrial) -> bool:
-        return self.has_own_database or trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
+        return self.has_own_database or self._is_here(trial)
 
     def _left_over(self) -> list[FrozenTrial]:
         """Running trials of this folder but those of living workers on other devices."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        own = [trial for trial in running if trial.user_attrs.get("output_dir") == str(self.settings.output_dir)]
+        own = filter(self._is_here, self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         mine = {os.getpid(), self.main}
         return [trial for trial in own if (pid := trial.user_attrs.get("pid")) in mine or when_started(pid) is None]
 
-    def _take_left_over(self) -> FrozenTrial | None:
+    def _take_left_over(self) -> optuna.Trial | None:
         with locked([self.settings.output_dir]):  # against the workers on other devices
             for frozen in self._left_over():
                 trial = optuna.Trial(self.study, frozen._trial_id)
                 self.claim(trial)
                 if frozen.user_attrs.get("ended") == INTERRUPTED:
                     trial.set_user_attr("ended", "returning")  # else the others would not count it
-                return frozen
+                return trial
         return None
 
     def adopt(self) -> None:
-        """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock.
-
-        In a folder that was moved with its database, trials name the old folder, which nobody may hold any more.
-        """
+        """Take over trials that a program left RUNNING in this folder; call it only while holding the folder's lock."""
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            made_in = frozen.user_attrs.get("output_dir")
-            was_moved = self.has_own_database and not (made_in and is_held(Path(made_in)))
-            if made_in == str(self.settings.output_dir) or was_moved:
+            made_in = frozen.user_attrs.get("output_dir")  # elsewhere, if the folder was moved with its database
+            if self._is_here(frozen) or (self.has_own_database and not (made_in and is_held(Path(made_in)))):
                 self.claim(optuna.Trial(self.study, frozen._trial_id))
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
 
@@ -4033,10 +3978,7 @@ class Study:
         trial.set_user_attr("pid", os.getpid())
 
     def close_unclaimed(self) -> None:
-        """Close trials whose program died after it asked for them and before it claimed them: nobody continues them.
-
-        If that program only slept, it finds its trial closed and asks for another one.
-        """
+        """Close trials that nobody claimed, since their program died (if it only slept, it asks for another one)."""
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             is_old = time.time() - frozen.datetime_start.timestamp() > UNCLAIMED_SECONDS
             if "output_dir" not in frozen.user_attrs and is_old:
@@ -4054,8 +3996,8 @@ class Study:
     def enqueue(self, tables: Sequence[Params]) -> None:
         """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
         trials = self.study.get_trials(deepcopy=False)
-        closed = {t.number for t in trials if t.state == TrialState.FAIL and t.user_attrs.get("ended") == INTERRUPTED}
-        known = [fixed_params(trial) for trial in trials if trial.number not in closed]
+        closed = (TrialState.FAIL, INTERRUPTED)
+        known = [fixed_params(t) for t in trials if (t.state, t.user_attrs.get("ended")) != closed]
         for table in tables:
             if table not in known:
                 known.append(table)
@@ -4067,9 +4009,7 @@ class Study:
         """A new trial; None if other programs train the last ones, or closed it while this program slept."""
         with locked([self.settings.output_dir]):  # against the workers on other devices
             trials = self.study.get_trials(deepcopy=False)
-            running = [t for t in trials if t.state == TrialState.RUNNING]
-            own = str(self.settings.output_dir)  # whose trials are all continued by this program
-            at_work = [t for t in running if is_at_work(t) or t.user_attrs.get("output_dir") == own]
+            at_work = [t for t in trials if is_at_work(t) or (t.state == TrialState.RUNNING and self._is_here(t))]
             if sum(map(is_trained, trials)) + len(at_work) >= self.settings.n_trials:
                 return None
             trial = self.study.ask()
@@ -4079,10 +4019,10 @@ class Study:
                 return None
         return None if self.close_surplus(trial) else trial
 
-    def resume(self, left_over: FrozenTrial) -> optuna.Trial | None:
+    def resume(self, trial: optuna.Trial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
-        trial, attrs = optuna.Trial(self.study, left_over._trial_id), left_over.user_attrs
-        was_paused = attrs.get("ended") in (INTERRUPTED, "returning")
+        attrs = trial.user_attrs
+        was_paused = attrs.get("ended") == "returning"
         if self.close_surplus(trial, was_paused=was_paused):
             return None
         if was_paused:
@@ -4116,7 +4056,6 @@ class Study:
 
     def run_trial(self, trial: optuna.Trial) -> None:
         """Run one trial and tell the study how it ended, if it did."""
-        self.show()
         waited = trial.user_attrs.get("waited_seconds", 0.0) + time.monotonic() - self.idle_since
         trial.set_user_attr("waited_seconds", round(waited, 1))
         trial.set_user_attr("began", time.time())  # this attempt of it
@@ -4138,10 +4077,9 @@ class Study:
         self.idle_since = time.monotonic()
 
     def _fail(self, trial: optuna.Trial, error: TrialFailed) -> None:
-        """Leave the trial RUNNING for a second attempt; its second failure of a kind ends it.
+        """Leave the trial RUNNING for a second attempt, unless it diverged, was stopped early, or failed so before.
 
-        Divergence and early stopping end it at once. The sampler learns from both and from lack of memory
-        (PRUNED), not from other failures (FAIL).
+        The sampler learns from divergence, early stopping and lack of memory (PRUNED), not from other failures (FAIL).
         """
         say(f"Trial {trial.number} {error.ended}: {one_line(error)}")
         if isinstance(error, (Diverged, StoppedEarly)):
@@ -4190,10 +4128,7 @@ class Study:
                 say(f"Trial {trial.number} was interrupted; the same command continues it.")
 
     def _stop_after_equal_failures(self) -> None:
-        """SearchStopped after three equal failures in a row in this run, if their parameters differ.
-
-        Equal: but for numbers, which are folders, steps and bytes.
-        """
+        """SearchStopped after three failures in a row that differ in their parameters, and else in numbers alone."""
         alike = {re.sub(r"\d+", "#", reason) for reason, _ in self.failures}
         have_differed = any(params != self.failures[0][1] for _, params in self.failures)
         if len(self.failures) == EQUAL_FAILURES and len(alike) == 1 and have_differed:
@@ -4201,10 +4136,7 @@ class Study:
             raise SearchStopped(f"{said}: {self.failures[-1][0]}; mend that and give the same command again")
 
     def decide(self, scorer: Callable[[Path], None]) -> None:
-        """Run the final stage between the best trials, unless it has compared these already. It needs at least two.
-
-        Of programs that share a study, the one in whose folder the best trial is does it.
-        """
+        """Run the final stage between the best trials, unless it is done; the program that has the best one does it."""
         scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
         finalists = choose_finalists(self.study, self.settings.output_dir)
         known, about = self.study.user_attrs.get("final", {}), {"scored": len(scored), "chosen": finalists}
@@ -4232,15 +4164,8 @@ class Study:
         done = "end not known yet" if left is None else f"done ~{end:%a %H:%M}"
         return f"{sum(map(is_trained, trials))} of {planned} trained, {next(scores, 'no score yet')}", done
 
-    def show(self) -> None:
-        """Show in the live region how far the study is."""
-        screen.show("study", ", ".join(self.progress()))
-
     def delete_spare_checkpoints(self) -> None:
-        """Delete the checkpoints of trained trials in this folder, but keep the chosen ones of the ten best trials.
-
-        The study alone says which, so that a kill at any point loses nothing. What is not scored yet is kept.
-        """
+        """Delete the checkpoints of this folder's ended trials, but keep the chosen ones of the study's ten best."""
         if self.settings.keep_checkpoints == "all":
             return
         best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(self.study)[:KEPT_TRIALS]}
@@ -4273,27 +4198,25 @@ class Workers:
         try:
             for name, device in zip(self.names, self.devices, strict=True):
                 ours, theirs = context.Pipe(duplex=False)
-                about = theirs, name, device, self.study_on(device)
-                process = context.Process(target=self._work, args=about, daemon=True)
-                process.start()
+                about = theirs, device, self.study_on(device)
+                workers[ours] = context.Process(target=self._work, args=about, name=name, daemon=True)
+                workers[ours].start()
                 theirs.close()
-                workers[ours] = name, process
             while workers:
                 for ours in multiprocessing.connection.wait(list(workers), 1.0):
-                    name, process = workers[ours]
-                    what, *about = self._hear(ours, process)
+                    what, *about = self._hear(ours, workers[ours])
                     if what != "ended":
                         getattr(screen, what)(*about)
                         continue
-                    del workers[ours]
+                    ended = workers.pop(ours)
                     if about:
-                        reasons.append(f"{name} has stopped: {about[0]}")
+                        reasons.append(f"{ended.name} has stopped: {about[0]}")
                         say(reasons[-1])
                 screen.refresh()
         finally:
-            for _, process in workers.values():
+            for process in workers.values():
                 process.terminate()
-            for _, process in workers.values():
+            for process in workers.values():
                 process.join(2 * TERMINATION_SECONDS)
                 process.kill()
                 process.join()
@@ -4309,13 +4232,13 @@ class Workers:
             process.join()
             return ("ended", f"it ended with status {process.exitcode}") if process.exitcode else ("ended",)
 
-    def _work(self, tell: Any, name: str, device: str, ours: Study) -> None:
+    def _work(self, tell: Any, device: str, ours: Study) -> None:
         global screen
         os.setsid()  # Ctrl-C is for the program, which then ends its workers
         die_with_parent()
         if os.getppid() != ours.main:  # it has died before
             return
-        screen = CardScreen(tell.send, name, screen)
+        screen = CardScreen(tell.send, multiprocessing.current_process().name, screen)
         if device == "cpu":
             threads = len(os.sched_getaffinity(0)) // len(self.devices)
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
@@ -5081,8 +5004,8 @@ def ask_trainer(
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.devices[0] if DEVICE.fullmatch(settings.device) else "cpu"
     device = device if len(settings.devices) == 1 and device != ALL_CARDS else device.partition(":")[0]  # sees all
-    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []}, optimizers, family.script)
-    return Probe(settings.sd_scripts, settings.trainer_python, device, *about).ask(cache)
+    about = (fixed, settings.base_model or Path("missing"), config or {"datasets": []}, optimizers)
+    return Probe(settings.sd_scripts / family.script, settings.trainer_python, device, *about).ask(cache)
 
 
 def check_packages() -> None:
@@ -5468,7 +5391,7 @@ class Reference:
                     options = {**self.inputs.options, **self.inputs.space.trained_parts}
                     about = (options, self.inputs.settings.base_model, self.folder / "dataset.toml", folder)
                     write_toml(folder / "config.toml", trial_config(FIRST_STEP_PARAMS, *about))
-                    trainer(folder / "config.toml", may_be_zero=True)
+                    trainer(folder / "config.toml")
                     shutil.rmtree(folder / "logs", ignore_errors=True)  # TensorBoard is to show trials alone
         except TrialFailed as error:
             raise SearchStopped(f"the trainer does not work: {error}; see {folder / 'training.log'}") from error
@@ -5559,11 +5482,8 @@ def add_other_modes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("instead of searching")
     add = group.add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="check all inputs, say what was found, and stop")
-    add(
-        "--report",
-        action="store_true",
-        help="write results/ and show the trials; with --scoring-config, under its weights",
-    )
+    report = "write results/ and show the trials; with --scoring-config, under its weights"
+    add("--report", action="store_true", help=report)
     add("--score", type=_path, metavar="TRIAL_FOLDER", help="score the checkpoints of one trial")
     add("--demo", action="store_true", help="the whole program on small inputs of its own, on the CPU")
     families = {"type": str.lower, "choices": [name.lower() for name in FAMILIES]}
@@ -5608,7 +5528,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
 
     add_other_modes(parser)
-    parser.set_defaults(command="")  # main() sets it
     return parser
 
 
@@ -5632,7 +5551,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         ("--output-dir", args.output_dir, "give a folder for the study"),
     ):
         problems.lines += [] if value else [f"{flag} is missing; {remedy}"]
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
     values["sd_scripts"] = args.sd_scripts or problems.of(find_sd_scripts)
     for name in ("dataset_config", "output_dir", "sd_scripts"):
         values[name] = values[name] and values[name].resolve()
@@ -5643,20 +5562,19 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     return Settings(**values), problems.lines
 
 
-def senseless_values(args: argparse.Namespace) -> list[str]:
+def senseless_values(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the command line's values."""
-    problems = ["native Windows is not supported; run it in WSL2"] if sys.platform == "win32" else []
+    if sys.platform == "win32":
+        yield "native Windows is not supported; run it in WSL2"
     if not DEVICE.fullmatch(args.device):
-        problems.append(f"--device: {args.device!r} is no device; give cuda, cuda:N, cuda:N,cuda:M, {ALL_CARDS} or cpu")
+        yield f"--device: {args.device!r} is no device; give cuda, cuda:N, cuda:N,cuda:M, {ALL_CARDS} or cpu"
     if args.output_dir and args.output_dir.resolve() in [path.resolve() for path in args.enqueue]:
-        problems.append(
-            f"--enqueue: {args.output_dir} is the folder of this search; give an earlier one's, or leave it out"
-        )
+        yield f"--enqueue: {args.output_dir} is the folder of this search; give an earlier one's, or leave it out"
     cards = [name for name in args.device.split(",") if name != "cpu"]
     if repeated := {name for name in cards if cards.count(name) > 1}:
-        problems.append(f"--device: {', '.join(repeated)} stands there twice; leave one out")
+        yield f"--device: {', '.join(repeated)} stands there twice; leave one out"
     if args.family and not args.demo:
-        problems.append("--family: is for --demo alone, since a base model's file says its family; leave it out")
+        yield "--family: is for --demo alone, since a base model's file says its family; leave it out"
     for flag, value, low, high in (
         ("--n-trials", args.n_trials, 0, 2**31),
         ("--timeout", args.timeout_hours, 0, math.inf),
@@ -5664,11 +5582,10 @@ def senseless_values(args: argparse.Namespace) -> list[str]:
         ("--seed", args.seed, -1, 2**32),
     ):
         if value is not None and not low < value < high:
-            problems.append(f"{flag}: {one_line(value, 20)} must be above {low} and below {high}; correct it")
+            yield f"{flag}: {one_line(value, 20)} must be above {low} and below {high}; correct it"
     name = args.study_name
     if name is not None and not (name.strip() and name == name.encode(errors="replace").decode()):
-        problems.append(f"--study-name: {name!r} is empty or not UTF-8; give another name, or leave it out")
-    return problems
+        yield f"--study-name: {name!r} is empty or not UTF-8; give another name, or leave it out"
 
 
 def run_search(settings: Settings, known_problems: Sequence[str], *, only_check: bool = False) -> None:
@@ -5690,24 +5607,19 @@ def run_search(settings: Settings, known_problems: Sequence[str], *, only_check:
         study = open_study(inputs)
         study_on = functools.partial(study_on_device, inputs, study, started)
         ours = study_on(settings.devices[0])
-        scorer, trainer = ours.objective.scorer, ours.objective.trainer
         with screen.live():
-            ours.show()
+            screen.show("study", ", ".join(ours.progress()))
             reference = Reference(inputs)
             reference.write_inputs()
-            study.sampler = reference.train_first_step(trainer).sampler()
-            reference.make_anchors(study, scorer)
+            study.sampler = reference.train_first_step(ours.objective.trainer).sampler()
+            reference.make_anchors(study, ours.objective.scorer)
         ours.enqueue(inputs.enqueued)
         try:
-            if len(settings.devices) == 1:
-                with screen.live():
-                    ours.run()
-            else:
-                workers = Workers(settings.devices, study_on)
-                with screen.live(workers.names):
-                    ours.run(workers.run)
+            workers = Workers(settings.devices, study_on) if len(settings.devices) > 1 else None
+            with screen.live(workers.names if workers else ("",)):
+                ours.run(workers and workers.run)
             with screen.live():
-                ours.decide(scorer)
+                ours.decide(ours.objective.scorer)
         finally:
             show_results(study, settings.output_dir)
 
@@ -5760,8 +5672,7 @@ def run_report(args: argparse.Namespace) -> None:
     name = args.study_name or plan.get("study", DEFAULT_STUDY_NAME)
     study = load_study(args.storage or default_storage(output_dir), name)
     if study is None:
-        remedy = "check --output-dir, --study-name and --storage"
-        raise RefusedInput(f"--report: no study {name!r} in {output_dir}; {remedy}")
+        raise RefusedInput(f"--report: no study {name!r} in {output_dir}; check --output-dir, --study-name, --storage")
     weights = ScoringSettings.read(args.scoring_config).weights if args.scoring_config else None
     show_results(study, output_dir)
     if weights:

@@ -140,7 +140,9 @@ def read_data_set(path: Path, options: Mapping[str, Any], sd_scripts: Path = SMA
 
     config = search.read_data_set_file(path)
     with light_packages():
-        trainer = search.Probe(sd_scripts, sys.executable, "cpu", options, Path("/no/model"), config).ask()
+        trainer = search.Probe(
+            sd_scripts / "train_network.py", sys.executable, "cpu", options, Path("/no/model"), config
+        ).ask()
     return search.DataSetReader(path, config).read(options, trainer.answer)
 
 

@@ -262,7 +262,7 @@ def run_trials(ours: search.Study, trainer: MadeTrainer, ends: Sequence[str]) ->
         ours.objective = dataclasses.replace(ours.objective, early_stopping=early if end == STOPPED else None)
         for attempt, trainer.end in enumerate(ATTEMPTS.get(end, (end,))):
             if attempt > 0:
-                assert ours.resume(ours.study.get_trials()[number])
+                assert ours.resume(trial)
             ours.idle_since = time.monotonic() - 12
             with contextlib.suppress(LeftRunning, KeyboardInterrupt):
                 ours.run_trial(trial)
@@ -336,8 +336,6 @@ class MadeTrainer:
         config: Path,
         usual_step: float | None = None,
         pause: search.Pause | None = None,
-        *,
-        may_be_zero: bool = False,
     ) -> tuple[float, float]:
         output = TrainerOutput(toml.loads(config.read_text(encoding="utf-8")), self.end, self.clock.now)
         progress = self._write(config.parent, output)
@@ -354,7 +352,7 @@ class MadeTrainer:
                 f"the trainer made no step after step {progress.step} for 30 minutes and was stopped (--stall-minutes)"
             )
         progress.check(config.parent, self.device, 30, usual_step)
-        progress.judge_end(config.parent, output.status, may_be_zero=may_be_zero)
+        progress.judge_end(config.parent, output.status)
         return output.seconds, output.batches * output.batch_seconds
 
     def _write(self, folder: Path, output: TrainerOutput) -> search.TrainingProgress:

@@ -98,7 +98,7 @@ class Case:
         path.write_text(toml.dumps(self.data), encoding="utf-8")
         config = search.read_data_set_file(path)
         python = str(self.flags.get("trainer_python", sys.executable))
-        where = (Path(str(self.flags["sd_scripts"])), python, "cpu")
+        where = (Path(str(self.flags["sd_scripts"])) / "train_network.py", python, "cpu")
         answer = search.Probe(*where, self.training, self.world / "base_model", config).ask().answer
         return search.DataSetReader(path, config).read(self.training, answer), answer
 

@@ -34,13 +34,12 @@ class SdScripts:
         self.folder, self.data_set, self.cache = folder, data_set, folder.parent / "answer.json"
         shutil.copytree(demo_world.SMALL_TRAINER, folder)
         shutil.copytree(REPOSITORY / "tests" / "kohya", folder.parent / "kohya")
-        script = folder / "train_network.py"
         counted = f"open({str(folder.parent / 'calls')!r}, 'a').write('x')"
-        script.write_text(f"{script.read_text()}".replace("log = logging", f"{counted}\nlog = logging", 1))
+        self.script.write_text(f"{self.script.read_text()}".replace("log = logging", f"{counted}\nlog = logging", 1))
 
     def ask(self, options: dict[str, Any] = OPTIONS) -> search.TrainerFacts:
         config = search.read_data_set_file(self.data_set)
-        where = (self.folder, sys.executable, "cpu")
+        where = (self.script, sys.executable, "cpu")
         facts = search.Probe(*where, options, Path("/no/model"), config).ask(self.cache)
         search.write_json(self.cache, facts.answer)
         return facts
@@ -49,6 +48,10 @@ class SdScripts:
         text = (self.folder / file).read_text()
         assert old in text
         (self.folder / file).write_text(text.replace(old, new))
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "train_network.py"
 
     @property
     def calls(self) -> int:
@@ -162,13 +165,16 @@ def test_the_first_steps_log_tells_the_batches(tmp_path: Path) -> None:
 
 def ask(folder: Path, body: str, device: str = "cpu", python: str = sys.executable) -> dict[str, Any]:
     folder.mkdir()
-    (folder / "train_network.py").write_text(body)
-    return search.Probe(folder, python, device, {}, Path("/no/model"), {"datasets": []}).ask().answer
+    script = folder / "train_network.py"
+    script.write_text(body)
+    return search.Probe(script, python, device, {}, Path("/no/model"), {"datasets": []}).ask().answer
 
 
 def test_a_folder_without_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(search.RefusedInput, match=r"no train_network\.py; give the folder"):
-        search.Probe(tmp_path, sys.executable, "cpu", {}, Path("/no/model"), {"datasets": []}).ask()
+        search.Probe(
+            tmp_path / "train_network.py", sys.executable, "cpu", {}, Path("/no/model"), {"datasets": []}
+        ).ask()
 
 
 @pytest.mark.parametrize("body", ["print('hello')", "raise ImportError('no')", "import sys; sys.exit(3)", "x ="])
@@ -205,7 +211,7 @@ def test_lycoris_is_needed_where_it_is_trained(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["lycoris"] = None\n')
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    config, about = search.read_data_set_file(sd_scripts.data_set), (sd_scripts.folder, sys.executable, "cpu")
+    config, about = search.read_data_set_file(sd_scripts.data_set), (sd_scripts.script, sys.executable, "cpu")
     options = {**OPTIONS, "network_module": search.LYCORIS}
     with pytest.raises(search.RefusedInput, match="has no lycoris-lora; install it there"):
         search.Probe(*about, options, Path("/no/model"), config).ask()
@@ -214,7 +220,7 @@ def test_lycoris_is_needed_where_it_is_trained(
 
 def test_a_card_that_pytorch_does_not_see_has_no_name(sd_scripts: SdScripts) -> None:
     config = search.read_data_set_file(sd_scripts.data_set)
-    where = (sd_scripts.folder, sys.executable, "cuda")
+    where = (sd_scripts.script, sys.executable, "cuda")
     assert search.Probe(*where, OPTIONS, Path("/no/model"), config).ask().device_name == ""
 
 
@@ -224,7 +230,7 @@ def test_the_probe_leaves_nothing(sd_scripts: SdScripts, tmp_path: Path, monkeyp
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     before = set(tmp_path.rglob("*"))
     config = search.read_data_set_file(sd_scripts.data_set)
-    search.Probe(sd_scripts.folder, sys.executable, "cpu", OPTIONS, Path("/no/model"), config).ask()
+    search.Probe(sd_scripts.script, sys.executable, "cpu", OPTIONS, Path("/no/model"), config).ask()
     made = {path for path in set(tmp_path.rglob("*")) - before if "__pycache__" not in path.parts}
     assert made == {tmp_path / "sd" / "calls"}
 
