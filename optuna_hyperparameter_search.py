@@ -124,8 +124,9 @@ class Problems:
         self.lines = list(lines)
 
     def of(self, check: Callable[..., Any], *args: Any) -> Any:
+        """What the check returns; None if it refuses, and if what it checks first is missing (None)."""
         try:
-            return check(*args)
+            return None if args and args[0] is None else check(*args)
         except RefusedInput as error:
             self.lines += [line for line in error.problems if line not in self.lines]
             return None
@@ -4538,9 +4539,8 @@ class Results:
             lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
             config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            said = f"the best trial's files are not whole in {folder} ({one_line(error)})"
             back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
-            raise SearchStopped(f"{said}; {back}") from error
+            raise SearchStopped(f"the best trial's files are not whole in {folder}; {back}") from error
         copy = self.folder / "best_lora.safetensors"
         if not (copy.is_file() and copy.read_bytes() == lora):
             write_atomically(copy, lora)
@@ -4898,13 +4898,13 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
     """
     problems = Problems(known_problems)
-    base_model = settings.base_model and problems.of(BaseModel.inspect, settings.base_model)
+    base_model = problems.of(BaseModel.inspect, settings.base_model)
     family = base_model.family if base_model else SD1
     settings = with_family_files(settings, family)
     raw = problems.of(read_training_options, settings.training_config)
     if raw and base_model:
         raw = problems.of(add_prediction, raw, base_model.prediction, settings.training_config)
-    config = settings.dataset_config and problems.of(read_data_set_file, settings.dataset_config)
+    config = problems.of(read_data_set_file, settings.dataset_config)
     read = problems.of(SearchSpace.read, settings.search_space) if settings.search_space else V2_1
     space = read or V2_1
     trainer = settings.sd_scripts and problems.of(ask_trainer, settings, family, raw or {}, config, space, afresh)
@@ -4912,28 +4912,23 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     if trainer:
         settings = replace(settings, device=trainer.cards_of(settings.device))
         problems.of(trainer.check_card, settings)
-    options = raw and problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
+    options = problems.of(check_training_options, raw, settings.training_config, answer.get("options", {}))
     data_set = config and problems.of(DataSetReader(settings.dataset_config, config).read, raw or {}, answer)
     problems.of(check_precision, settings, options or {}, family)
-    if settings.eval_prompts:
-        problems.of(read_eval_prompts, settings.eval_prompts)
+    problems.of(read_eval_prompts, settings.eval_prompts)
     shipped = shipped_scoring_config(family, data_set)
     settings = replace(settings, scoring_config=settings.scoring_config or shipped)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config, shipped)
     ready = data_set and scoring and options
     plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
     problems.of(check_packages)
-    if scoring:
-        problems.of(check_scoring_models, scoring, family, settings.base_model)
+    problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, can_train)
     enqueued, notes = problems.of(read_enqueued, settings.enqueue if read else (), can_train, space) or ([], [])
     study = problems.of(find_study, settings) if settings.output_dir else None
-    if settings.output_dir:
-        problems.of(check_output_dir, settings.output_dir, data_set)
+    problems.of(check_output_dir, settings.output_dir, data_set)
     inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space, notes)
-    if ready and base_model and trainer and inputs.latents:
-        problems.of(inputs.latents.check)
     problems.refuse()
     check_together(inputs)
     return inputs
@@ -4942,9 +4937,10 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
 def check_together(inputs: Inputs) -> None:
     """What can be checked once each input is right by itself."""
     problems = Problems()
+    if inputs.latents:
+        problems.of(inputs.latents.check)
     problems.of(lambda: inputs.allowed)
-    if inputs.study:
-        problems.of(check_fingerprint, inputs.study, inputs.fingerprint)
+    problems.of(check_fingerprint, inputs.study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
 

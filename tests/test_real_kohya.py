@@ -20,6 +20,7 @@ import pytest
 import tiny_models
 import toml
 from conftest import REPOSITORY, DataSetFile, Pictures
+from optuna.trial import FrozenTrial
 
 import optuna_hyperparameter_search as search
 
@@ -78,70 +79,56 @@ def weights_of(lora: Path) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_set_file: DataSetFile) -> None:
-    base_model, configs = make_sd15(tmp_path)
-    tokenizers = tmp_path / "tokenizers" / "openai_clip-vit-large-patch14"
+def command_for(folder: Path, data_set: Path) -> list[str]:
+    """The search's command, with all inputs made in the folder but the data set; its results go to out/ there."""
+    base_model, configs = make_sd15(folder)
+    tokenizers = folder / "tokenizers" / "openai_clip-vit-large-patch14"
     tiny_models.write_tokenizer(tokenizers)
-    tiny_models.make_tiny_dinov2(tmp_path / "dinov2")
-    tiny_models.make_tiny_clip(tmp_path / "clip")
+    tiny_models.make_tiny_dinov2(folder / "dinov2")
+    tiny_models.make_tiny_clip(folder / "clip")
     training = toml.loads((REPOSITORY / "configs" / "training.toml").read_text())
     training |= {"mixed_precision": "no", "save_every_n_epochs": 6, "max_data_loader_n_workers": 0}
     training |= {"persistent_data_loader_workers": False, "tokenizer_cache_dir": str(tokenizers.parent)}
-    (tmp_path / "training.toml").write_text(toml.dumps(training))
-    scoring = toml.loads((REPOSITORY / "configs" / "scoring.toml").read_text())
-    scoring["images"] |= {"resolution": 64, "steps": 2}
-    scoring["screen"] = scoring["confirm"] = scoring["final"] = {"prompts": 2, "seeds": 2, "plain_prompts": 2}
-    scoring["stop_early"] |= {"at_percent": 50, "whole_trials": 0}  # the trainer is paused at epoch 6
-    scoring["encoders"] = {
-        "dinov2": str(tmp_path / "dinov2"), "clip": str(tmp_path / "clip"), "pipeline_config": str(configs),
+    (folder / "training.toml").write_text(toml.dumps(training))
+    encoders = {name: str(folder / name) for name in ("dinov2", "clip")}
+    stages = {key: {"prompts": 2, "seeds": 2, "plain_prompts": 2} for key in ("screen", "confirm", "final")}
+    scoring = {
+        "images": {"resolution": 64, "steps": 2}, "encoders": {**encoders, "pipeline_config": str(configs)}, **stages,
+        "stop_early": {"at_percent": 50, "whole_trials": 0},  # the trainer is paused at epoch 6
     }  # fmt: skip
-    (tmp_path / "scoring.toml").write_text(toml.dumps(scoring))
-    (tmp_path / "first.toml").write_text("max_train_epochs = 12\nnetwork_dim = 64\ngradient_accumulation_steps = 1")
-    sizes = [(64, 64)] * 4
-    data_set = data_set_file(dataset={"batch_size": 4}, subsets=[{"image_dir": str(pictures(sizes=sizes))}])
-    out = tmp_path / "out"
-    command = [
+    (folder / "scoring.toml").write_text(toml.dumps(scoring))
+    (folder / "first.toml").write_text("max_train_epochs = 12\nnetwork_dim = 64\ngradient_accumulation_steps = 1")
+    return [
         sys.executable, str(REPOSITORY / "optuna_hyperparameter_search.py"), f"--dataset-config={data_set}",
         f"--base-model={base_model}", f"--sd-scripts={SD_SCRIPTS}", f"--trainer-python={PYTHON}",
-        f"--training-config={tmp_path / 'training.toml'}", f"--scoring-config={tmp_path / 'scoring.toml'}",
-        f"--enqueue={tmp_path / 'first.toml'}", f"--output-dir={out}", "--n-trials=1", "--device=cpu",
+        f"--training-config={folder / 'training.toml'}", f"--scoring-config={folder / 'scoring.toml'}",
+        f"--enqueue={folder / 'first.toml'}", f"--output-dir={folder / 'out'}", "--n-trials=1", "--device=cpu",
     ]  # fmt: skip
-    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert killed.stdout is not None
+
+
+def killed_at(wanted: str, command: list[str]) -> str:
+    """What the command said until then."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
     said = ""
-    for line in killed.stdout:
+    for line in process.stdout:
         said += line
-        if "epoch 2/12" in line:
+        if wanted in line:
             break
-    killed.kill()
-    killed.wait()
-    assert "epoch 2/12" in said, said
-    assert "no option" not in said and "does not say what it trains" not in said
-    answer = search.read_json(out / "reference" / "kohya_answer.json")
-    for folder in ("reference/first_step", "trial_0000"):  # the probe's count is what kohya then prints
-        assert answer["batches"] == search.printed_batches(out / folder / "training.log") == 1
-    assert [Path(image["latents"]).is_file() for image in answer["images"]] == [True] * 4
+    process.kill()
+    process.wait()
+    assert wanted in said, said
+    return said
 
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Trying the trainer out" not in done.stdout  # its latents and its answer are known
 
-    study = search.load_study(search.default_storage(out), "lora_v2.1")
-    assert study is not None
-    (trial,) = study.get_trials()
+def check_scored(out: Path, trial: FrozenTrial, said: str) -> None:
+    """Screened at its pause, and whole."""
     assert trial.user_attrs["ended"] == "scored" and trial.user_attrs["lost_seconds"] > 0
     metrics = search.read_json(out / "trial_0000" / "metrics.json")
     assert [result["epoch"] for result in metrics["screen"]] == [6, 12]
-    assert "epoch 12/12  step 12/12  100%" in done.stdout
-    assert "epoch 6/12: the trainer is paused" in done.stdout and done.stdout.count("epoch   6    score") == 1
+    assert "epoch 12/12  step 12/12  100%" in said
+    assert "epoch 6/12: the trainer is paused" in said and said.count("epoch   6    score") == 1
     assert list(trial.intermediate_values) == [50, 60, 70, 80, 90, 100]
-    header = search.read_safetensors_header(out / "results" / "best_lora.safetensors")
-    metadata = header["__metadata__"]
-    assert metadata["ss_network_dim"] == "64" and metadata["ss_num_epochs"] == "12"
-    weights = [entry["data_offsets"] for name, entry in header.items() if name.endswith(".weight")]
-    saved = sum(end - start for start, end in weights)
-    assert 64 * search.BaseModel.inspect(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
-
     curve = search.loss_curve(out / "trial_0000" / "training.log", epochs=12)
     assert [epoch for epoch, _ in curve] == list(range(1, 13)) and all(loss > 0 for _, loss in curve)
     assert "trial 0" in (out / "results" / "report.html").read_text(encoding="utf-8")
@@ -149,11 +136,42 @@ def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_
     runs = {file.parent.relative_to(out).parts[0] for file in out.rglob("events.out.tfevents.*")}
     assert runs == {"trial_0000"}  # what TensorBoard shows
 
+
+def check_best_lora(lora: Path, base_model: Path) -> None:
+    """kohya's own labels, and the size that the search reckons with."""
+    header = search.read_safetensors_header(lora)
+    metadata = header["__metadata__"]
+    assert metadata["ss_network_dim"] == "64" and metadata["ss_num_epochs"] == "12"
+    weights = [entry["data_offsets"] for name, entry in header.items() if name.endswith(".weight")]
+    saved = sum(end - start for start, end in weights)
+    assert 64 * search.BaseModel.inspect(base_model).lora_bytes_per_dim == pytest.approx(saved, rel=0.01)
+
+
+def test_a_trial_with_the_real_trainer(tmp_path: Path, pictures: Pictures, data_set_file: DataSetFile) -> None:
+    folder = pictures(sizes=[(64, 64)] * 4)
+    command = command_for(tmp_path, data_set_file(dataset={"batch_size": 4}, subsets=[{"image_dir": str(folder)}]))
+    out = tmp_path / "out"
+    said = killed_at("epoch 2/12", command)
+    assert "no option" not in said and "does not say what it trains" not in said
+    answer = search.read_json(out / "reference" / "kohya_answer.json")
+    for part in ("reference/first_step", "trial_0000"):  # the probe's count is what kohya then prints
+        assert answer["batches"] == search.printed_batches(out / part / "training.log") == 1
+    assert [Path(image["latents"]).is_file() for image in answer["images"]] == [True] * 4
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Trying the trainer out" not in done.stdout  # its latents and its answer are known
+    study = search.load_study(search.default_storage(out), "lora_v2.1")
+    assert study is not None
+    (trial,) = study.get_trials()
+    check_scored(out, trial, done.stdout)
+    best = out / "results" / "best_lora.safetensors"
+    check_best_lora(best, tmp_path / "sd15.safetensors")
+
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "Trial 1" not in again.stdout
-
     config = out / "results" / "best_config.toml"
     retrain = [PYTHON, "train_network.py", "--config_file", str(config)]
     subprocess.run(retrain, cwd=SD_SCRIPTS, check=True, env=search.ChildProcess.environment("cpu"))
     repeated = Path(toml.loads(config.read_text())["output_dir"]) / trial.user_attrs["checkpoint"]
-    assert weights_of(repeated) == weights_of(out / "results" / "best_lora.safetensors")  # bit for bit, without a pause
+    assert weights_of(repeated) == weights_of(best)  # bit for bit, without a pause
