@@ -185,7 +185,7 @@ def printable(text: object) -> str:
 
 
 class Screen:
-    """What the user sees: lines that stay and, in a terminal, a live region of four lines below them.
+    """What the user sees: lines that stay and, in a terminal, a live region below them: the study, and each device.
 
     No thread redraws the region, because this program forks. Code that waits calls refresh().
     """
