@@ -2098,7 +2098,8 @@ class TrainerFacts:
         if len(settings.devices) > 1 and self.device_name != "cpu" and DEVICE.fullmatch(settings.device):
             cards = self.answer["cards"]
             if unseen := [name for name in settings.devices if int(name.partition(":")[2]) >= cards]:
-                raise RefusedInput(f"--device: PyTorch sees {cards} cards, and not {', '.join(unseen)}; correct it")
+                said = f"the last card that PyTorch sees is cuda:{cards - 1}, so there is no {', '.join(unseen)}"
+                raise RefusedInput(f"--device: {said}; correct it")
 
 
 @dataclass(frozen=True)

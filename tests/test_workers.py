@@ -180,7 +180,7 @@ def test_devices_are_one_or_several_cards_or_the_cpu(device: str, says: str) -> 
 
 def test_cards_that_pytorch_does_not_see_are_refused(settings: search.Settings) -> None:
     answer = {"torch": "2.6.0", "cards": 1}
-    with pytest.raises(search.RefusedInput, match="sees 1 cards, and not cuda:1"):
+    with pytest.raises(search.RefusedInput, match="sees is cuda:0, so there is no cuda:1;"):
         search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", answer).check_card(settings)
     mistyped = dataclasses.replace(settings, device="cuda:0,cuda:x")  # of which another line tells
     search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", answer).check_card(mistyped)
