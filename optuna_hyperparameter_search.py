@@ -355,7 +355,8 @@ def only_warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say(f"warning: {what} ({type(error).__name__}: {one_line(error)})")
+        name = "" if isinstance(error, SearchError) else f"{type(error).__name__}: "
+        say(f"warning: {what} ({name}{one_line(error)})")
 
 
 def write_atomically(path: Path, data: str | bytes | Callable[[IO[bytes]], Any]) -> None:
@@ -635,7 +636,7 @@ def read_preset(given: Mapping[str, Any]) -> Params:
         if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?(e[-+]?\d\d?)?", value):
             options[key] = json.loads(value)
         elif isinstance(value, (str, int, float)):
-            options[key] = value
+            options[key] = int(value) if isinstance(value, float) and value.is_integer() else value
     if options.get("xformers") in ("xformers", "sdpa"):
         options[options.pop("xformers")] = True
     if (kind := options.pop("LoRA_type", "Standard")) != "Standard":
@@ -643,15 +644,16 @@ def read_preset(given: Mapping[str, Any]) -> Params:
     return {key: value for key, value in options.items() if value != 0}
 
 
-def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
-    """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser.
+def ignored_options(options: Params) -> set[str]:
+    """What a training config may hold, and the search sets itself or does without."""
+    is_of_optimizer = {"optimizer", "optimizer_type"} & options.keys()  # which is not taken from the file
+    return IGNORED_OPTIONS | GUI_OPTIONS | ({"optimizer_args"} if is_of_optimizer else set())
 
-    Ignored are options that the search sets, and those of a GUI's preset that sd-scripts does not have.
-    """
-    problems, is_preset, ignored = [], path.suffix.lower() == ".json", IGNORED_OPTIONS | GUI_OPTIONS
-    if {"optimizer", "optimizer_type"} & options.keys():  # which is not taken from the file, and they belong to it
-        ignored = ignored | {"optimizer_args"}
-    ignored = ignored | (options.keys() - known if is_preset and known else set())
+
+def check_training_options(options: Params, path: Path, known: Mapping[str, Mapping[str, Any]]) -> Params:
+    """The options of that file that count; RefusedInput lists faults. `known`: those of the trainer's parser."""
+    problems, is_preset = [], path.suffix.lower() == ".json"
+    ignored = ignored_options(options) | (options.keys() - known if is_preset and known else set())
     options = {key: _fit(value, known.get(key, {}), is_preset) for key, value in options.items() if key not in ignored}
     for key, value in options.items():
         if key in REFUSED_OPTIONS:
@@ -688,7 +690,7 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
                 return f"can't be scored with {name}; leave it out"
         if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
-        if option.get("choices") and text not in option["choices"]:
+        if option.get("choices") and text.partition(":")[0] not in option["choices"]:  # adafactor:1e-4
             return f"must be one of {', '.join(option['choices'])}"
         if Path(text).suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
             return "is a pickle; use a safetensors file"
@@ -947,7 +949,8 @@ class DataSetReader:
             left_out = [said.partition(" / ")[0] for _, said in answer.get("said", []) if said.startswith("ignore ")]
             self.problems += [f"{self.path}: kohya would {one_line(said)}; correct that" for said in left_out]
         if answer.get("stopped") and not self.problems:
-            self.problems.append(f"{self.path}: kohya stops before its first step: {why_stopped(answer)}; correct it")
+            stops = f"with {self.path} and the training config kohya stops before its first step"
+            self.problems.append(f"{stops}: {why_stopped(answer)}; correct them")
 
     @staticmethod
     def _pictures_in(folder: Path) -> list[Path]:
@@ -1208,7 +1211,7 @@ class SearchSpace:
         wrong = [name for name, value in switches.items() if type(value) is not bool]
         problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
         problems.lines += dict.fromkeys(space._wrong_kinds())
-        if switches["alpha_bands"] and not has_bands:
+        if switches["alpha_bands"] is True and not has_bands:
             problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
         problems.lines += [] if problems.lines else sorted(set(space._faults()))
         Problems(f"--search-space: {path}: {problem}" for problem in problems.lines).refuse()
@@ -3996,10 +3999,11 @@ class Study:
             self.study.enqueue_trial(params=fixed, user_attrs={"enqueued": frozen.user_attrs.get("enqueued")})
 
     def enqueue(self, tables: Sequence[Params]) -> None:
-        """Enqueue the user's own parameters; the same ones given again add nothing, unless their trial was closed."""
+        """Enqueue the user's own parameters; those that were tried add nothing, unless their trial was closed."""
         trials = self.study.get_trials(deepcopy=False)
         closed = (TrialState.FAIL, INTERRUPTED)
-        known = [fixed_params(t) for t in trials if (t.state, t.user_attrs.get("ended")) != closed]
+        counted = [t for t in trials if (t.state, t.user_attrs.get("ended")) != closed]
+        known = [params for trial in counted for params in (fixed_params(trial), trial.params)]
         for table in tables:
             if table not in known:
                 known.append(table)
@@ -4996,7 +5000,8 @@ def ask_trainer(
     settings: Settings, family: Family, options: Mapping[str, Any], config: Any, space: SearchSpace, afresh: bool
 ) -> TrainerFacts:
     """What sd-scripts answers about inputs of which some may be missing."""
-    fixed = {k: v for k, v in options.items() if k.isidentifier() and k not in REFUSED_OPTIONS} | space.trained_parts
+    left_out = REFUSED_OPTIONS.keys() | ignored_options(options)
+    fixed = {k: v for k, v in options.items() if k.isidentifier() and k not in left_out} | space.trained_parts
     optimizers = [] if space is V2_1 else space.optimizers()
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.devices[0] if DEVICE.fullmatch(settings.device) else "cpu"
@@ -5040,6 +5045,9 @@ def check_scoring_model(key: str, name: str, files: Sequence[str]) -> None:
     if os.path.isdir(name or "."):  # noqa: PTH112 - Path raises on too long a name
         if missing := [file for file in files if not (Path(name) / file).is_file()]:
             raise RefusedInput(f"{where} is a folder without {', '.join(missing)}; give the model's folder")
+        kind = str((read_json(Path(name) / "config.json") or {}).get("model_type", key))
+        if not kind.startswith(key):
+            raise RefusedInput(f"{where} holds a model of another kind, {kind}; give the folder of {key}")
         for file in Path(name).glob("*.safetensors"):
             try:
                 read_safetensors_header(file)
@@ -5116,9 +5124,11 @@ def best_of_earlier(folder: Path, can_train: Check, space: SearchSpace) -> tuple
     except (OSError, ValueError, KeyError, csv.Error) as error:
         why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
         raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
-    found, left_out = {}, {}
+    found, left_out, missing = {}, {}, []
     for number in sorted(scored, key=scored.__getitem__, reverse=True)[:20]:
-        given, values = read_json(trial_folder(folder, number) / "params.json") or {}, {}
+        file, values = trial_folder(folder, number) / "params.json", {}
+        given = read_json(file) or {}
+        missing += [] if given else [str(file)]
         for name in space.searched:
             value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
             if holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
@@ -5128,9 +5138,11 @@ def best_of_earlier(folder: Path, can_train: Check, space: SearchSpace) -> tuple
             left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
         if len(found) == 3:
             break
-    trials = ", ".join(map(str, found))
-    note = f"first from {folder.name}: trial {trials}" if found else f"no setting of {folder.name} may be trained here"
-    return list(found.values()), note + (f", without {', '.join(left_out)}" if left_out else "")
+    note = f"first from {folder.name}: trial {', '.join(map(str, found))}"
+    if not found:
+        note = f"no trial of {folder.name} " + ("may be trained here" if scored else "has a score")
+    note += f", without {', '.join(left_out)}" if left_out else ""
+    return list(found.values()), note + (f"; not whole: {', '.join(missing[:3])}" if missing else "")
 
 
 def why_rejected(table: Params, can_train: Check, space: SearchSpace) -> str:
@@ -5158,8 +5170,8 @@ def read_enqueue_file(path: Path, can_train: Check, space: SearchSpace) -> tuple
 def _wrong_parameters(table: Params, can_train: Check, space: SearchSpace) -> Iterator[str]:
     """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
     dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), space.searched.get("network_alpha_ratio"))
-    if "network_alpha_ratio" not in table and ratios and type(dim) is type(alpha) is int and dim > 0:
-        grid = (*RATIOS, round(alpha / dim, 10))
+    if ratios and type(dim) is type(alpha) is int and dim > 0:
+        grid = [table["network_alpha_ratio"]] if "network_alpha_ratio" in table else [*RATIOS, round(alpha / dim, 10)]
         for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
             del table["network_alpha"]
             table["network_alpha_ratio"] = ratio
@@ -5213,8 +5225,7 @@ class CheckReport:
         notes, tokens = [*self.inputs.data_set.notes, *self.inputs.notes], self.inputs.data_set.class_tokens
         file = self.settings.training_config
         if ignored := [key for key in read_training_options(file) if key not in self.inputs.options]:
-            more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
-            notes.append(f"the search does not take from {file.name}: {', '.join(ignored[:12])}{more}")
+            notes.append(f"the search does not take from {file.name}: {', '.join(ignored)}")
         if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
             notes.append(f"class_tokens {tokens!r} are trained nowhere: every picture has a caption without them")
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]

@@ -82,10 +82,18 @@ def listen_to_parser() -> None:
     def parse(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         options = [action for action in parser._actions if action.option_strings]
         found["options"] = {action.option_strings[-1].lstrip("-"): describe_option(action) for action in options}
+        found["options"].get("lr_scheduler", {})["choices"] = names_of_schedulers()
         kohya["args"] = parse_args(parser, *args, **kwargs)
         return kohya["args"]
 
     argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign, assignment]
+
+
+def names_of_schedulers() -> list[str]:
+    """What kohya makes a schedule of, by the lists that it has imported; its parser takes any text."""
+    modules = (sys.modules.get(name) for name in ("transformers.trainer_utils", "diffusers.optimization"))
+    names = [kind.value for module in modules for kind in getattr(module, "SchedulerType", ())]
+    return [*dict.fromkeys(names), "adafactor"] if names else []
 
 
 def describe_option(action: argparse.Action) -> dict[str, Any]:

@@ -459,6 +459,7 @@ SCORING = [
     bad("encoder a file", "dinov2 =", lambda d: d.scoring("encoders", dinov2=str(d.file("file")))),
     bad("encoder not on the hub", "dinov2 =", lambda d: d.scoring("encoders", dinov2="nobody/nothing")),
     bad("encoder without weights", "model.safetensors", lambda d: d.encoder(lambda f: delete(f, "*.safetensors"))),
+    bad("encoders swapped", "dinov2 =", lambda d: d.scoring("encoders", dinov2=d.good("scoring")["encoders"]["clip"])),
     bad("encoder with torn weights", "clip =", lambda d: d.encoder(lambda f: cut(f / "model.safetensors", 1000))),
     bad("encoder without processor", PROCESSOR, lambda d: d.encoder(lambda f: delete(f, PROCESSOR))),
 ]

@@ -184,20 +184,29 @@ def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> N
         "output_dir": "D:/out", "v2": False, "wandb_api_key": "", "save_every_n_epochs": 1, "output_name": "001",
         "optimizer_args": "decouple=True d_coef=2", "dynamo_backend": "no", "metadata_title": "1984", "odd": [[1, {}]],
         "multires_noise_iterations": 6.0, "network_args": "rank_dropout=0.1 module_dropout=0.2",
+        "bucket_reso_steps": 64.0,
     }  # fmt: skip
     path.write_text(json.dumps(preset), encoding="utf-8")
     options = read_training_options(path, known)
     assert options == {
         "network_module": "networks.lora", "save_model_as": "safetensors", "save_every_n_epochs": 1, "clip_skip": 2,
         "seed": 42, "sdpa": True, "min_snr_gamma": 5, "noise_offset": 0.05, "cache_latents": True,
-        "mixed_precision": "bf16", "metadata_title": "1984", "multires_noise_iterations": 6,
+        "mixed_precision": "bf16", "metadata_title": "1984", "multires_noise_iterations": 6, "bucket_reso_steps": 64,
         "network_args": ["rank_dropout=0.1", "module_dropout=0.2"],
     }  # fmt: skip
-    ignored = [key for key in search.read_training_options(path) if key not in options]
+    unchecked = search.read_training_options(path)  # the trainer is asked with these
+    assert type(unchecked["bucket_reso_steps"]) is int and "optimizer_args" in search.ignored_options(unchecked)
+    ignored = [key for key in unchecked if key not in options]
     names = "learning_rate network_dim epoch max_resolution optimizer lr_warmup output_dir output_name optimizer_args"
     assert ignored == names.split()
     path.write_text(json.dumps({**preset, "LoRA_type": "LyCORIS/LoHa"}), encoding="utf-8")
     assert "LyCORIS/LoHa" in the_refusal(read_training_options, path, known)
+
+
+@pytest.mark.parametrize(("value", "is_right"), [("cosine", True), ("adafactor:1e-3", True), ("cosin", False)])
+def test_a_choice_of_kohya_may_be_followed_by_its_own_value(value: str, is_right: bool) -> None:
+    said = search._wrong_option("lr_scheduler", value, {"kind": "str", "choices": ["cosine", "adafactor"]})
+    assert (said == "") == is_right
 
 
 def test_a_toml_that_kohyas_gui_saved_is_taken(training: Callable[[str], Path]) -> None:

@@ -61,6 +61,11 @@ def test_kohyas_own_alpha_is_taken_for_its_ratio(tmp_path: Path) -> None:
     ]
 
 
+def test_kohyas_own_alpha_beside_its_ratio_says_the_same(tmp_path: Path) -> None:
+    same = {"network_dim": 128, "network_alpha_ratio": 0.75}
+    assert read_enqueue(tmp_path, "network_dim = 128\nnetwork_alpha = 96\nnetwork_alpha_ratio = 0.75") == [same]
+
+
 def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:
     assert read_enqueue(tmp_path, "[trial]\nnetwork_dim = 64") == [{"network_dim": 64}]
 
@@ -79,4 +84,17 @@ def test_arguments_of_an_earlier_searchs_optimizer_are_those_of_the_space(tmp_pa
         tmp_path / "trial_0000" / "params.json", {"optimizer_type": "Prodigy", "optimizer_args": text.split()}
     )
     ((table,), (note,)) = search.read_enqueued([tmp_path], lambda _: True, space)
+    assert "not whole" not in note
     assert table["optimizer_args"] == text and "optimizer_args" not in note
+
+
+def test_what_is_missing_of_an_earlier_search_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n0,0.5,\n1,0.4,\n")
+    search.write_json(tmp_path / "trial_0001" / "params.json", {"network_dim": 64})
+    ((table,), (note,)) = search.read_enqueued([tmp_path], lambda _: True, search.V2_1)
+    assert table == {"network_dim": 64} and "trial 1" in note
+    assert note.endswith(f"; not whole: {tmp_path / 'trial_0000' / 'params.json'}")
+    (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n0,,\n")
+    found = search.read_enqueued([tmp_path], lambda _: True, search.V2_1)
+    assert found == ([], [f"no trial of {tmp_path.name} has a score"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import demo_world
@@ -243,3 +246,15 @@ def test_the_data_set_that_is_trained_is_the_one_that_was_asked_about(sd_scripts
     data["datasets"][0]["subsets"][0]["image_dir"] = str(folder)
     sd_scripts.data_set.write_text(toml.dumps(data))
     assert Path(sd_scripts.ask().answer["images"][0]["path"]).parent == folder
+
+
+def test_schedules_are_those_of_the_lists_that_kohya_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(search.PROBE.parent)
+    probe = importlib.import_module("kohya_probe")
+    for name, kinds in (("transformers.trainer_utils", "LINEAR COSINE"), ("diffusers.optimization", "COSINE STEPS")):
+        values = [(kind, kind.lower()) for kind in kinds.split()]
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(SchedulerType=Enum("SchedulerType", values)))
+    assert probe.names_of_schedulers() == ["linear", "cosine", "steps", "adafactor"]
+    for name in ("transformers.trainer_utils", "diffusers.optimization"):
+        monkeypatch.delitem(sys.modules, name)
+    assert probe.names_of_schedulers() == []  # any name

@@ -451,7 +451,7 @@ def test_files_on_another_host_are_named_until_they_are_brought(bring: Callable[
     there.rename(mounted)
     page = rewritten(here)
     place = f"Its files are on {socket.gethostname()} in {there}/trial_0000."
-    assert page.text.count(place) == 1 and f"Copy or link that folder into {here}," in page.text
+    assert page.text.count(place) == 2 and f"Copy or link that folder into {here}," in page.text
     assert any(label.startswith("trial 0:") for label in page.missing)
     bring(mounted / "trial_0000", here / "trial_0000")
     search.Results(study_in(here), here).write()

@@ -1493,3 +1493,5 @@ def test_enqueued_parameters_come_first_and_once(tmp_path: Path) -> None:
     ours.enqueue([dict(SAFE)])
     trials = ours.study.get_trials()
     assert len(trials) == 2 and suggested(trials[0]) == SAFE != suggested(trials[1])
+    ours.enqueue([dict(trials[1].params)])  # which the sampler has proposed
+    assert len(ours.study.get_trials()) == 2
