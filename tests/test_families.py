@@ -338,6 +338,22 @@ def test_captions_that_cached_text_would_lack_are_warned_of(
     assert ("ignores caption_prefix" in capsys.readouterr().out) == warned
 
 
+def test_arguments_of_an_optimizer_that_is_left_out_are_left_out_too(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = (world / "training.toml").read_text(encoding="utf-8")
+    (tmp_path / "training.toml").write_text(
+        training + 'optimizer_type = "Prodigy"\noptimizer_args = ["decouple=True"]\n'
+    )
+    command = ["--base-model", str(world / "base_model"), "--dataset-config", str(world / "dataset.toml"), "--check"]
+    command += ["--training-config", str(tmp_path / "training.toml"), "--scoring-config", str(world / "scoring.toml")]
+    command += ["--sd-scripts", str(search.HERE / "tests" / "small_trainer"), "--device", "cpu"]
+    status = search.main([*command, "--output-dir", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert "optimizer_type, optimizer_args" in said.out  # what the search does not take
+
+
 def test_a_folder_of_sdxl_is_not_trained_in_fp16_which_kohya_stops_at(world: Path) -> None:
     given = settings(training_config=Path("training.toml"), scoring_config=None)
     given = dataclasses.replace(given, base_model=world / "base_model", device="cuda")

@@ -348,7 +348,8 @@ def test_the_final_stage_puts_finalists_and_strengths_side_by_side(small: Path) 
         Path(image["src"]).parent.name for image in page.images if "/final/" in image["src"]
     }
     assert page.rows == [f"trial-{found['trial']}" for found in final["finalists"]]
-    assert f"Use it at strength {final['strength']}." in page.text
+    why = ": no other one is clearly better" if final["strength"] == 1 else ""
+    assert f"Use it at strength {final['strength']}{why}." in page.text
 
 
 @pytest.mark.parametrize("said", [True, False])
