@@ -547,7 +547,8 @@ class ScoringSettings:
         shipped, problems = {table: {**found, **of_family.get(table, {})} for table, found in shipped.items()}, []
         for table, found in given.items():
             if not isinstance(found, dict) or table not in shipped:
-                problems.append(f"[{table}] in {path} is no table of a scoring config{nearest(table, shipped)}")
+                remedy = "; write its keys below it" if table in shipped else nearest(table, shipped)
+                problems.append(f"[{table}] in {path} is no table of a scoring config{remedy}")
                 continue
             examples = shipped[table]
             for key, value in found.items():
@@ -1445,7 +1446,10 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
-    """Whether a setting may be trained, and if not, why. The safety constraints hold for what the space searches."""
+    """Whether a setting may be trained, and if not, why.
+
+    The safety constraints judge what the space searches, unless it switches them off.
+    """
     if missing := missing_params(params):
         return False, f"{space.name} gives no {', '.join(missing)} for it"
     if space.safety_constraints:
@@ -4976,13 +4980,13 @@ def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str
 
 def with_family_files(settings: Settings, family: Family) -> Settings:
     """The settings with the family's training config and search space where none is given."""
-    training, space = (file and HERE / "configs" / file for file in (family.training_config, family.search_space))
-    training, space = settings.training_config or training, settings.search_space or space or None
-    return replace(settings, training_config=training, search_space=space)
+    training = settings.training_config or HERE / "configs" / family.training_config
+    space = HERE / "configs" / family.search_space if family.search_space else None
+    return replace(settings, training_config=training, search_space=settings.search_space or space)
 
 
 def shipped_scoring_config(family: Family, data_set: DataSet | None) -> Path:
-    """The family's. Captions that are tags may have one of their own."""
+    """The family's scoring config. Captions that are tags may have one of their own."""
     texts = [text for image in data_set.subject_images for text in image.captions] if data_set else []
     return HERE / "configs" / (family.tags_scoring_config if Captions(texts).are_tags() else family.scoring_config)
 

@@ -405,7 +405,8 @@ def test_a_scoring_config_may_change_one_value(tmp_path: Path) -> None:
 
 
 def test_a_table_of_a_scoring_config_must_be_one(scoring: ScoringFile) -> None:
-    assert "[images]" in the_refusal(search.ScoringSettings.read, scoring(lambda content: content.update(images=3)))
+    problem = the_refusal(search.ScoringSettings.read, scoring(lambda content: content.update(images=3)))
+    assert problem.startswith("--scoring-config: [images] in ") and problem.endswith("; write its keys below it")
 
 
 @pytest.mark.parametrize(
