@@ -478,7 +478,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if kind == "JSON" else toml.loads(text)
         json.dumps(content, ensure_ascii=False, default=str).encode()  # ValueError for what is no Unicode
-        return {**content}  # TypeError where the JSON holds no object
+        if not isinstance(content, dict):
+            raise ValueError("it holds no { } of names and values")
+        return content
     except OSError as error:
         raise RefusedInput(f"{what}: can't read {path} ({error.strerror}); give a readable {kind} file") from error
     except UnicodeDecodeError as error:
@@ -640,8 +642,10 @@ def read_preset(given: Mapping[str, Any]) -> Params:
             options[key] = int(value) if isinstance(value, float) and value.is_integer() else value
     if options.get("xformers") in ("xformers", "sdpa"):
         options[options.pop("xformers")] = True
-    if (kind := options.pop("LoRA_type", "Standard")) != "Standard":
-        options["network_module"] = kind
+    kind = options.pop("LoRA_type", "Standard")
+    if kind != "Standard" and "network_module" not in options:
+        remedy = f'"network_module": "{LYCORIS}", "network_args": "algo=loha"'
+        raise RefusedInput(f"--training-config: 'LoRA_type': {kind!r} is a word of kohya's GUI; write such as {remedy}")
     return {key: value for key, value in options.items() if value != 0}
 
 
@@ -682,13 +686,11 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
     if value not in (scored := _SCORED.get(key, [value])):
         return f"must be {' or '.join(map(repr, scored))}, or it can't be scored"
     kind = "int" if key in _SMALLEST else option.get("kind", "").replace("Path", "str")
-    for item in value if isinstance(value, list) and option.get("is_list", True) else [value]:
+    items = value if isinstance(value, list) and option.get("is_list", True) else [value]
+    if key.endswith("_args") and isinstance(value, str):
+        items = value.split()
+    for item in items:
         text = str(item)
-        for name, _, said in (word.partition("=") for word in text.split() if key == "network_args"):
-            if name == "algo" and said.lower() not in ALGORITHMS:
-                return f"can't be scored; algo is one of {', '.join(ALGORITHMS)}"
-            if name in NOT_MERGED and said.lower() not in ("false", "0"):
-                return f"can't be scored with {name}; leave it out"
         if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
         if option.get("choices") and text.partition(":")[0] not in option["choices"]:  # adafactor:1e-4
@@ -697,7 +699,23 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
             return "is a pickle; use a safetensors file"
         if re.match(r"[A-Za-z]:[\\/]", text):
             return f"does not exist; {path_remedy(text)}"
+        if key.endswith("_args") and text.count("=") != 1:
+            return f"must hold texts such as 'name=value', and {text!r} is none; correct it"
+        if wrong := key == "network_args" and _unscored_network(*text.split("=")):
+            return wrong
     return ""
+
+
+def _unscored_network(name: str, said: Any) -> str:
+    """Why a network with an argument can't be scored, or ''. LyCORIS takes more of them from a preset's file."""
+    if name == "preset" and Path(said).suffix:
+        said = read_toml(Path(said), "--training-config")
+    if isinstance(said, dict):
+        return next(filter(None, itertools.starmap(_unscored_network, said.items())), "")
+    if name == "algo" and str(said).lower() not in ALGORITHMS:
+        return f"can't be scored; algo is one of {', '.join(ALGORITHMS)}"
+    is_off = str(said).lower() in ("false", "0")
+    return f"can't be scored with {name}; leave it out" if name in NOT_MERGED and not is_off else ""
 
 
 # Suffixes of pictures. sd-scripts always trains the first group; the rest depends on the plug-ins of its Python.
@@ -1143,11 +1161,16 @@ def missing_params(params: Mapping[str, Any]) -> list[str]:
     return sorted(SEARCH_SPACE.keys() - params.keys() - needless)
 
 
+def as_drawn(value: Any) -> Any:
+    """A value as distributions have it: several arguments are one text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
 def meets(params: Mapping[str, Any], condition: Condition) -> bool:
     """Whether each parameter that the condition names has the value that it wants."""
 
     def meets_one(value: Any, wanted: Any) -> bool:
-        value = " ".join(value) if isinstance(value, list) else value  # several arguments, as they were drawn
+        value = as_drawn(value)
         if found := isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
             return _COMPARE[found[1]](value, float(found[2]))
         return value in (wanted if isinstance(wanted, list) else [wanted])
@@ -1227,8 +1250,8 @@ class SearchSpace:
             _draw(distribution, np.random.default_rng(0))  # OverflowError for a range without end
             self.searched[name] = distribution
         except (ValueError, ArithmeticError, UserWarning) as error:
-            is_odd_step = isinstance(error, UserWarning)
-            said = "high is not low and some steps more" if is_odd_step else one_line(error).replace("`", "")
+            said = one_line(error).replace("`", "").rstrip(".")
+            said = "high is not low and some steps more" if isinstance(error, UserWarning) else said
             raise RefusedInput(f"[{name}]: {said}; give low and high (and step or log), or choices") from error
         self.when.update({name: condition} if condition else {})
 
@@ -1307,9 +1330,12 @@ class SearchSpace:
                 yield "text_encoder_lr has no effect with network_train_unet_only; delete one of them"
             for name in missing_params(params):
                 yield f"no {name} in some trials; search it, or fix it: {name} = ... above the first table"
-            for fixed in [fixed for condition, fixed in self.fixed if meets(values, condition)]:
-                for name in fixed.keys() & values.keys():
-                    yield f"{name} is both searched and fixed in some trials; give one of them another `when`"
+            found = [fixed for condition, fixed in self.fixed if meets(values, condition)]
+            for name in {name for fixed in found for name in fixed} & values.keys():
+                yield f"{name} is both searched and fixed in some trials; give one of them another `when`"
+            for one, two in itertools.combinations(found[1:], 2):
+                for name in [name for name in one.keys() & two.keys() if one[name] != two[name]]:
+                    yield f"two [[set]] give {name} two values in some trials; give one of them another `when`"
 
     def values(self, name: str) -> list[Any]:
         """What a parameter may be: all choices, or the lowest and the highest value; fixed values, too."""
@@ -2137,7 +2163,8 @@ class Probe:
             answer = {**self._run(), "key": key}
         if missing := ", ".join(answer["missing"]):
             why = f"{self.python} has no {missing}"
-            raise RefusedInput(f"--trainer-python: {why}; install it there, or give the Python of kohya")
+            remedy = "install it there, or give the Python of kohya, or leave out the option that needs it"
+            raise RefusedInput(f"--trainer-python: {why}; {remedy}")
         if "dataset_config" not in answer.get("options", {}):
             why = f"{self.script} does not answer as kohya's trainer does ({why_stopped(answer)})"
             raise RefusedInput(f"--sd-scripts: {why}; check --sd-scripts and --trainer-python")
@@ -2956,7 +2983,10 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
         if not by_search:  # all is made anew
             (folder / "scores" / SCREENED).unlink(missing_ok=True)
             for checkpoint in checkpoints:
-                check_lora(checkpoint.path)
+                try:
+                    check_lora(checkpoint.path)
+                except TrialFailed as error:
+                    raise ScoringFailed(f"{error}; restore it, or train {folder / 'config.toml'} again") from error
         needed = 1e9 * family_of(plan).screening_gb if is_paused else 0.0
         scorer = FolderScorer(ImageScorer(plan, device, needed), reference)
         if is_paused:
@@ -3883,7 +3913,8 @@ def choose_finalists(study: optuna.Study, output_dir: Path) -> dict[str, str]:
 def find_trial_folder(trial: FrozenTrial, output_dir: Path) -> Path:
     """Where a trial's files are: below output_dir, to which a study may have been moved, else where it was made."""
     here, there = (folder / trial.user_attrs["folder"] for folder in (output_dir, Path(trial.user_attrs["output_dir"])))
-    return there if there.is_dir() and not here.is_dir() else here
+    is_anothers = read_json(here / "params.json") not in (None, params_of(trial))  # copied under a wrong number
+    return there if is_anothers or (there.is_dir() and not here.is_dir()) else here
 
 
 @dataclass
@@ -4142,7 +4173,7 @@ class Study:
         alike = {re.sub(r"\d+", "#", reason) for reason, _ in self.failures}
         have_differed = any(params != self.failures[0][1] for _, params in self.failures)
         if len(self.failures) == EQUAL_FAILURES and len(alike) == 1 and have_differed:
-            said = "three trials in a row ended alike, so it is the set-up and not the parameters"
+            said = "the last three attempts ended alike, so it is the set-up and not the parameters"
             raise SearchStopped(f"{said}: {self.failures[-1][0]}; mend that and give the same command again")
 
     def decide(self, scorer: Callable[[Path], None]) -> None:
@@ -4157,10 +4188,12 @@ class Study:
             say(f"The final stage: trials {', '.join(finalists)} once more, on fresh prompts and seeds ...")
             (folder / "result.json").unlink(missing_ok=True)
             write_json(folder / FINALISTS, finalists)
+            started = time.monotonic()
             try:
                 scorer(folder)
             except ScoringFailed as error:
                 raise SearchStopped(f"the final stage failed: {error}; the same command tries it again") from error
+            self.study.set_user_attr("final_seconds", round(time.monotonic() - started, 1))
         self.study.set_user_attr("final", {**about, **read_json(folder / "result.json")})
 
     # --- what is shown, and what is kept ---
@@ -4340,7 +4373,9 @@ def measure_improvements(study: optuna.Study) -> list[tuple[str, int, int, str]]
     scored = [facts_of(t) for t in scored_trials(study)]
     failures = sum(facts["usable"] < QUALITY_FAILURE_BELOW for facts in scored)
     optimal = sum(facts["score"] >= OPTIMAL_SHARE_OF_BEST * scored[0]["score"] for facts in scored)
-    bands = ((name, sum(low < ratio <= high for ratio in ratios), of) for name, (low, high, of) in ALPHA_BANDS.items())
+    space = study.user_attrs.get("fingerprint", {}).get("search space")
+    dealt = ALPHA_BANDS if not isinstance(space, dict) or space["alpha_bands"] else {}
+    bands = ((name, sum(low < ratio <= high for ratio in ratios), of) for name, (low, high, of) in dealt.items())
     return [
         ("rejected proposals", proposals.count("rejected"), len(proposals), "< 10%"),
         ("stable trainings", stable, len(trained), "80-90%"),
@@ -5134,7 +5169,7 @@ def best_of_earlier(folder: Path, can_train: Check, space: SearchSpace) -> tuple
         given = read_json(file) or {}
         missing += [] if given else [str(file)]
         for name in space.searched:
-            value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
+            value = as_drawn(given.get(name))
             if holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
                 values[name] = value
         if values and values not in found.values() and not why_rejected(values, can_train, space):
@@ -5172,10 +5207,17 @@ def read_enqueue_file(path: Path, can_train: Check, space: SearchSpace) -> tuple
 
 
 def _wrong_parameters(table: Params, can_train: Check, space: SearchSpace) -> Iterator[str]:
-    """What is wrong with enqueued parameters. Replaces network_alpha, kohya's own key, by the ratio that gives it."""
+    """What is wrong with enqueued parameters. Takes out what the space sets, as a trial's params.json has it, too."""
+    table |= {name: as_drawn(value) for name, value in table.items() if name in space.searched}
+    right = {name: one for name, one in table.items() if name in space.searched and holds(space.searched[name], one)}
+    for name, value in space.complete(right).items():
+        if name not in right and table.get(name) == value:
+            del table[name]
+    if not table:
+        yield "has no parameter that is searched; add one"
     dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), space.searched.get("network_alpha_ratio"))
-    if ratios and type(dim) is type(alpha) is int and dim > 0:
-        grid = [table["network_alpha_ratio"]] if "network_alpha_ratio" in table else [*RATIOS, round(alpha / dim, 10)]
+    if ratios and "network_alpha_ratio" not in table and type(dim) is type(alpha) is int and dim > 0:
+        grid = [*RATIOS, round(alpha / dim, 10)]  # network_alpha is kohya's own key
         for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
             del table["network_alpha"]
             table["network_alpha_ratio"] = ratio
@@ -5238,7 +5280,7 @@ class CheckReport:
 
     def _rows(self) -> dict[str, str]:
         inputs, settings = self.inputs, self.settings
-        data, trainer, plan = inputs.data_set, inputs.trainer, inputs.plan
+        data, trainer, plan, every = inputs.data_set, inputs.trainer, inputs.plan, inputs.options["save_every_n_epochs"]
         captions = sum(image.has_caption for image in data.subject_images)
         others = len(data.images) - len(data.subject_images)
         optimizers = list(dict.fromkeys(map(str, inputs.space.values("optimizer_type"))))
@@ -5252,7 +5294,7 @@ class CheckReport:
             "base model": f"{settings.base_model.name} ({', '.join(kinds)})",
             "data set": f"{len(data.subject_images)} images, {captions} captions, {others} for regularisation",
             "subject": self._subject(),
-            "steps": f"{self._steps()}, a checkpoint every {inputs.options['save_every_n_epochs']} epochs",
+            "steps": f"{self._steps()}, a checkpoint every {'epoch' if every == 1 else f'{every} epochs'}",
             "sd-scripts": f"{trainer.version} in {settings.sd_scripts}, with PyTorch {trainer.answer['torch']} "
             f"(this search was tried with {TRIED_VERSIONS})",
             "device": trainer.device_name + (f" ({settings.device})" if len(settings.devices) > 1 else ""),

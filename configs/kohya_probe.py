@@ -236,8 +236,13 @@ def try_optimizers(tables: list[dict[str, Any]]) -> None:
             found["optimizers"].append([options["optimizer_type"], f"{type(error).__name__}: {error}"])
 
 
-def uses_lycoris() -> bool:
-    return str(getattr(kohya.get("args"), "network_module", None)).startswith("lycoris.")
+def missing_for_options() -> list[str]:
+    """Packages that kohya imports only when it trains with these options."""
+    args = kohya.get("args")
+    module = str(getattr(args, "network_module", None))
+    needed = {"lycoris": module.startswith("lycoris."), "xformers": getattr(args, "xformers", False)}
+    missing = [name for name, is_needed in needed.items() if is_needed and importlib.util.find_spec(name) is None]
+    return ["lycoris-lora" if name == "lycoris" else name for name in missing]
 
 
 def describe_error(error: BaseException) -> list[Any]:
@@ -270,8 +275,7 @@ def run(script: str, config: str, optimizers: list[dict[str, Any]]) -> None:
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
             found["stopped"] = describe_error(error)
-    if uses_lycoris() and importlib.util.find_spec("lycoris") is None:
-        found["missing"].append("lycoris-lora")
+    found["missing"] += missing_for_options()
     try_optimizers(optimizers)
 
 

@@ -228,7 +228,7 @@ def test_what_always_happens_stops_the_search(night: Night) -> None:
     assert night.endings() == [SCORED, (TrialState.FAIL, "crashed"), LEFT]
     assert night.failures(1) == ["crashed"] * 2 and night.failures(2) == ["crashed"]
     said = done.stderr.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("stopped: three trials in a row ended alike")
+    assert len(said) == 1 and said[0].startswith("stopped: the last three attempts ended alike")
     assert night.run(2).returncode == 0
 
 

@@ -201,6 +201,11 @@ def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> N
     assert ignored == names.split()
     path.write_text(json.dumps({**preset, "LoRA_type": "LyCORIS/LoHa"}), encoding="utf-8")
     assert "LyCORIS/LoHa" in the_refusal(read_training_options, path, known)
+    instead = {"LoRA_type": "LyCORIS/LoHa", "network_module": search.LYCORIS, "network_args": "algo=loha"}
+    path.write_text(json.dumps({**preset, **instead}), encoding="utf-8")  # as that error says
+    assert read_training_options(path, known)["network_args"] == ["algo=loha"]
+    path.write_text("[1, 2]", encoding="utf-8")
+    assert "(it holds no { } of names and values)" in the_refusal(search.read_training_options, path)
 
 
 @pytest.mark.parametrize(("value", "is_right"), [("cosine", True), ("adafactor:1e-3", True), ("cosin", False)])
@@ -260,8 +265,30 @@ def test_trains_what_can_be_scored_and_nothing_else(training: Callable[[str], Pa
     assert "networks.oft" in the_refusal(read_training_options, training('network_module = "networks.oft"'))
     lycoris = 'network_module = "lycoris.kohya"\nnetwork_args = ["conv_dim=4", '
     assert read_training_options(training(f'{lycoris}"algo=LoKr", "dora_wd=False"]'))["network_args"][1] == "algo=LoKr"
-    for unscored in ("algo=oft", "dora_wd=True", "algo=lokr use_tucker=1"):
+    for unscored in ("algo=oft", "dora_wd=True", 'algo=lokr", "use_tucker=1'):
         assert "can't be scored" in the_refusal(read_training_options, training(f'{lycoris}"{unscored}"]'))
+
+
+def test_a_preset_of_lycoris_is_read_for_what_cant_be_scored(training: Callable[[str], Path], tmp_path: Path) -> None:
+    preset = tmp_path / "preset.toml"
+    config = training(f'network_module = "lycoris.kohya"\nnetwork_args = ["algo=lokr", "preset={preset}"]')
+    assert "can't read" in the_refusal(read_training_options, config)
+    preset.write_text('enable_conv = true\n[module_algo_map.Attention]\nalgo = "loha"\ntrain_norm = false\n')
+    assert read_training_options(config)["network_args"] == ["algo=lokr", f"preset={preset}"]
+    for unscored in ('algo = "oft"', "algo = 3", "train_norm = true", "dora_wd = true"):
+        preset.write_text(f"[name_algo_map.mid_block]\n{unscored}\n")
+        assert "can't be scored" in the_refusal(read_training_options, config)
+    assert read_training_options(training('network_args = ["preset=full"]'))["network_args"] == ["preset=full"]
+
+
+@pytest.mark.parametrize("key", ["network_args", "optimizer_args", "lr_scheduler_args"])
+@pytest.mark.parametrize("argument", ["conv_dim", "a=1=2", "a=1 b=2", ""])
+def test_an_argument_is_a_name_and_a_value(training: Callable[[str], Path], key: str, argument: str) -> None:
+    if key == "lr_scheduler_args":
+        assert f"{argument!r} is none" in search._wrong_option(key, ["a=1", argument], {"kind": "str", "is_list": True})
+        return
+    said = the_refusal(read_training_options, training(f'{key} = ["a=1", "{argument}"]'))
+    assert said.endswith(f"must hold texts such as 'name=value', and {argument!r} is none; correct it")
 
 
 def test_paths_become_absolute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import optuna_hyperparameter_search as search
@@ -64,6 +65,26 @@ def test_kohyas_own_alpha_is_taken_for_its_ratio(tmp_path: Path) -> None:
 def test_kohyas_own_alpha_beside_its_ratio_says_the_same(tmp_path: Path) -> None:
     same = {"network_dim": 128, "network_alpha_ratio": 0.75}
     assert read_enqueue(tmp_path, "network_dim = 128\nnetwork_alpha = 96\nnetwork_alpha_ratio = 0.75") == [same]
+
+
+@pytest.mark.parametrize("name", ["search_space_prodigy.toml", "search_space_sdxl.toml"])
+def test_a_trials_params_can_be_enqueued_with_what_the_space_sets(tmp_path: Path, name: str) -> None:
+    space = search.SearchSpace.read(search.HERE / "configs" / name)
+    drawn = space.draw(np.random.default_rng(0))
+    search.write_json(tmp_path / "params.json", space.complete(drawn))
+    ((table,), _) = search.read_enqueued([tmp_path / "params.json"], lambda _: True, space)
+    assert table == {**drawn, "network_alpha_ratio": round(drawn["network_alpha_ratio"], 10)}
+
+
+def test_what_the_space_sets_otherwise_is_no_parameter(tmp_path: Path) -> None:
+    space = search.SearchSpace.read(search.HERE / "configs" / "search_space_sdxl.toml")
+    for line, said in (
+        ("network_train_unet_only = true", "no parameter that is searched"),
+        ("network_train_unet_only = false", "unknown parameter 'network_train_unet_only'"),
+    ):
+        (tmp_path / "first.toml").write_text(line)
+        with pytest.raises(search.RefusedInput, match=said):
+            search.read_enqueued([tmp_path / "first.toml"], lambda _: True, space)
 
 
 def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:

@@ -218,6 +218,8 @@ def test_lycoris_is_needed_where_it_is_trained(
     options = {**OPTIONS, "network_module": search.LYCORIS}
     with pytest.raises(search.RefusedInput, match="has no lycoris-lora; install it there"):
         search.Probe(*about, options, Path("/no/model"), config).ask()
+    with pytest.raises(search.RefusedInput, match="has no xformers; install it there, or give"):
+        search.Probe(*about, {**OPTIONS, "xformers": True}, Path("/no/model"), config).ask()
     search.Probe(*about, OPTIONS, Path("/no/model"), config).ask()
 
 

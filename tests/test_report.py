@@ -462,6 +462,29 @@ def test_files_on_another_host_are_named_until_they_are_brought(bring: Callable[
     assert lora == str(here / "trial_0000" / Path(lora).name)
 
 
+def test_another_trials_folder_under_its_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    made_study.make_study(there, trials=2, picture_size=32, **FEW)
+    shutil.copytree(there, here, ignore=shutil.ignore_patterns("trial_*"))
+    best = search.ranked_trials(study_in(here))[0].number
+    shutil.copytree(there / f"trial_{1 - best:04d}", here / f"trial_{best:04d}")
+    there.rename(tmp_path / "mounted")
+    assert f"Its files are on {socket.gethostname()} in {there}/trial_{best:04d}." in rewritten(here).text
+    with pytest.raises(search.SearchStopped, match="files are not whole"):
+        search.Results(study_in(here), here).write()
+
+
+def test_a_space_without_alpha_bands_has_no_shares_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study = made_study.make_study(out, trials=2, picture_size=32, **FEW)
+    assert "low alpha (0.25-0.40)" in rewritten(out).text
+    searched = {"network_dim": {"choices": [8, 16]}, "fixed": [[{}, {"learning_rate": 1.0}]], "alpha_bands": False}
+    study.set_user_attr("fingerprint", {**study.user_attrs["fingerprint"], "search space": searched})
+    page = rewritten(out).text
+    assert "stable trainings" in page and "low alpha (0.25-0.40)" not in page.partition("Where the time went")[0]
+    assert '"learning_rate": 1.0' in page and "fixed =" not in page
+
+
 def test_the_command_that_trains_again_names_the_familys_script(tmp_path: Path) -> None:
     out = tmp_path / "out"
     made_study.make_study(out, trials=1, picture_size=32, **FEW)
@@ -985,3 +1008,6 @@ def test_the_time_is_shared_out_to_what_it_went_into(tmp_path: Path) -> None:
     total = sum(spent.values())
     assert shown == [(name, f"{value / 60:.1f}", f"{100 * value / total:.0f}") for name, value in spent.items()]
     assert spent["wasted"] >= 240
+    study.set_user_attr("final_seconds", 120.0)
+    said = f"final stage2.0 min ({12000 / (total + 120):.0f}%)"
+    assert said in rewritten(tmp_path / "out").text

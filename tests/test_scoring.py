@@ -1138,6 +1138,7 @@ def test_a_torn_checkpoint_is_one_line_and_status_1(output_dir: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     status, said = run_score(folder)
     assert status == 1 and said.count("\n") == 1 and "lora.safetensors can't be read" in said
+    assert said.endswith(f"; restore it, or train {folder / 'config.toml'} again\n")
 
 
 def test_what_nobody_thought_of_is_a_scoring_that_failed(output_dir: Path, tmp_path: Path) -> None:

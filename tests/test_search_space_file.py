@@ -284,7 +284,7 @@ REFUSED = [
     (f"{LR}high = 1e-4\nlog = 'yes'\n", "[learning_rate]: log must be true or false"),
     (f"{LR}high = 1e-4\nhihg = 1\n", "[learning_rate]: unknown key 'hihg'; did you mean 'high'?"),
     ("[lr_warmup_steps]\nlow = 0\nhigh = 100\nstep = 30\n", "[lr_warmup_steps]: high is not low and some steps more"),
-    ("[network_dim]\nchoices = []\n", "[network_dim]: The choices must contain one or more elements"),
+    ("[network_dim]\nchoices = []\n", "[network_dim]: The choices must contain one or more elements; give low"),
     ("[network_dim]\nchoices = 64\n", "[network_dim]: choices must be a list"),
     ("[network_dim]\nchoices = [64]\nlow = 1\n", "[network_dim]: choices must be a list"),
     (f"{LR}high = 1e-4\nwhen = {{ lr_schedulr = 'cosine' }}\n",
@@ -332,6 +332,13 @@ def test_what_v2_1_has_must_be_given(read: Any) -> None:
 def test_a_value_is_not_searched_and_fixed(read: Any) -> None:
     with pytest.raises(search.RefusedInput, match="learning_rate is both searched and fixed"):
         read(SMALL.replace('{ optimizer_type = "Prodigy" }', '{ optimizer_type = ["AdamW", "Prodigy"] }'))
+
+
+def test_two_tables_do_not_set_one_value(read: Any) -> None:
+    tables = "[[set]]\nwhen = { optimizer_type = 'Prodigy' }\nmax_grad_norm = 0.0\n"
+    read(SMALL + tables + tables)
+    with pytest.raises(search.RefusedInput, match=r"two \[\[set\]\] give max_grad_norm two values in some trials"):
+        read(SMALL + tables + tables.replace("0.0", "1.0"))
 
 
 KNOWN = {

@@ -901,7 +901,7 @@ def test_a_training_that_failed_is_not_taken_for_one_whose_end_nobody_saw(
 
 def test_three_equal_failures_of_different_parameters_stop_the_study(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 5)
-    with pytest.raises(search.SearchStopped, match=r"three trials in a row ended alike.*no bitsandbytes"):
+    with pytest.raises(search.SearchStopped, match=r"the last three attempts ended alike.*no bitsandbytes"):
         run(settings, [failing(search.TrialFailed("no bitsandbytes"))] * 3)
     assert endings(open_study(settings)) == [(FAIL, "crashed"), LEFT]
 

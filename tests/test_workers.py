@@ -70,7 +70,7 @@ def test_a_device_that_fails_is_left_out_with_the_reason(
 
     study = run(settings, train).study
     assert sum(map(search.is_trained, study.get_trials())) == 6
-    assert "cuda:1 has stopped: three trials in a row ended alike" in capsys.readouterr().out
+    assert "cuda:1 has stopped: the last three attempts ended alike" in capsys.readouterr().out
     assert not [trial for trial in study.get_trials() if trial.state.name == "RUNNING"]
 
 
@@ -78,7 +78,7 @@ def test_the_search_stops_where_no_device_can_go_on(settings: search.Settings) -
     def train(_device: str, _folder: Path) -> None:
         raise search.TrialFailed("the card is gone")
 
-    with pytest.raises(search.SearchStopped, match=r"three trials in a row ended alike.*the card is gone"):
+    with pytest.raises(search.SearchStopped, match=r"the last three attempts ended alike.*the card is gone"):
         run(settings, train)
 
 
