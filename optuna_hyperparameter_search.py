@@ -969,7 +969,12 @@ class DataSetReader:
             self.problems += [f"{self.path}: kohya would {one_line(said)}; correct that" for said in left_out]
         if answer.get("stopped") and not self.problems:
             stops = f"with {self.path} and the training config kohya stops before its first step"
-            self.problems.append(f"{stops}: {why_stopped(answer)}; correct them")
+            said, remedy = why_stopped(answer), "correct them"
+            if re.search("openai/clip|laion/CLIP|vocab_file", said):
+                said = "it can't get its tokenizers"
+                remedy = "`hf download openai/clip-vit-large-patch14` (for SDXL also "
+                remedy += "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k), or set tokenizer_cache_dir"
+            self.problems.append(f"{stops}: {said}; {remedy}")
 
     @staticmethod
     def _pictures_in(folder: Path) -> list[Path]:
@@ -4969,7 +4974,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     problems.of(check_scoring_models, scoring, family, settings.base_model)
     if space is not V2_1:
         problems.of(check_space_options, space, raw or {}, answer, can_train)
-    enqueued, notes = problems.of(read_enqueued, settings.enqueue if read else (), can_train, space) or ([], [])
+    enqueued, notes = problems.of(EnqueueReader(can_train, space).read, settings.enqueue if read else ()) or ([], [])
     study = problems.of(find_study, settings) if settings.output_dir else None
     problems.of(check_output_dir, settings.output_dir, data_set)
     inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space, notes)
@@ -5145,97 +5150,108 @@ def make_plan(
     return PromptChooser(subject, images, scoring).plan(*about)
 
 
-def read_enqueued(paths: Iterable[Path], can_train: Check, space: SearchSpace) -> tuple[list[Params], list[str]]:
-    """Parameters to try first, of files and of earlier searches' folders, and what is to be said of the folders."""
-    problems = Problems()
-    readers = [(best_of_earlier if path.is_dir() else read_enqueue_file, path) for path in paths]
-    read = [problems.of(reader, path, can_train, space) for reader, path in readers]
-    problems.refuse()
-    return [table for tables, _ in read for table in tables], [note for _, note in read if note]
+@dataclass(frozen=True)
+class EnqueueReader:
+    """Reads the parameters to try first: those of files, and the best ones of earlier searches' output folders."""
 
+    can_train: Check
+    space: SearchSpace
 
-def best_of_earlier(folder: Path, can_train: Check, space: SearchSpace) -> tuple[list[Params], str]:
-    """The three best settings of an earlier search that may be trained here, as far as this space has their values."""
-    try:
-        table = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
-        rows = [row for row in table if row["score"]]
-        scored = {int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows}
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
-        raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
-    found, left_out, missing = {}, {}, []
-    for number in sorted(scored, key=scored.__getitem__, reverse=True)[:20]:
-        file, values = trial_folder(folder, number) / "params.json", {}
-        given = read_json(file) or {}
-        missing += [] if given else [str(file)]
-        for name in space.searched:
-            value = as_drawn(given.get(name))
-            if holds(space.searched[name], value) and meets(values, space.when.get(name, {})):
-                values[name] = value
-        if values and values not in found.values() and not why_rejected(values, can_train, space):
-            found[number], kept = values, space.complete(values)
-            left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
-        if len(found) == 3:
-            break
-    note = f"first from {folder.name}: trial {', '.join(map(str, found))}"
-    if not found:
-        note = f"no trial of {folder.name} " + ("may be trained here" if scored else "has a score")
-    note += f", without {', '.join(left_out)}" if left_out else ""
-    return list(found.values()), note + (f"; not whole: {', '.join(missing[:3])}" if missing else "")
+    def read(self, paths: Iterable[Path]) -> tuple[list[Params], list[str]]:
+        """All parameters, and what is to be said of the folders."""
+        problems = Problems()
+        read = [problems.of(self.best_of_earlier if path.is_dir() else self.read_file, path) for path in paths]
+        problems.refuse()
+        return [table for tables, _ in read for table in tables], [note for _, note in read if note]
 
+    def best_of_earlier(self, folder: Path) -> tuple[list[Params], str]:
+        """An earlier search's three best settings that may be trained here, as far as this space has their values."""
+        try:
+            table = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
+            rows = [row for row in table if row["score"]]
+            scored = {int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows}
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
+            raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
+        found, left_out, missing = {}, {}, []
+        for number in sorted(scored, key=scored.__getitem__, reverse=True)[:20]:
+            file, values = trial_folder(folder, number) / "params.json", {}
+            given = read_json(file) or {}
+            missing += [] if given else [str(file)]
+            for name in self.space.searched:
+                value = as_drawn(given.get(name))
+                if holds(self.space.searched[name], value) and meets(values, self.space.when.get(name, {})):
+                    values[name] = value
+            if values and values not in found.values() and not self.why_rejected(values):
+                found[number], kept = values, self.space.complete(values)
+                left_out |= {name: value for name, value in given.items() if kept.get(name) != value}
+            if len(found) == 3:
+                break
+        note = f"first from {folder.name}: trial {', '.join(map(str, found))}"
+        if not found:
+            note = f"no trial of {folder.name} " + ("may be trained here" if scored else "has a score")
+        note += f", without {', '.join(left_out)}" if left_out else ""
+        return list(found.values()), note + (f"; not whole: {', '.join(missing[:3])}" if missing else "")
 
-def why_rejected(table: Params, can_train: Check, space: SearchSpace) -> str:
-    """Why enqueued parameters are rejected, whatever completes them; "" if they may be trained."""
-    study = optuna.create_study(sampler=FeasibleTPESampler(0, space, can_train=can_train))
-    study.enqueue_trial(table)
-    params = suggest_hyperparameters(study.ask(), space)
-    return may_train(params, space)[1] or ("" if can_train(params) else "AdamW8bit needs bitsandbytes and a CUDA card")
+    def why_rejected(self, table: Params) -> str:
+        """Why enqueued parameters are rejected, whatever completes them; "" if they may be trained."""
+        study = optuna.create_study(sampler=FeasibleTPESampler(0, self.space, can_train=self.can_train))
+        study.enqueue_trial(table)
+        params = suggest_hyperparameters(study.ask(), self.space)
+        reason = may_train(params, self.space)[1]
+        return reason or ("" if self.can_train(params) else "AdamW8bit needs bitsandbytes and a CUDA card")
 
+    def read_file(self, path: Path) -> tuple[list[Params], str]:
+        """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
+        content = read_toml(path, "--enqueue")
+        given = content.pop("trial", [])
+        tables = [given] if isinstance(given, dict) else given or [content]
+        if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
+            remedy = "write e.g. learning_rate = 1e-4, or [[trial]] tables"
+            raise RefusedInput(f"--enqueue: {path} has no parameters; {remedy}")
+        tables = list(map(self._searched_in, tables))
+        problems = [problem for table in tables for problem in self._wrong_parameters(table)]
+        if content and given:
+            problems.append("has parameters outside of its [[trial]] tables; put all into tables")
+        Problems(f"--enqueue: {path}: {problem}" for problem in problems).refuse()
+        return tables, ""
 
-def read_enqueue_file(path: Path, can_train: Check, space: SearchSpace) -> tuple[list[Params], str]:
-    """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
-    content = read_toml(path, "--enqueue")
-    given = content.pop("trial", [])
-    tables = [given] if isinstance(given, dict) else given or [content]
-    if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
-        raise RefusedInput(f"--enqueue: {path} has no parameters; write e.g. learning_rate = 1e-4, or [[trial]] tables")
-    problems = [problem for table in tables for problem in _wrong_parameters(table, can_train, space)]
-    if content and given:
-        problems.append("has parameters outside of its [[trial]] tables; put all into tables")
-    Problems(f"--enqueue: {path}: {problem}" for problem in problems).refuse()
-    return tables, ""
+    def _searched_in(self, given: Params) -> Params:
+        """Parameters without what the space sets itself, as params.json has it; the ratio in place of network_alpha."""
+        searched = self.space.searched
+        texts = {name: as_drawn(given[name]) for name in given.keys() & searched.keys() if name.endswith("_args")}
+        table = {**given, **texts}
+        right = {name: table[name] for name in searched if name in table and holds(searched[name], table[name])}
+        own = {name: value for name, value in self.space.complete(right).items() if name not in searched}
+        table = {name: value for name, value in table.items() if name not in own or own[name] != value}
+        dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), searched.get("network_alpha_ratio"))
+        if ratios and "network_alpha_ratio" not in table and type(dim) is type(alpha) is int and dim > 0:
+            grid = [*RATIOS, round(alpha / dim, 10)]
+            for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
+                del table["network_alpha"]
+                table["network_alpha_ratio"] = ratio
+        return table
 
-
-def _wrong_parameters(table: Params, can_train: Check, space: SearchSpace) -> Iterator[str]:
-    """What is wrong with enqueued parameters. Takes out what the space sets, as a trial's params.json has it, too."""
-    table |= {name: as_drawn(value) for name, value in table.items() if name in space.searched}
-    right = {name: one for name, one in table.items() if name in space.searched and holds(space.searched[name], one)}
-    for name, value in space.complete(right).items():
-        if name not in right and table.get(name) == value:
-            del table[name]
-    if not table:
-        yield "has no parameter that is searched; add one"
-    dim, alpha, ratios = (*map(table.get, ("network_dim", "network_alpha")), space.searched.get("network_alpha_ratio"))
-    if ratios and "network_alpha_ratio" not in table and type(dim) is type(alpha) is int and dim > 0:
-        grid = [*RATIOS, round(alpha / dim, 10)]  # network_alpha is kohya's own key
-        for ratio in [one for one in grid if int(dim * one) == alpha and holds(ratios, one)][:1]:
-            del table["network_alpha"]
-            table["network_alpha_ratio"] = ratio
-    for name, value in table.items():
-        if name == "network_alpha":
-            rule = "is not a network_alpha_ratio of this search space times a network_dim beside it"
-            yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
-        elif name not in space.searched:
-            yield f"unknown parameter '{name}'{nearest(name, space.searched)}"
-        elif not holds(space.searched[name], value):
-            yield f"{name} = {value!r} is outside the search space, {space.searched[name]}; give a value in it"
-    if not can_train(table):
-        yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
-    for name in table.keys() & space.when.keys():
-        if not meets(table, space.when[name]):
-            wanted = space.when[name].items()
-            needed = (f"{n} {v}" if _COMPARISON.fullmatch(str(v)) else f"{n} = {v!r}" for n, v in wanted)
-            yield f"{name} needs {' and '.join(needed)}; add it"
+    def _wrong_parameters(self, table: Params) -> Iterator[str]:
+        """What is wrong with enqueued parameters."""
+        searched = self.space.searched
+        if not table:
+            yield "has no parameter that is searched; add one"
+        for name, value in table.items():
+            if name == "network_alpha":
+                rule = "is not a network_alpha_ratio of this search space times a network_dim beside it"
+                yield f"network_alpha = {value!r} {rule}; correct it, or give network_alpha_ratio alone"
+            elif name not in searched:
+                yield f"unknown parameter '{name}'{nearest(name, searched)}"
+            elif not holds(searched[name], value):
+                yield f"{name} = {value!r} is outside the search space, {searched[name]}; give a value in it"
+        if not self.can_train(table):
+            yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
+        for name in table.keys() & self.space.when.keys():
+            if not meets(table, self.space.when[name]):
+                wanted = self.space.when[name].items()
+                needed = (f"{n} {v}" if _COMPARISON.fullmatch(str(v)) else f"{n} = {v!r}" for n, v in wanted)
+                yield f"{name} needs {' and '.join(needed)}; add it"
 
 
 def file_system(folder: Path) -> str:
@@ -5375,7 +5391,7 @@ class CheckReport:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
         for table in inputs.enqueued:
-            if reason := why_rejected(table, inputs.trainer.can_train, inputs.space):
+            if reason := EnqueueReader(inputs.trainer.can_train, inputs.space).why_rejected(table):
                 yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"
         known = inputs.study.user_attrs.get("environment") if inputs.study else None
         for difference in fingerprint_differences(known or inputs.tools, inputs.tools):

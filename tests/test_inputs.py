@@ -727,6 +727,16 @@ def test_refuses_bucket_settings_that_stop_kohya(settings: Mapping[str, int], da
     assert "kohya stops before its first step" in problem
 
 
+@pytest.mark.parametrize("said", ["Can't load tokenizer for 'openai/clip-vit-large-patch14'", "at `open(vocab_file)`"])
+def test_a_tokenizer_that_kohya_does_not_get_is_named(said: str, data_set_file: DataSetFile) -> None:
+    path = data_set_file()
+    reader = search.DataSetReader(path, search.read_data_set_file(path))
+    with pytest.raises(
+        search.RefusedInput, match="it can't get its tokenizers; `hf download openai/clip-vit-large-patch14`"
+    ):
+        reader.read({}, {"stopped": [[[], said]], "said": []})
+
+
 def test_refuses_a_picture_smaller_than_a_bucket_step_without_upscaling(
     data_set_file: DataSetFile, pictures: Pictures
 ) -> None:

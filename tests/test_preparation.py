@@ -15,7 +15,7 @@ import optuna_hyperparameter_search as search
 def read_enqueue(tmp_path: Path, text: str, *, has_8bit: bool = True) -> list[search.Params]:
     (tmp_path / "first.toml").write_text(text)
     trainer = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": has_8bit})
-    return search.read_enqueued([tmp_path / "first.toml"], trainer.can_train, search.V2_1)[0]
+    return search.EnqueueReader(trainer.can_train, search.V2_1).read([tmp_path / "first.toml"])[0]
 
 
 def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_trials_params_can_be_enqueued_with_what_the_space_sets(tmp_path: Path
     space = search.SearchSpace.read(search.HERE / "configs" / name)
     drawn = space.draw(np.random.default_rng(0))
     search.write_json(tmp_path / "params.json", space.complete(drawn))
-    ((table,), _) = search.read_enqueued([tmp_path / "params.json"], lambda _: True, space)
+    ((table,), _) = search.EnqueueReader(lambda _: True, space).read([tmp_path / "params.json"])
     assert table == {**drawn, "network_alpha_ratio": round(drawn["network_alpha_ratio"], 10)}
 
 
@@ -84,7 +84,7 @@ def test_what_the_space_sets_otherwise_is_no_parameter(tmp_path: Path) -> None:
     ):
         (tmp_path / "first.toml").write_text(line)
         with pytest.raises(search.RefusedInput, match=said):
-            search.read_enqueued([tmp_path / "first.toml"], lambda _: True, space)
+            search.EnqueueReader(lambda _: True, space).read([tmp_path / "first.toml"])
 
 
 def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_arguments_of_an_earlier_searchs_optimizer_are_those_of_the_space(tmp_pa
     search.write_json(
         tmp_path / "trial_0000" / "params.json", {"optimizer_type": "Prodigy", "optimizer_args": text.split()}
     )
-    ((table,), (note,)) = search.read_enqueued([tmp_path], lambda _: True, space)
+    ((table,), (note,)) = search.EnqueueReader(lambda _: True, space).read([tmp_path])
     assert "not whole" not in note
     assert table["optimizer_args"] == text and "optimizer_args" not in note
 
@@ -113,9 +113,9 @@ def test_what_is_missing_of_an_earlier_search_is_named(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n0,0.5,\n1,0.4,\n")
     search.write_json(tmp_path / "trial_0001" / "params.json", {"network_dim": 64})
-    ((table,), (note,)) = search.read_enqueued([tmp_path], lambda _: True, search.V2_1)
+    ((table,), (note,)) = search.EnqueueReader(lambda _: True, search.V2_1).read([tmp_path])
     assert table == {"network_dim": 64} and "trial 1" in note
     assert note.endswith(f"; not whole: {tmp_path / 'trial_0000' / 'params.json'}")
     (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n0,,\n")
-    found = search.read_enqueued([tmp_path], lambda _: True, search.V2_1)
+    found = search.EnqueueReader(lambda _: True, search.V2_1).read([tmp_path])
     assert found == ([], [f"no trial of {tmp_path.name} has a score"])

@@ -225,11 +225,11 @@ def test_a_new_search_first_tries_the_three_best_settings_of_an_earlier_one(nigh
     search.Results(study_in(night), night).write()
     best = [trial.params for trial in search.ranked_trials(study_in(night))]
     card = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": True})
-    tables, (note,) = search.read_enqueued([night], card.can_train, search.V2_1)
+    tables, (note,) = search.EnqueueReader(card.can_train, search.V2_1).read([night])
     assert tables == best[:3] and note.startswith("first from out: trial ") and "without" not in note
 
     without_8bit = search.TrainerFacts("v0.10.1", "cpu", {"bitsandbytes": False})
-    tables, _ = search.read_enqueued([night], without_8bit.can_train, search.V2_1)
+    tables, _ = search.EnqueueReader(without_8bit.can_train, search.V2_1).read([night])
     assert tables == [params for params in best if params["optimizer_type"] == "AdamW"][:3]
 
 
@@ -237,7 +237,7 @@ def test_settings_of_an_earlier_search_are_taken_as_far_as_the_space_has_them(ni
     search.Results(study_in(night), night).write()
     sdxl = search.SearchSpace.read(search.HERE / "configs" / "search_space_sdxl.toml")
     card = search.TrainerFacts("v0.10.1", "NVIDIA GeForce RTX 4080", {"bitsandbytes": True})
-    tables, (note,) = search.read_enqueued([night], card.can_train, sdxl)
+    tables, (note,) = search.EnqueueReader(card.can_train, sdxl).read([night])
     assert 0 < len(tables) <= 3 and "text_encoder_lr" in note.partition("without")[2]
     for table in tables:
         assert all(search.holds(sdxl.searched[name], value) for name, value in table.items())
@@ -247,9 +247,9 @@ def test_settings_of_an_earlier_search_are_taken_as_far_as_the_space_has_them(ni
         if text:
             (tmp_path / "results" / "trials.csv").write_text(text)
         with pytest.raises(search.RefusedInput, match="give a TOML file, or the output folder of a search"):
-            search.read_enqueued([tmp_path], card.can_train, sdxl)
+            search.EnqueueReader(card.can_train, sdxl).read([tmp_path])
     (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n1,,\n")
-    assert search.read_enqueued([tmp_path], card.can_train, sdxl)[0] == []
+    assert search.EnqueueReader(card.can_train, sdxl).read([tmp_path])[0] == []
 
 
 def test_every_trial_ends_as_it_was_told(night: Path) -> None:
