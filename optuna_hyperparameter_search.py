@@ -1226,6 +1226,7 @@ class SearchSpace:
         content, problems = read_toml(path, "--search-space"), Problems()
         space = cls(path.name, {}, {})
         rules = {name: content.pop(name, []) for name in ("set", "forbid")}
+        switches = {name: content.pop(name) for name in ("safety_constraints", "alpha_bands") if name in content}
         for name, given in content.items():
             if isinstance(given, dict):
                 problems.of(space._add, name, given)
@@ -1235,16 +1236,14 @@ class SearchSpace:
             for table in tables if isinstance(tables, list) else [tables]:
                 problems.of(space._add_rule, kind, table)
         has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
-        defaults = {"safety_constraints": True, "alpha_bands": has_bands}
-        switches = {name: space.fixed[0][1].pop(name, default) for name, default in defaults.items()}
         wrong = [name for name, value in switches.items() if type(value) is not bool]
         problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
         problems.lines += dict.fromkeys(space._wrong_kinds())
-        if switches["alpha_bands"] is True and not has_bands:
+        if switches.get("alpha_bands") is True and not has_bands:
             problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
         problems.lines += [] if problems.lines else sorted(set(space._faults()))
         Problems(f"--search-space: {path}: {problem}" for problem in problems.lines).refuse()
-        return replace(space, **switches)
+        return replace(space, **{"alpha_bands": has_bands, **switches})
 
     def _add(self, name: str, given: Params) -> None:
         """Add a parameter's table; RefusedInput if it describes none."""
@@ -2970,6 +2969,7 @@ class ImageScorer:
 
 # --- the child process: reference, screening, confirmation ---
 
+PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the environment of a search's scoring process
 FINAL = "final"  # in the output folder
 FINALISTS = "finalists.json"  # in final/: the finalists' checkpoints, by trial number
 SCREENED = "screened.json"  # in a trial's scores/, until the trial is scored
@@ -3033,8 +3033,10 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
 
 
 def image_bar(images: int) -> tqdm:
-    """A bar that counts the images. A user may look at it, and the search's ScoringProgress reads it."""
-    return tqdm(total=images, file=sys.stdout, desc="images", unit=" images", mininterval=0.5, leave=False)
+    """A bar that counts the images. A user may look at it in a terminal, and the search's ScoringProgress reads it."""
+    looks = {"desc": "images", "unit": " images", "mininterval": 0.5, "leave": False}
+    is_unseen = PARENT_HOLDS_FOLDER not in os.environ and not sys.stdout.isatty()
+    return tqdm(total=images, file=sys.stdout, disable=is_unseen, **looks)
 
 
 class StageImages:
@@ -3438,7 +3440,6 @@ class ContactSheet:
 # 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
 # ======================================================================================================
 
-PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the scoring process's environment
 SECONDS_PER_LINE = 10.0  # between two lines that count images, where there is no live region
 
 
@@ -3783,7 +3784,9 @@ def load_study(storage: str, study_name: str) -> optuna.Study | None:
     with database.refusing():
         for place in (database.file, database.file.parent) if database.file else ():
             if place.exists() and not os.access(place, os.W_OK):
-                raise RefusedInput(f"--storage: {database.shown} is not for this user to write; give another file")
+                raise RefusedInput(
+                    f"--storage: {database.shown} is not for this user to write; make it so, or copy its folder"
+                )
         tables = database.tables()
         if database.file and tables and not tables >= {"studies", "trials", "version_info"}:
             raise ValueError("it is the database of another program")
@@ -4112,7 +4115,8 @@ class Study:
         except TrialFailed as error:
             self._fail(trial, error)
         except OSError as error:  # a full or vanished disk: not the parameters' fault
-            raise SearchStopped(f"{error}; mend that (a full disk?) and give the same command again") from error
+            said = f"{error.strerror or error}: {error.filename or self.settings.output_dir}"
+            raise SearchStopped(f"{said}; mend that (a full disk?) and give the same command again") from error
         else:
             self.failures.clear()
             self.study.tell(trial, value)
@@ -4185,10 +4189,16 @@ class Study:
         """Run the final stage between the best trials, unless it is done; the program that has the best one does it."""
         scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
         finalists = choose_finalists(self.study, self.settings.output_dir)
-        known, about = self.study.user_attrs.get("final", {}), {"scored": len(scored), "chosen": finalists}
+
+        def named(paths: Mapping[str, str]) -> dict[str, str]:  # without their folders, which may be moved
+            return {number: Path(path).name for number, path in paths.items()}
+
+        about = {"scored": len(scored), "chosen": named(finalists)}
+        known = self.study.user_attrs.get("final", {})
         if len(finalists) < 2 or not self._is_ours(scored[0]) or about.items() <= known.items():
             return
-        if read_json(folder / FINALISTS) != finalists or read_json(folder / "result.json") is None:
+        is_made = named(read_json(folder / FINALISTS) or {}) == named(finalists)
+        if not is_made or read_json(folder / "result.json") is None:
             screen.begin("final stage:", *finalists)
             say(f"The final stage: trials {', '.join(finalists)} once more, on fresh prompts and seeds ...")
             (folder / "result.json").unlink(missing_ok=True)
@@ -4278,7 +4288,9 @@ class Workers:
             return ours.recv()
         except (EOFError, OSError):  # a kill may have cut off what it said
             process.join()
-            return ("ended", f"it ended with status {process.exitcode}") if process.exitcode else ("ended",)
+            killed = f"it {KILLED}; the same command goes on"
+            ended = killed if process.exitcode == -signal.SIGKILL else f"it ended with status {process.exitcode}"
+            return ("ended", ended) if process.exitcode else ("ended",)
 
     def _work(self, tell: Any, device: str, ours: Study) -> None:
         global screen
@@ -4407,7 +4419,7 @@ def describe_study(study: optuna.Study) -> str:
     if ended:
         lines.append(f"Without a score: {ended} (results/trials.csv says why)")
     if saved := sum(facts["saved_seconds"] for facts in others):
-        lines.append(f"Early stopping saved about {saved / 60:.0f} minutes of training")
+        lines.append(f"Early stopping saved about {saved / 60:.0f} min of training")
     lines += ["", "Expected improvements, measured:"]
     for name, part, whole, target in measure_improvements(study):
         lines.append(f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})")
@@ -4457,7 +4469,7 @@ class Comparison:
         return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
 
     def read_votes(self, path: Path, study_name: str) -> list[Vote]:
-        """The votes of a file, [] if there is none. ValueError if it is damaged or not on this study's trials."""
+        """The votes of a file, [] if there is none. SearchError if it is damaged or not on this study's trials."""
         known = {trial.number for trial in self.trials}
 
         def is_vote(vote: Any) -> bool:
@@ -4468,7 +4480,8 @@ class Comparison:
         found = read_json(path) or {} if path.exists() else {"study": study_name, "votes": []}
         votes = found.get("votes")
         if found.get("study") != study_name or not isinstance(votes, list) or not all(map(is_vote, votes)):
-            raise ValueError(f"it is damaged, or not on scored trials of study {study_name!r}")
+            remedy = "take it away, or download it again from the report"
+            raise SearchError(f"it is damaged, or not on scored trials of study {study_name!r}; {remedy}")
         return votes
 
     def agreement(self, votes: Iterable[Vote]) -> dict[str, list[float]]:
@@ -4578,7 +4591,7 @@ class Results:
     def write_best(self, best: FrozenTrial) -> None:
         """The best LoRA, its parameters, and the config that trains it again. SearchStopped if its files are gone."""
         attrs, folder = best.user_attrs, find_trial_folder(best, self.output_dir)
-        checkpoint = folder / attrs["checkpoint"]
+        checkpoint, copy = folder / attrs["checkpoint"], self.folder / "best_lora.safetensors"
         about = {"study": self.study.study_name, "trial": best.number, "score": best.value}
         about |= {name: attrs[name] for name in ("standard_error",) if name in attrs}  # not in an earlier version's
         if self.places:
@@ -4588,14 +4601,24 @@ class Results:
             lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
             config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            if self._has_kept(best):
+                say(f"warning: trial {best.number} is not whole in {folder}; its LoRA stays in {self.folder}")
+                return
             back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
-            raise SearchStopped(f"the best trial's files are not whole in {folder}; {back}") from error
-        copy = self.folder / "best_lora.safetensors"
+            others = (find_trial_folder(t, self.output_dir) / t.user_attrs["checkpoint"] for t in self.ranked)
+            next_best = next((f", or take {path.parent.name}, the next best" for path in others if path.is_file()), "")
+            raise SearchStopped(f"the best trial's files are not whole in {folder}; {back}{next_best}") from error
         if not (copy.is_file() and copy.read_bytes() == lora):
             write_atomically(copy, lora)
         kept = {"best_epoch": attrs["best_epoch"], "checkpoint": str(checkpoint), "terms": attrs["terms"]}
         write_json(self.folder / "best_parameters.json", {**about, **kept, "parameters": attrs["training_params"]})
         self._write_best_config(best, folder, config)
+
+    def _has_kept(self, best: FrozenTrial) -> bool:
+        """Whether results/ holds a trial's LoRA from an earlier time."""
+        known = read_json(self.folder / "best_parameters.json") or {}
+        is_of_it = (known.get("study"), known.get("trial")) == (self.study.study_name, best.number)
+        return is_of_it and (self.folder / "best_lora.safetensors").is_file()
 
     def _write_best_config(self, best: FrozenTrial, folder: Path, config: dict[str, Any]) -> None:
         """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
@@ -4630,7 +4653,9 @@ class Results:
         from plotly.offline import get_plotlyjs
 
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
-        plan = read_json(reference / "plan.json") or {stage: [] for stage in FIRST_SEEDS}
+        if (plan := read_json(reference / "plan.json")) is None:
+            plan = {stage: [] for stage in FIRST_SEEDS}
+            say(f"warning: no whole {reference / 'plan.json'}, so the report has no pictures; the same search makes it")
         pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -4805,6 +4830,7 @@ class Notes:
 OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}  # besides those of scoring
 DRAWN = 2000  # settings, by which a search space is judged
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
+REPORT_BYTES = 1e7  # half of them Plotly's script
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
 CHANGE_CAPTIONS = ("caption_prefix", "caption_suffix", "enable_wildcard")  # keys of kohya's data set file
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
@@ -4829,9 +4855,9 @@ class Inputs:
     notes: Sequence[str] = ()  # on what was enqueued
 
     @property
-    def trials_left(self) -> int:
-        trained = sum(map(is_trained, self.study.get_trials(deepcopy=False))) if self.study else 0
-        return max(0, self.settings.n_trials - trained)
+    def trained(self) -> int:
+        """How many trials the study has trained."""
+        return sum(map(is_trained, self.study.get_trials(deepcopy=False))) if self.study else 0
 
     @property
     def latents(self) -> Latents | None:
@@ -4925,10 +4951,11 @@ class Inputs:
 
     def needed_bytes(self) -> float:
         """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
-        left, (checkpoints, each, pictures) = self.trials_left, self.trial_size(np.mean)
+        left, (checkpoints, each, pictures) = max(0, self.settings.n_trials - self.trained), self.trial_size(np.mean)
         kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * checkpoints
         final = (2 + FINALISTS_AT_MOST) * sum(map(self.stage_bytes, FINAL_ROUNDS))  # with base model and strengths
-        return kept * each + left * pictures + (final + self.largest_trial_bytes() if left else 0)
+        results = REPORT_BYTES + each
+        return kept * each + left * pictures + (results + final + self.largest_trial_bytes() if left else 0)
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(nearest_folder(self.settings.output_dir)).free
@@ -5135,7 +5162,8 @@ def find_study(settings: Settings) -> optuna.Study | None:
     for folder in sorted(output_dir.glob("trial_*")):
         number = folder.name.removeprefix("trial_")
         if number.isdecimal() and int(number) not in known:
-            raise RefusedInput(f"--output-dir: {folder} is not of this study (was its database deleted?); {remedy}")
+            found = "give the --storage it was made with, or restore its database"
+            raise RefusedInput(f"--output-dir: {folder} is not of this study; {found}; else {remedy}")
     return study
 
 
@@ -5303,7 +5331,7 @@ class CheckReport:
         able = [name for name in optimizers if trainer.can_train({"optimizer_type": name})]
         unable = [name for name in optimizers if name not in able]
         needed, free = (tqdm.format_sizeof(count, "B") for count in (inputs.needed_bytes(), inputs.free_bytes()))
-        trained = f"{settings.n_trials - inputs.trials_left} of {settings.n_trials} trained"
+        trained = f"{inputs.trained} of {settings.n_trials} trained"
         predicts = {"v_parameterization": "v-prediction", "zero_terminal_snr": "zero SNR"}
         kinds = [inputs.base_model.family.name, *(predicts[key] for key in predicts if inputs.options.get(key))]
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -237,9 +238,36 @@ def test_where_the_best_trials_files_are_gone_the_table_is_shown_all_the_same(
     search.show_results(study, settings.output_dir)
     shown = capsys.readouterr().out
     place = f"{socket.gethostname()}:{settings.output_dir}"
-    assert "Study 'test', best first:" in shown and f"bring them back from {place} and give --report again" in shown
+    assert "Study 'test', best first:" in shown and f"bring them back from {place} and give --report again)" in shown
     assert "best_lora.safetensors" not in shown
     assert (settings.output_dir / "results" / "trials.csv").is_file()
+
+
+def test_where_the_best_trials_files_are_gone_results_keep_its_lora_or_the_next_best_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(tmp_path, 2)
+    study = run(settings)  # trial 1 scores higher
+    search.show_results(study, settings.output_dir)
+    shutil.rmtree(settings.output_dir / "trial_0001")
+    capsys.readouterr()
+    search.show_results(study, settings.output_dir)
+    shown = capsys.readouterr().out
+    assert f"warning: trial 1 is not whole in {settings.output_dir / 'trial_0001'}; its LoRA stays in" in shown
+    assert "Best: trial 1" in shown
+    assert tensor_bytes(settings.output_dir / "results" / "best_lora.safetensors") == b"trial_0001"
+    (settings.output_dir / "results" / "best_lora.safetensors").unlink()
+    search.show_results(study, settings.output_dir)
+    assert "give --report again, or take trial_0000, the next best)" in capsys.readouterr().out
+
+
+def test_a_report_without_the_reference_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = settings_for(tmp_path, 1)
+    study = run(settings)
+    (settings.reference / "plan.json").unlink(missing_ok=True)
+    search.show_results(study, settings.output_dir)
+    said = f"warning: no whole {settings.reference / 'plan.json'}, so the report has no pictures"
+    assert said in capsys.readouterr().out
 
 
 # --- votes -------------------------------------------------------------------------------------------
@@ -355,7 +383,7 @@ GOOD_VOTE = vote(0, 1, "left")
 )  # fmt: skip
 def test_damaged_and_foreign_votes_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "votes.json").write_text(text)
-    with pytest.raises(ValueError, match="damaged, or not on scored trials of study 'test'"):
+    with pytest.raises(search.SearchError, match="damaged, or not on scored trials of study 'test'; take it away, or"):
         read_votes(tmp_path / "votes.json")
 
 

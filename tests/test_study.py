@@ -718,6 +718,16 @@ def test_the_final_stage_is_not_run_again_for_the_same_trials(tmp_path: Path) ->
     assert len(final.runs) == 1
 
 
+def test_the_final_stage_is_not_run_again_where_the_study_was_moved(tmp_path: Path) -> None:
+    settings, final = settings_for(tmp_path / "old", 3), Final()
+    scored_as(settings, VALUES)
+    study_of(settings).decide(final)
+    settings.output_dir.rename(tmp_path / "new")
+    moved = dataclasses.replace(settings, output_dir=tmp_path / "new", storage=search.default_storage(tmp_path / "new"))
+    study_of(moved).decide(final)
+    assert len(final.runs) == 1 and search.final_places(open_study(moved))
+
+
 def test_more_trials_are_decided_on_anew(tmp_path: Path) -> None:
     settings, final = settings_for(tmp_path, 3), Final()
     study = scored_as(settings, VALUES)
@@ -955,7 +965,7 @@ def test_out_of_memory_before_and_after_an_interruption_is_learnt_from(tmp_path:
 def test_a_full_disk_interrupts_the_trial_and_stops_the_study(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     for _ in range(2):
-        with pytest.raises(search.SearchStopped, match="No space left"):
+        with pytest.raises(search.SearchStopped, match=f"No space left on device: {settings.output_dir}; mend that"):
             run(settings, [failing(OSError(28, "No space left on device"))])
         assert endings(open_study(settings)) == [LEFT]
     study = run(settings)
