@@ -488,7 +488,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
         remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "correct it there"
         remedy = "write the numbers of a list alike, such as 1.0" if "homogeneous" in str(error) else remedy
-        raise RefusedInput(f"{what}: {path} is not valid {kind} ({one_line(error)}); {remedy}") from error
+        raise RefusedInput(
+            f"{what}: {path} is not valid {kind} ({one_line(error).partition('?{')[0]}); {remedy}"
+        ) from error
 
 
 MAX_STEPS = 1000  # as many as Stable Diffusion was trained with
@@ -512,7 +514,10 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
     size = len(value) if isinstance(value, list) else value
     if smallest is not None and not smallest <= size < 2**32:
         return f"must be {wanted} of {smallest} or more"
-    return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    is_no_share = kind == "int_or_float" and isinstance(value, float) and value >= 1
+    return "must be a whole number, or a share of the run below 1" if is_no_share else ""
 
 
 @dataclass(frozen=True)
@@ -599,6 +604,11 @@ NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "d
 _SCORED = {"save_model_as": ["safetensors"], "network_module": ["networks.lora", LYCORIS]}
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 GUI_OPTIONS = {"epoch", "noise_offset_type"}  # of kohya's GUI, which it writes for sd-scripts, too
+# Of the GUI, for all kinds of LoRA; it gives them to LyCORIS, and the first two to kohya's own LoRA of convolutions.
+LYCORIS_ARGUMENTS = (
+    "conv_dim", "conv_alpha", "LyCORIS_preset", "factor", "use_cp", "use_tucker", "decompose_both", "train_norm",
+    "rank_dropout", "module_dropout", "dora_wd",
+)  # fmt: skip
 GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no"}  # which sd-scripts does not have
 
 
@@ -643,9 +653,15 @@ def read_preset(given: Mapping[str, Any]) -> Params:
     if options.get("xformers") in ("xformers", "sdpa"):
         options[options.pop("xformers")] = True
     kind = options.pop("LoRA_type", "Standard")
-    if kind != "Standard" and "network_module" not in options:
-        remedy = f'"network_module": "{LYCORIS}", "network_args": "algo=loha"'
-        raise RefusedInput(f"--training-config: 'LoRA_type': {kind!r} is a word of kohya's GUI; write such as {remedy}")
+    maker, _, algorithm = kind.partition("/")
+    if kind == "Kohya LoCon" or maker == "LyCORIS":
+        names = LYCORIS_ARGUMENTS if maker == "LyCORIS" else LYCORIS_ARGUMENTS[:2]
+        given = {name.removeprefix("LyCORIS_"): options.pop(name) for name in names if options.get(name)}
+        given |= {"algo": algorithm.lower()} if algorithm else {}
+        arguments = " ".join(f"{name}={value}" for name, value in given.items())
+        options["network_args"] = f"{arguments} {options.get('network_args', '')}"
+    if kind not in ("Standard", "Kohya LoCon"):
+        options["network_module"] = LYCORIS if maker == "LyCORIS" else kind
     return {key: value for key, value in options.items() if value != 0}
 
 
@@ -664,7 +680,8 @@ def check_training_options(options: Params, path: Path, known: Mapping[str, Mapp
         if key in REFUSED_OPTIONS:
             problems.append(f"'{key}' in {path} {REFUSED_OPTIONS[key]}")
         elif known and key not in known:
-            problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, known)}")
+            valid = known.keys() - REFUSED_OPTIONS.keys()
+            problems.append(f"'{key}' in {path} is no option of this sd-scripts{nearest(key, valid)}")
         elif wrong := _wrong_option(key, value, known.get(key, {})):
             problems.append(f"{key} = {value!r} in {path} {wrong}")
     Problems(f"--training-config: {problem}" for problem in problems).refuse()
@@ -693,7 +710,7 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
         text = str(item)
         if wrong := _wrong_value(item, kind, _SMALLEST.get(key)):
             return wrong
-        if option.get("choices") and text.partition(":")[0] not in option["choices"]:  # adafactor:1e-4
+        if option.get("choices") and re.split("[:=]", text)[0] not in option["choices"]:  # adafactor:1e-4
             return f"must be one of {', '.join(option['choices'])}"
         if Path(text).suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):
             return "is a pickle; use a safetensors file"
@@ -1156,6 +1173,7 @@ NEEDED = {  # kinds and smallest values of what V2.1 searches
     "lr_warmup_steps": ("int_or_float", 0), "learning_rate": ("float", 0), "text_encoder_lr": ("float", 0),
     "network_alpha_ratio": ("float", 0), "optimizer_type": ("str", None), "lr_scheduler": ("str", None),
 }  # fmt: skip
+OVERRULES = {"unet_lr": "learning_rate", "lr_scheduler_type": "lr_scheduler"}  # kohya then does not read the second
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 Condition = Mapping[str, Any]  # by parameter: a value, a list of values, or a text such as "> 1e-4"
 
@@ -1181,6 +1199,13 @@ def meets(params: Mapping[str, Any], condition: Condition) -> bool:
         return value in (wanted if isinstance(wanted, list) else [wanted])
 
     return all(name in params and meets_one(params[name], wanted) for name, wanted in condition.items())
+
+
+def describe_range(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return f"one of {', '.join(map(repr, distribution.choices))}"
+    step = f" in steps of {distribution.step}" if distribution.step else ""
+    return f"{distribution.low} to {distribution.high}{step}"
 
 
 def holds(distribution: BaseDistribution, value: Any) -> bool:
@@ -1314,7 +1339,8 @@ class SearchSpace:
                 continue
             for value in wanted if wanted and isinstance(wanted, list) else [wanted]:
                 if not holds(self.searched[name], value):
-                    raise RefusedInput(f"{where}: {name} is never {value!r}; correct it")
+                    forms = "give a value that it may have, a list of them, or for numbers one comparison such as '> 3'"
+                    raise RefusedInput(f"{where}: {name} is never {value!r}; {forms}")
 
     def _wrong_kinds(self) -> Iterator[str]:
         """What is wrong with the values that the search itself reckons with, and with those that nobody takes."""
@@ -1322,7 +1348,10 @@ class SearchSpace:
             for wrong in filter(None, (_wrong_value(value, kind, smallest) for value in self.values(name))):
                 yield f"{name} {wrong}; correct it"
         for name, value in [item for _, values in self.fixed for item in values.items()]:
-            if not all(isinstance(one, (str, int, float)) for one in (value if isinstance(value, list) else [value])):
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(one, dict) for one in items):
+                yield f"[[{name}]] is no table of a search space{nearest(name, ('set', 'forbid'))}"
+            elif not all(isinstance(one, (str, int, float)) for one in items):
                 yield f"{name} must be a text, a number, true, false, or a list of these; correct it"
 
     def _faults(self) -> Iterator[str]:
@@ -1332,6 +1361,9 @@ class SearchSpace:
             params = self.complete(values)
             if params.get("network_train_unet_only") and "text_encoder_lr" in params:
                 yield "text_encoder_lr has no effect with network_train_unet_only; delete one of them"
+            for name, other in OVERRULES.items():
+                if params.get(name) and other in values:
+                    yield f"{other} is searched, but has no effect with {name}; fix it, or delete one of them"
             for name in missing_params(params):
                 yield f"no {name} in some trials; search it, or fix it: {name} = ... above the first table"
             found = [fixed for condition, fixed in self.fixed if meets(values, condition)]
@@ -3856,10 +3888,18 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     if stored.get(STUDY_FORM[0]) != as_given.get(STUDY_FORM[0]):
         said = f"study {study.study_name!r} was made by another version of this program, which can go on with it"
         raise RefusedInput(f"{said}; give another --output-dir (--report still shows this one)")
+    spaces = [isinstance(one.get("search space"), dict) for one in (stored, as_given)]
+    if spaces[0] != spaces[1]:
+        of = ["that of a --search-space file" if is_file else "V2.1" for is_file in spaces]
+        stored, as_given = ({**one, "search space": name} for one, name in zip((stored, as_given), of, strict=True))
     differences = fingerprint_differences(stored, as_given)
     differences = [line for line in differences if TOGETHER not in line] or differences
     said = f"study {study.study_name!r} was made with other inputs"
     remedy = "its scores would not be comparable; restore it, or give another --output-dir"
+    if not any(map(is_trained, study.get_trials(deepcopy=False))):
+        remedy = (
+            "nothing is trained in it yet, so delete its --output-dir (with --storage, give another --study-name, too)"
+        )
     if differences:
         raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 
@@ -4827,12 +4867,13 @@ class Notes:
 #     its row, the trainer's first step, the reference. Touches the study, reference/ and caches of latents.
 # ======================================================================================================
 
-OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}  # besides those of scoring
+# Besides those of scoring.
+OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution", "train_batch_size"}
 DRAWN = 2000  # settings, by which a search space is judged
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 REPORT_BYTES = 1e7  # half of them Plotly's script
 SECONDS_PER_IMAGE = 1.0  # of 512 pixels and 25 steps on a 16 GB card, about
-CHANGE_CAPTIONS = ("caption_prefix", "caption_suffix", "enable_wildcard")  # keys of kohya's data set file
+CHANGE_CAPTIONS = {"caption_prefix", "caption_suffix", "enable_wildcard"}  # keys of kohya's data set file
 LONG_SCORING_SECONDS = 300  # a tenth of a training of 50 minutes
 # File systems of Windows drives under WSL2 and of network shares: SQLite locks badly on them, or not at all.
 NOT_LOCAL = "9p v9fs drvfs nfs nfs4 cifs smb3 smbfs fuse.sshfs ceph glusterfs".split()
@@ -4999,8 +5040,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
     problems.of(check_packages)
     problems.of(check_scoring_models, scoring, family, settings.base_model)
-    if space is not V2_1:
-        problems.of(check_space_options, space, raw or {}, answer, can_train)
+    problems.of(check_space_options, space, raw or {}, config, answer, can_train)
     enqueued, notes = problems.of(EnqueueReader(can_train, space).read, settings.enqueue if read else ()) or ([], [])
     study = problems.of(find_study, settings) if settings.output_dir else None
     problems.of(check_output_dir, settings.output_dir, data_set)
@@ -5021,8 +5061,10 @@ def check_together(inputs: Inputs) -> None:
     problems.refuse()
 
 
-def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str, Any], can_train: Check) -> None:
-    """RefusedInput unless a --search-space holds options that this sd-scripts has, with values that they may have."""
+def check_space_options(
+    space: SearchSpace, options: Params, data_set: Any, answer: Mapping[str, Any], can_train: Check
+) -> None:
+    """RefusedInput unless a space holds options that this sd-scripts has, with values and optimizers that it takes."""
     known, problems = answer.get("options", {}), []
     for name in dict.fromkeys([*space.searched, *(name for _, values in space.fixed for name in values)]):
         wrong = [text for value in space.values(name) if (text := _wrong_option(name, value, known.get(name, {})))]
@@ -5032,6 +5074,8 @@ def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str
             problems.append(f"'{name}' {REFUSED_OPTIONS[name]}")
         elif name in _SCORED or name in _SMALLEST or name in OF_ALL_TRIALS:
             problems.append(f"'{name}' is the same in all trials; give it in the training config")
+        elif name in options_of_data_set(data_set):
+            problems.append(f"'{name}' has no effect, since the data set's file sets it; delete one of them")
         elif name in options.keys() - IGNORED_OPTIONS:
             problems.append(f"'{name}' is in the training config, too; delete one of them")
         elif known and name not in known and name != "network_alpha_ratio":
@@ -5039,10 +5083,21 @@ def check_space_options(space: SearchSpace, options: Params, answer: Mapping[str
         if known.get(name, {}).get("kind") == "float" and isinstance(space.searched.get(name), IntDistribution):
             problems.append(f"{name} would be a whole number; write its range with points, such as 1.0")
         problems += [f"a value of {name} {text}" for text in wrong[:1]]
+    where = f"--search-space: {space.name}"
+    lines = [f"{where}: {problem}" for problem in dict.fromkeys(problems)]
+    is_fixed = "optimizer_args" in options.keys() - ignored_options(options)
     for name, why in answer.get("optimizers", []):
         if can_train({"optimizer_type": name}):
-            problems.append(f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it")
-    Problems(f"--search-space: {space.name}: {problem}" for problem in dict.fromkeys(problems)).refuse()
+            said = f"kohya can't make {name} ({one_line(in_english(why))}); install or correct it"
+            lines.append(f"{'--training-config' if is_fixed else where}: {said}")
+    Problems(lines).refuse()
+
+
+def options_of_data_set(config: Any) -> set[str]:
+    """The options that a data set's file sets: kohya takes them from there."""
+    tables = [config["general"], *config["datasets"]] if config else []
+    tables += [subset for data_set in tables[1:] for subset in data_set["subsets"]]
+    return {{"batch_size": "train_batch_size"}.get(key, key) for table in tables for key in table}
 
 
 def with_family_files(settings: Settings, family: Family) -> Settings:
@@ -5073,7 +5128,7 @@ def ask_trainer(
     """What sd-scripts answers about inputs of which some may be missing."""
     left_out = REFUSED_OPTIONS.keys() | ignored_options(options)
     fixed = {k: v for k, v in options.items() if k.isidentifier() and k not in left_out} | space.trained_parts
-    optimizers = [] if space is V2_1 else space.optimizers()
+    optimizers = space.optimizers() if space is not V2_1 or "optimizer_args" in fixed else []
     cache = settings.reference / ANSWER_NAME if settings.output_dir and not afresh else None
     device = settings.devices[0] if DEVICE.fullmatch(settings.device) else "cpu"
     device = device if len(settings.devices) == 1 and device != ALL_CARDS else device.partition(":")[0]  # sees all
@@ -5188,7 +5243,8 @@ class EnqueueReader:
     def read(self, paths: Iterable[Path]) -> tuple[list[Params], list[str]]:
         """All parameters, and what is to be said of the folders."""
         problems = Problems()
-        read = [problems.of(self.best_of_earlier if path.is_dir() else self.read_file, path) for path in paths]
+        places = [path / "params.json" if (path / "params.json").is_file() else path for path in paths]  # a trial's
+        read = [problems.of(self.best_of_earlier if path.is_dir() else self.read_file, path) for path in places]
         problems.refuse()
         return [table for tables, _ in read for table in tables], [note for _, note in read if note]
 
@@ -5232,6 +5288,8 @@ class EnqueueReader:
     def read_file(self, path: Path) -> tuple[list[Params], str]:
         """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
         content = read_toml(path, "--enqueue")
+        if isinstance(content.get("parameters"), dict):  # best_parameters.json
+            content = content["parameters"]
         given = content.pop("trial", [])
         tables = [given] if isinstance(given, dict) else given or [content]
         if not isinstance(tables, list) or not all(isinstance(table, dict) and table for table in tables):
@@ -5272,7 +5330,7 @@ class EnqueueReader:
             elif name not in searched:
                 yield f"unknown parameter '{name}'{nearest(name, searched)}"
             elif not holds(searched[name], value):
-                yield f"{name} = {value!r} is outside the search space, {searched[name]}; give a value in it"
+                yield f"{name} = {value!r} is outside the search space; give {describe_range(searched[name])}"
         if not self.can_train(table):
             yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
         for name in table.keys() & self.space.when.keys():
@@ -5316,6 +5374,8 @@ class CheckReport:
         file = self.settings.training_config
         if ignored := [key for key in read_training_options(file) if key not in self.inputs.options]:
             notes.append(f"the search does not take from {file.name}: {', '.join(ignored)}")
+        if overruled := sorted(options_of_data_set(self.inputs.data_set.config) & self.inputs.options.keys()):
+            notes.append(f"the data set's file overrules {', '.join(overruled)} of {file.name}")
         if tokens and not any(map(Subject(tokens).is_in, self.captions.texts)):
             notes.append(f"class_tokens {tokens!r} are trained nowhere: every picture has a caption without them")
         lines = [f"  {name:11s} {printable(value)}" for name, value in self._rows().items()]
@@ -5399,9 +5459,7 @@ class CheckReport:
             said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
             yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
-        tables = [inputs.data_set.config["general"], *inputs.data_set.config["datasets"]]
-        tables += [subset for data_set in inputs.data_set.config["datasets"] for subset in data_set["subsets"]]
-        changed = {key for table in tables for key in CHANGE_CAPTIONS if table.get(key)}
+        changed = options_of_data_set(inputs.data_set.config) & CHANGE_CAPTIONS
         if changed and inputs.options.get("cache_text_encoder_outputs"):
             said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
             yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"

@@ -29,6 +29,7 @@ import importlib.util
 import json
 import logging
 import random
+import re
 import runpy
 import sys
 import sysconfig
@@ -84,6 +85,7 @@ def listen_to_parser() -> None:
         found["options"] = {action.option_strings[-1].lstrip("-"): describe_option(action) for action in options}
         found["options"].get("lr_scheduler", {})["choices"] = names_of_schedulers()
         kohya["args"] = parse_args(parser, *args, **kwargs)
+        found["options"].get("network_args", {})["choices"] = names_of_network_args(kohya["args"].network_module)
         return kohya["args"]
 
     argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign, assignment]
@@ -94,6 +96,14 @@ def names_of_schedulers() -> list[str]:
     modules = (sys.modules.get(name) for name in ("transformers.trainer_utils", "diffusers.optimization"))
     names = [kind.value for module in modules for kind in getattr(module, "SchedulerType", ())]
     return [*dict.fromkeys(names), "adafactor"] if names else []
+
+
+def names_of_network_args(network_module: str | None) -> list[str]:
+    """Which arguments kohya's own LoRA reads, by its source; it takes any. [] for another network."""
+    file = Path(sys.argv[0]).parent / "networks" / "lora.py"
+    if network_module != "networks.lora" or not file.is_file():
+        return []
+    return sorted(set(re.findall(r"kwargs\.get\(\s*[\"'](\w+)", file.read_text(encoding="utf-8"))))
 
 
 def describe_option(action: argparse.Action) -> dict[str, Any]:

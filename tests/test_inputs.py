@@ -199,13 +199,38 @@ def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> N
     ignored = [key for key in unchecked if key not in options]
     names = "learning_rate network_dim epoch max_resolution optimizer lr_warmup output_dir output_name optimizer_args"
     assert ignored == names.split()
-    path.write_text(json.dumps({**preset, "LoRA_type": "LyCORIS/LoHa"}), encoding="utf-8")
-    assert "LyCORIS/LoHa" in the_refusal(read_training_options, path, known)
-    instead = {"LoRA_type": "LyCORIS/LoHa", "network_module": search.LYCORIS, "network_args": "algo=loha"}
-    path.write_text(json.dumps({**preset, **instead}), encoding="utf-8")  # as that error says
-    assert read_training_options(path, known)["network_args"] == ["algo=loha"]
     path.write_text("[1, 2]", encoding="utf-8")
     assert "(it holds no { } of names and values)" in the_refusal(search.read_training_options, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "arguments"),
+    [
+        ("Standard", "networks.lora", None),
+        ("Kohya LoCon", "networks.lora", ["conv_dim=8", "conv_alpha=4", "rank_dropout=0.1"]),
+        ("LyCORIS/LoKr", "lycoris.kohya",
+         ["conv_dim=8", "conv_alpha=4", "preset=full", "factor=4", "algo=lokr", "rank_dropout=0.1"]),
+    ],
+)  # fmt: skip
+def test_a_preset_trains_the_kind_of_lora_that_it_names(
+    tmp_path: Path, kind: str, module: str, arguments: list[str] | None
+) -> None:
+    about = {"conv_dim": 8, "conv_alpha": 4, "LyCORIS_preset": "full", "factor": 4, "use_tucker": False}
+    preset = {"LoRA_type": kind, **about} | ({"network_args": "rank_dropout=0.1"} if arguments else {})
+    path = tmp_path / "preset.json"
+    path.write_text(json.dumps(preset), encoding="utf-8")
+    options = read_training_options(path)
+    assert (options["network_module"], options.get("network_args")) == (module, arguments)
+    path.write_text(json.dumps({**preset, "train_norm": True}), encoding="utf-8")
+    if module == search.LYCORIS:
+        assert "can't be scored with train_norm" in the_refusal(read_training_options, path)
+
+
+def test_a_kind_of_lora_that_cant_be_scored_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "preset.json"
+    for kind, said in (("LyCORIS/iA3", "algo is one of lora,"), ("Kohya DyLoRA", "must be 'networks.lora' or")):
+        path.write_text(json.dumps({"LoRA_type": kind}), encoding="utf-8")
+        assert said in the_refusal(read_training_options, path)
 
 
 @pytest.mark.parametrize(("value", "is_right"), [("cosine", True), ("adafactor:1e-3", True), ("cosin", False)])

@@ -28,12 +28,12 @@ def test_one_table_or_several_trials_can_be_enqueued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("learning_rate = 1.0", "outside the search space.*high=0.00012,.* low=6e-05"),
+        ("learning_rate = 1.0", "outside the search space; give 6e-05 to 0.00012$"),
         ("learning_rate = nan", "outside the search space"),
-        ("network_dim = 96", "64, 128, 256"),
+        ("network_dim = 96", "give one of 64, 128, 256$"),
         ("network_dim = 64.0", "64, 128, 256"),
-        ("network_alpha_ratio = 0.33", "step=0.05"),
-        ("lr_warmup_steps = true", "high=200.* low=50"),
+        ("network_alpha_ratio = 0.33", "give 0.25 to 0.9 in steps of 0.05$"),
+        ("lr_warmup_steps = true", "give 50 to 200 in steps of 50$"),
         ("optimizer_type = 'Lion'", "'AdamW', 'AdamW8bit'"),
         ("learning_rat = 1e-4", "did you mean 'learning_rate'"),
         ("network_alpha = 32", "times a network_dim beside it"),
@@ -85,6 +85,15 @@ def test_what_the_space_sets_otherwise_is_no_parameter(tmp_path: Path) -> None:
         (tmp_path / "first.toml").write_text(line)
         with pytest.raises(search.RefusedInput, match=said):
             search.EnqueueReader(lambda _: True, space).read([tmp_path / "first.toml"])
+
+
+def test_what_a_search_wrote_of_a_trial_can_be_enqueued(tmp_path: Path) -> None:
+    params = search.V2_1.complete(search.V2_1.draw(np.random.default_rng(0)))
+    search.write_json(tmp_path / "trial_0003" / "params.json", params)
+    search.write_json(tmp_path / "results" / "best_parameters.json", {"study": "a", "score": 0.5, "parameters": params})
+    paths = [tmp_path / "trial_0003", tmp_path / "results" / "best_parameters.json"]
+    one, same = search.EnqueueReader(lambda _: True, search.V2_1).read(paths)[0]
+    assert one == same == {name: params[name] for name in params if name != "network_alpha"}
 
 
 def test_a_single_trial_table_is_taken_as_one(tmp_path: Path) -> None:

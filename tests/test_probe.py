@@ -223,6 +223,21 @@ def test_lycoris_is_needed_where_it_is_trained(
     search.Probe(*about, OPTIONS, Path("/no/model"), config).ask()
 
 
+def test_an_argument_that_kohyas_lora_does_not_read_is_refused(sd_scripts: SdScripts) -> None:
+    assert sd_scripts.ask().answer["options"]["network_args"]["choices"] == []
+    (sd_scripts.folder / "networks").mkdir(exist_ok=True)
+    source = "kwargs.get('conv_dim', None)\nkwargs.get(\n    \"conv_alpha\")\n"
+    (sd_scripts.folder / "networks" / "lora.py").write_text(source)
+    sd_scripts.script.write_text(sd_scripts.script.read_text() + "\n")  # another version
+    known = sd_scripts.ask({**OPTIONS, "network_module": "networks.lora"}).answer["options"]
+    assert known["network_args"]["choices"] == ["conv_alpha", "conv_dim"]
+    assert search._wrong_option("network_args", ["conv_dim=8"], known["network_args"]) == ""
+    said = search._wrong_option("network_args", ["conv_dims=8"], known["network_args"])
+    assert said == "must be one of conv_alpha, conv_dim"
+    known = sd_scripts.ask({**OPTIONS, "network_module": "networks.oft"}).answer["options"]
+    assert known["network_args"]["choices"] == []
+
+
 def test_a_card_that_pytorch_does_not_see_has_no_name(sd_scripts: SdScripts) -> None:
     config = search.read_data_set_file(sd_scripts.data_set)
     where = (sd_scripts.script, sys.executable, "cuda")

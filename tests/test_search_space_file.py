@@ -310,6 +310,10 @@ REFUSED = [
     (f"{SCHEDULER}[[forbid]]\nlr_scheduler = []\nreason = 'x'\n", "lr_scheduler is never []"),
     (f"{SCHEDULER}[[set]]\nwhen = {{ lr_scheduler = 'cosine' }}\n", "[[set]] sets nothing"),
     ("alpha_bands = true\n", "alpha_bands = true needs V2.1's network_alpha_ratio"),
+    ("[lr_warmup_steps]\nlow = 5\nhigh = 20.0\n", "lr_warmup_steps must be a whole number, or a share of the run"),
+    ("lr_warmup_steps = 100.0\n", "lr_warmup_steps must be a whole number, or a share of the run below 1"),
+    ("[[forbidden]]\nnetwork_dim = 64\n", "[[forbidden]] is no table of a search space; did you mean 'forbid'?"),
+    (f"{LR}high = 1e-4\n{LR}high = 1e-4\n", "is not valid TOML (What? learning_rate already exists); "),
 ]  # fmt: skip
 
 
@@ -368,9 +372,37 @@ KNOWN = {
 def test_options_are_those_of_the_trainer(read: Any, more: str, said: str) -> None:
     space, options = read(f"{more}\n{SMALL}"), {"seed": 42, "max_grad_norm": 1.0, "learning_rate": 1e-4}
     with pytest.raises(search.RefusedInput) as refused:
-        search.check_space_options(space, options, {"options": KNOWN}, lambda _: True)
+        search.check_space_options(space, options, {}, {"options": KNOWN}, lambda _: True)
     assert [line.split("space.toml: ")[1] for line in refused.value.problems] == [said]
-    search.check_space_options(read(f"unet_lr = 1e-4\n{SMALL}"), options, {"options": KNOWN}, lambda _: True)
+    right = read(f"unet_lr = 1e-4\nlearning_rate = 1e-4\n{FIXED}\n[optimizer_type]\nchoices = ['AdamW']")
+    search.check_space_options(right, options, {}, {"options": KNOWN}, lambda _: True)
+
+
+def test_what_the_data_sets_file_sets_is_not_searched(read: Any) -> None:
+    space, options = read(f"min_snr_gamma = 5.0\n{SMALL}"), {"options": KNOWN}
+    data_set = {"general": {"resolution": 512}, "datasets": [{"batch_size": 2, "subsets": [{"image_dir": "x"}]}]}
+    assert search.options_of_data_set(data_set) == {"resolution", "train_batch_size", "subsets", "image_dir"}
+    search.check_space_options(space, {}, data_set, options, lambda _: True)
+    data_set["datasets"][0]["subsets"][0]["min_snr_gamma"] = 1.0
+    with pytest.raises(search.RefusedInput, match="'min_snr_gamma' has no effect, since the data set's file sets it"):
+        search.check_space_options(space, {}, data_set, options, lambda _: True)
+    with pytest.raises(search.RefusedInput, match="'train_batch_size' is the same in all trials"):
+        search.check_space_options(read(f"train_batch_size = 2\n{SMALL}"), {}, {}, options, lambda _: True)
+
+
+@pytest.mark.parametrize(
+    ("line", "other"), [("unet_lr = 1e-4", "learning_rate"), ("lr_scheduler_type = 'X'", "lr_scheduler")]
+)
+def test_what_another_option_overrules_is_not_searched(read: Any, line: str, other: str) -> None:
+    searched = SMALL.replace('lr_scheduler = "cosine"\n', "") + '[lr_scheduler]\nchoices = ["cosine", "linear"]\n'
+    with pytest.raises(search.RefusedInput, match=f"{other} is searched, but has no effect with {line.split()[0]}"):
+        read(f"{line}\n{searched}")
+
+
+def test_fixed_arguments_of_an_optimizer_are_the_training_configs(read: Any) -> None:
+    answer = {"options": {}, "optimizers": [["AdamW", "TypeError: weight_decai"]]}
+    with pytest.raises(search.RefusedInput, match=r"^--training-config: kohya can't make AdamW"):
+        search.check_space_options(search.V2_1, {"optimizer_args": ["weight_decai=1"]}, {}, answer, lambda _: True)
 
 
 def test_an_optimizer_that_kohya_cant_make_is_refused(read: Any) -> None:
@@ -381,6 +413,7 @@ def test_an_optimizer_that_kohya_cant_make_is_refused(read: Any) -> None:
     )
     answer = {"options": KNOWN, "optimizers": [["AdamW8bit", "no"], ["Prodigy", "ImportError: No prodigyopt"]]}
     with pytest.raises(search.RefusedInput) as refused:
-        search.check_space_options(space, {}, answer, lambda params: params["optimizer_type"] != "AdamW8bit")
+        search.check_space_options(space, {}, {}, answer, lambda params: params["optimizer_type"] != "AdamW8bit")
     (line,) = refused.value.problems  # without bitsandbytes AdamW8bit is never proposed
+    assert line.startswith("--search-space: space.toml: ")
     assert "kohya can't make Prodigy (ImportError: No prodigyopt); install or correct it" in line

@@ -1450,11 +1450,25 @@ def test_differences_are_named_down_to_the_setting(tmp_path: Path) -> None:
         changed = {"seed": 1, "training options": {"clip_skip": 1, "xformers": True}, "encoders": {"clip": "a"}}
         search.check_fingerprint(study, changed)
     lines = caught.value.problems
+    assert all("; nothing is trained in it yet, so delete its --output-dir" in line for line in lines)
     assert [line.split("inputs: ")[1].split(";")[0] for line in lines] == [
         "training options, clip_skip: was 2, is now 1",
         "training options, sdpa: was True, is now None",
         "training options, xformers: was None, is now True",
     ]
+
+
+def test_a_space_that_was_a_file_is_named_as_one(tmp_path: Path) -> None:
+    study = run(settings_for(tmp_path, 1))
+    file = search.space_fingerprint(search.SearchSpace.read(search.HERE / "configs" / "search_space_prodigy.toml"))
+    spaces = [{"search space": space} for space in (file, search.space_fingerprint(search.V2_1))]
+    for old, new, said in (
+        (*spaces, "search space: was that of a --search-space file, is now V2.1; its scores would not be comparable"),
+        (*spaces[::-1], "search space: was V2.1, is now that of a --search-space file; its scores"),
+    ):
+        study.set_user_attr("fingerprint", old)
+        with pytest.raises(search.RefusedInput, match=f"made with other inputs: {said}"):
+            search.check_fingerprint(study, new)
 
 
 def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
