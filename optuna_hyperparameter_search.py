@@ -604,11 +604,9 @@ NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "d
 _SCORED = {"save_model_as": ["safetensors"], "network_module": ["networks.lora", LYCORIS]}
 _SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
 GUI_OPTIONS = {"epoch", "noise_offset_type"}  # of kohya's GUI, which it writes for sd-scripts, too
-# Of the GUI, for all kinds of LoRA; it gives them to LyCORIS, and the first two to kohya's own LoRA of convolutions.
-LYCORIS_ARGUMENTS = (
-    "conv_dim", "conv_alpha", "LyCORIS_preset", "factor", "use_cp", "use_tucker", "decompose_both", "train_norm",
-    "rank_dropout", "module_dropout", "dora_wd",
-)  # fmt: skip
+# What the GUI gives to kohya's own LoRA of convolutions, and to LyCORIS besides.
+LORA_ARGUMENTS = ["conv_dim", "conv_alpha", "rank_dropout", "module_dropout"]
+LYCORIS_ARGUMENTS = [*LORA_ARGUMENTS, *"factor use_cp use_tucker decompose_both train_norm dora_wd".split()]
 GUI_DEFAULTS = {"max_token_length": 75, "dynamo_backend": "no"}  # which sd-scripts does not have
 
 
@@ -652,16 +650,14 @@ def read_preset(given: Mapping[str, Any]) -> Params:
             options[key] = int(value) if isinstance(value, float) and value.is_integer() else value
     if options.get("xformers") in ("xformers", "sdpa"):
         options[options.pop("xformers")] = True
-    kind = options.pop("LoRA_type", "Standard")
-    maker, _, algorithm = kind.partition("/")
-    if kind == "Kohya LoCon" or maker == "LyCORIS":
-        names = LYCORIS_ARGUMENTS if maker == "LyCORIS" else LYCORIS_ARGUMENTS[:2]
-        given = {name.removeprefix("LyCORIS_"): options.pop(name) for name in names if options.get(name)}
-        given |= {"algo": algorithm.lower()} if algorithm else {}
-        arguments = " ".join(f"{name}={value}" for name, value in given.items())
-        options["network_args"] = f"{arguments} {options.get('network_args', '')}"
-    if kind not in ("Standard", "Kohya LoCon"):
-        options["network_module"] = LYCORIS if maker == "LyCORIS" else kind
+    maker, _, algorithm = str(options.pop("LoRA_type", "Standard")).partition("/")
+    if maker in ("Kohya LoCon", "LyCORIS"):
+        taken = {name: options.pop(name, 0) for name in (LYCORIS_ARGUMENTS if algorithm else LORA_ARGUMENTS)}
+        taken |= {"algo": algorithm.lower(), "preset": algorithm and options.pop("LyCORIS_preset", "")}
+        arguments = [f"{name}={value}" for name, value in taken.items() if value]
+        options["network_args"] = " ".join([*arguments, str(options.get("network_args", ""))])
+    if maker not in ("Standard", "Kohya LoCon"):
+        options["network_module"] = LYCORIS if maker == "LyCORIS" else maker
     return {key: value for key, value in options.items() if value != 0}
 
 

@@ -209,14 +209,14 @@ def test_a_preset_of_kohyas_gui_is_read_as_the_gui_reads_it(tmp_path: Path) -> N
         ("Standard", "networks.lora", None),
         ("Kohya LoCon", "networks.lora", ["conv_dim=8", "conv_alpha=4", "rank_dropout=0.1"]),
         ("LyCORIS/LoKr", "lycoris.kohya",
-         ["conv_dim=8", "conv_alpha=4", "preset=full", "factor=4", "algo=lokr", "rank_dropout=0.1"]),
+         ["conv_dim=8", "conv_alpha=4", "rank_dropout=0.1", "factor=4", "algo=lokr", "preset=full"]),
     ],
 )  # fmt: skip
 def test_a_preset_trains_the_kind_of_lora_that_it_names(
     tmp_path: Path, kind: str, module: str, arguments: list[str] | None
 ) -> None:
     about = {"conv_dim": 8, "conv_alpha": 4, "LyCORIS_preset": "full", "factor": 4, "use_tucker": False}
-    preset = {"LoRA_type": kind, **about} | ({"network_args": "rank_dropout=0.1"} if arguments else {})
+    preset = {"LoRA_type": kind, "rank_dropout": "0.1", **about}
     path = tmp_path / "preset.json"
     path.write_text(json.dumps(preset), encoding="utf-8")
     options = read_training_options(path)
