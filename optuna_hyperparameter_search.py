@@ -4689,8 +4689,8 @@ class Results:
         from plotly.offline import get_plotlyjs
 
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
-        if (plan := read_json(reference / "plan.json")) is None:
-            plan = {stage: [] for stage in FIRST_SEEDS}
+        plan = read_json(reference / "plan.json") or dict.fromkeys(FIRST_SEEDS, ())
+        if not any(plan.values()):
             say(f"warning: no whole {reference / 'plan.json'}, so the report has no pictures; the same search makes it")
         pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
