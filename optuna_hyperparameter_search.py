@@ -2997,7 +2997,6 @@ class ImageScorer:
 
 # --- the child process: reference, screening, confirmation ---
 
-PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the environment of a search's scoring process
 FINAL = "final"  # in the output folder
 FINALISTS = "finalists.json"  # in final/: the finalists' checkpoints, by trial number
 SCREENED = "screened.json"  # in a trial's scores/, until the trial is scored
@@ -3061,10 +3060,8 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
 
 
 def image_bar(images: int) -> tqdm:
-    """A bar that counts the images. A user may look at it in a terminal, and the search's ScoringProgress reads it."""
-    looks = {"desc": "images", "unit": " images", "mininterval": 0.5, "leave": False}
-    is_unseen = PARENT_HOLDS_FOLDER not in os.environ and not sys.stdout.isatty()
-    return tqdm(total=images, file=sys.stdout, disable=is_unseen, **looks)
+    """A bar that counts the images. A user may look at it, and the search's ScoringProgress reads it."""
+    return tqdm(total=images, file=sys.stdout, desc="images", unit=" images", mininterval=0.5, leave=False)
 
 
 class StageImages:
@@ -3468,6 +3465,7 @@ class ContactSheet:
 # 9. Objective: binds settings, trainer and scorer. Touches the trial's folder and its attributes.
 # ======================================================================================================
 
+PARENT_HOLDS_FOLDER = "LORA_SEARCH_HOLDS_FOLDER"  # in the scoring process's environment
 SECONDS_PER_LINE = 10.0  # between two lines that count images, where there is no live region
 
 

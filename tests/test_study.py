@@ -700,7 +700,7 @@ def test_the_final_stage_decides_which_trial_is_best(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 3)
     study, final = scored_as(settings, VALUES), Final()
     study_of(settings).decide(final)
-    assert final.runs == [["2", "1", "0"]]
+    assert final.runs == [["2", "1", "0"]] and study.user_attrs["final_seconds"] >= 0
     assert [trial.number for trial in search.ranked_trials(study)] == [0, 1, 2]
     assert search.may_be_best(search.final_places(study)) == [0, 1]
     search.Results(study, settings.output_dir).write()
