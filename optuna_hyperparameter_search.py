@@ -488,9 +488,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except Exception as error:  # toml raises TypeError, IndexError and more on some malformed files
         remedy = "write paths with / instead of backslashes" if "scape" in str(error) else "correct it there"
         remedy = "write the numbers of a list alike, such as 1.0" if "homogeneous" in str(error) else remedy
-        raise RefusedInput(
-            f"{what}: {path} is not valid {kind} ({one_line(error).partition('?{')[0]}); {remedy}"
-        ) from error
+        said = one_line(error).partition("?{")[0]  # toml shows all that it has read
+        raise RefusedInput(f"{what}: {path} is not valid {kind} ({said}); {remedy}") from error
 
 
 MAX_STEPS = 1000  # as many as Stable Diffusion was trained with
@@ -3810,9 +3809,8 @@ def load_study(storage: str, study_name: str) -> optuna.Study | None:
     with database.refusing():
         for place in (database.file, database.file.parent) if database.file else ():
             if place.exists() and not os.access(place, os.W_OK):
-                raise RefusedInput(
-                    f"--storage: {database.shown} is not for this user to write; make it so, or copy its folder"
-                )
+                remedy = "make it writable, or copy its folder"
+                raise RefusedInput(f"--storage: {database.shown} is not for this user to write; {remedy}")
         tables = database.tables()
         if database.file and tables and not tables >= {"studies", "trials", "version_info"}:
             raise ValueError("it is the database of another program")
@@ -3891,9 +3889,7 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     said = f"study {study.study_name!r} was made with other inputs"
     remedy = "its scores would not be comparable; restore it, or give another --output-dir"
     if not any(map(is_trained, study.get_trials(deepcopy=False))):
-        remedy = (
-            "nothing is trained in it yet, so delete its --output-dir (with --storage, give another --study-name, too)"
-        )
+        remedy = "nothing is trained in it yet: delete its --output-dir, or with --storage give another --study-name"
     if differences:
         raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 
@@ -4689,7 +4685,7 @@ class Results:
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
         plan = read_json(reference / "plan.json") or dict.fromkeys(FIRST_SEEDS, ())
         if not any(plan.values()):
-            say(f"warning: no whole {reference / 'plan.json'}, so the report has no pictures; the same search makes it")
+            say(f"warning: no whole {reference / 'plan.json'}, so the report has no pictures; the search makes it")
         pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)

@@ -1450,7 +1450,7 @@ def test_differences_are_named_down_to_the_setting(tmp_path: Path) -> None:
         changed = {"seed": 1, "training options": {"clip_skip": 1, "xformers": True}, "encoders": {"clip": "a"}}
         search.check_fingerprint(study, changed)
     lines = caught.value.problems
-    assert all("; nothing is trained in it yet, so delete its --output-dir" in line for line in lines)
+    assert all("; nothing is trained in it yet: delete its --output-dir" in line for line in lines)
     assert [line.split("inputs: ")[1].split(";")[0] for line in lines] == [
         "training options, clip_skip: was 2, is now 1",
         "training options, sdpa: was True, is now None",
