@@ -4684,8 +4684,6 @@ class Results:
 
         trials, reference = self.study.get_trials(deepcopy=False), self.output_dir / "reference"
         plan = read_json(reference / "plan.json") or dict.fromkeys(FIRST_SEEDS, ())
-        if not any(plan.values()):
-            say(f"warning: no whole {reference / 'plan.json'}, so the report has no pictures; the search makes it")
         pictured = [t for t in self.ranked if (find_trial_folder(t, self.output_dir) / "scores" / "confirm").is_dir()]
         loader = FileSystemLoader(HERE / "configs")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -5820,6 +5818,8 @@ def run_report(args: argparse.Namespace) -> None:
     if study is None:
         raise RefusedInput(f"--report: no study {name!r} in {output_dir}; check --output-dir, --study-name, --storage")
     weights = ScoringSettings.read(args.scoring_config).weights if args.scoring_config else None
+    if not plan:
+        say(f"warning: {output_dir / 'reference'} is not whole, so the report lacks pictures; the search mends it")
     show_results(study, output_dir)
     if weights:
         say(describe_rescored(study, weights))

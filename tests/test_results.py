@@ -263,10 +263,10 @@ def test_where_the_best_trials_files_are_gone_results_keep_its_lora_or_the_next_
 
 def test_a_report_without_the_reference_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_for(tmp_path, 1)
-    study = run(settings)
+    run(settings).set_user_attr("fingerprint", {})
     (settings.reference / "plan.json").unlink(missing_ok=True)
-    search.show_results(study, settings.output_dir)
-    said = f"warning: no whole {settings.reference / 'plan.json'}, so the report has no pictures"
+    assert search.main(["--report", f"--output-dir={settings.output_dir}", "--study-name=test"]) == 0
+    said = f"warning: {settings.reference} is not whole, so the report lacks pictures; the search mends it"
     assert said in capsys.readouterr().out
 
 
