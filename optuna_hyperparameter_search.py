@@ -5081,11 +5081,15 @@ def check_space_options(
     Problems(lines).refuse()
 
 
+def tables_of_data_set(config: Any) -> list[dict[str, Any]]:
+    """All tables of a data set's file, each with options of its own."""
+    tables = [config["general"], *config["datasets"]] if config else []
+    return [*tables, *(subset for data_set in tables[1:] for subset in data_set["subsets"])]
+
+
 def options_of_data_set(config: Any) -> set[str]:
     """The options that a data set's file sets: kohya takes them from there."""
-    tables = [config["general"], *config["datasets"]] if config else []
-    tables += [subset for data_set in tables[1:] for subset in data_set["subsets"]]
-    return {{"batch_size": "train_batch_size"}.get(key, key) for table in tables for key in table}
+    return {{"batch_size": "train_batch_size"}.get(key, key) for table in tables_of_data_set(config) for key in table}
 
 
 def with_family_files(settings: Settings, family: Family) -> Settings:
@@ -5447,7 +5451,8 @@ class CheckReport:
             said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
             yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
-        changed = options_of_data_set(inputs.data_set.config) & CHANGE_CAPTIONS
+        tables = tables_of_data_set(inputs.data_set.config)
+        changed = {key for table in tables for key in CHANGE_CAPTIONS if table.get(key)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
             said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
             yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"

@@ -85,7 +85,7 @@ def listen_to_parser() -> None:
         found["options"] = {action.option_strings[-1].lstrip("-"): describe_option(action) for action in options}
         found["options"].get("lr_scheduler", {})["choices"] = names_of_schedulers()
         kohya["args"] = parse_args(parser, *args, **kwargs)
-        found["options"].get("network_args", {})["choices"] = names_of_network_args(kohya["args"].network_module)
+        found["options"].get("network_args", {})["choices"] = names_of_network_args()
         return kohya["args"]
 
     argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign, assignment]
@@ -98,10 +98,10 @@ def names_of_schedulers() -> list[str]:
     return [*dict.fromkeys(names), "adafactor"] if names else []
 
 
-def names_of_network_args(network_module: str | None) -> list[str]:
+def names_of_network_args() -> list[str]:
     """Which arguments kohya's own LoRA reads, by its source; it takes any. [] for another network."""
     file = Path(sys.argv[0]).parent / "networks" / "lora.py"
-    if network_module != "networks.lora" or not file.is_file():
+    if getattr(kohya["args"], "network_module", None) != "networks.lora" or not file.is_file():
         return []
     return sorted(set(re.findall(r"kwargs\.get\(\s*[\"'](\w+)", file.read_text(encoding="utf-8"))))
 

@@ -323,12 +323,17 @@ def test_all_problems_are_reported_where_the_data_set_is_wrong_too(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(("option", "warned"), [("cache_text_encoder_outputs = true", True), ("", False)])
+CACHED = "cache_text_encoder_outputs = true"
+
+
+@pytest.mark.parametrize(
+    ("option", "prefix", "warned"), [(CACHED, "photo of ", True), ("", "photo of ", False), (CACHED, "", False)]
+)
 def test_captions_that_cached_text_would_lack_are_warned_of(
-    option: str, warned: bool, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, prefix: str, warned: bool, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_set = (world / "dataset.toml").read_text(encoding="utf-8").replace("shuffle_caption = true", "")
-    (tmp_path / "data.toml").write_text(data_set.replace("[general]", '[general]\ncaption_prefix = "photo of "'))
+    (tmp_path / "data.toml").write_text(data_set.replace("[general]", f'[general]\ncaption_prefix = "{prefix}"'))
     training = (world / "training.toml").read_text(encoding="utf-8")
     (tmp_path / "training.toml").write_text(option + "\n" + training)
     command = ["--base-model", str(world / "base_model"), "--dataset-config", str(tmp_path / "data.toml"), "--check"]
