@@ -601,7 +601,7 @@ LYCORIS, ALGORITHMS = "lycoris.kohya", ("lora", "locon", "loha", "lokr")
 NOT_MERGED = ("dora_wd", "train_norm", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "rs_lora")
 # The search can score no others; the first is the default.
 _SCORED = {"save_model_as": ["safetensors"], "network_module": ["networks.lora", LYCORIS]}
-_SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0}
+_SMALLEST = {"save_every_n_epochs": 1, "clip_skip": 1, "seed": 0, "train_batch_size": 1}
 GUI_OPTIONS = {"epoch", "noise_offset_type"}  # of kohya's GUI, which it writes for sd-scripts, too
 # What the GUI gives to kohya's own LoRA of convolutions, and to LyCORIS besides.
 LORA_ARGUMENTS = ["conv_dim", "conv_alpha", "rank_dropout", "module_dropout"]
@@ -715,7 +715,17 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
             return f"must hold texts such as 'name=value', and {text!r} is none; correct it"
         if wrong := key == "network_args" and _unscored_network(*text.split("=")):
             return wrong
+        name, _, number = text.rpartition("=")
+        if re.fullmatch(r"\w*dropout(_rate)?", name or key) and not _is_share(number):
+            return "must be from 0 to 1"
     return ""
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _unscored_network(name: str, said: Any) -> str:
@@ -967,6 +977,8 @@ class DataSetReader:
 
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
+        if any(table.get("batch_size") == 0 for table in tables_of_data_set(self.config)):
+            self.problems.append(f"batch_size = 0 in {self.path} trains nothing; give 1 or more")
         for place, message in answer.get("stopped", []):
             value = None
             with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing

@@ -375,6 +375,8 @@ DATA_SET = [
     bad("resolution 0", "resolution", lambda d: d.data("dataset", resolution=0)),
     bad("batch_size a text", "batch_size = '2'", lambda d: d.data("dataset", batch_size="2")),
     bad("batch_size -1", "batch_size", lambda d: d.data("dataset", batch_size=-1)),
+    bad("batch_size 0", "batch_size = 0 in", lambda d: d.data("dataset", batch_size=0)),
+    bad("batch_size 0 in [general]", "batch_size = 0 in", lambda d: d.data("general", batch_size=0)),
     bad("num_repeats 1.5", "num_repeats = 1.5", lambda d: d.data("subset", num_repeats=1.5)),
     bad("image_dir a number", "image_dir = 3", lambda d: d.data("subset", image_dir=3)),
     bad("image_dir empty", "is no folder", lambda d: d.data("subset", image_dir="")),

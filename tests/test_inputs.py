@@ -313,6 +313,23 @@ def test_an_argument_is_a_name_and_a_value(key: str, argument: str) -> None:
     assert said == f"must hold texts such as 'name=value', and {argument!r} is none; correct it"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "is_wrong"),
+    [
+        ("network_dropout", 27.0, True), ("network_dropout", -0.1, True), ("network_args", ["rank_dropout=nan"], True),
+        ("network_dropout", 0.25, False), ("network_dropout", 1, False), ("caption_dropout_rate", 1.5, True),
+        ("caption_dropout_every_n_epochs", 5, False), ("network_args", ["rank_dropout=2", "conv_dim=8"], True),
+        ("network_args", ["module_dropout=no"], True), ("network_args", ["rank_dropout=0.1", "conv_dim=8"], False),
+    ],
+)  # fmt: skip
+def test_a_dropout_is_a_share(key: str, value: Any, is_wrong: bool) -> None:
+    assert search._wrong_option(key, value, {"is_list": True}) == ("must be from 0 to 1" if is_wrong else "")
+
+
+def test_a_batch_has_a_picture(training: Callable[[str], Path]) -> None:
+    assert "train_batch_size = 0" in the_refusal(read_training_options, training("train_batch_size = 0"))
+
+
 def test_paths_become_absolute(
     training: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
