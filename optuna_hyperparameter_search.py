@@ -2481,6 +2481,8 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput(f"--eval-prompts: can't read {path} ({one_line(error)}); give text in UTF-8") from error
+    if path.suffix.lower() in (".toml", ".json"):  # kohya knows these forms, too
+        raise RefusedInput(f"--eval-prompts: {path} must be a text file with a prompt a line; write it so")
     prompts: dict[str, Prompt] = {}
     problems = Problems()
     for number, line in enumerate(lines, start=1):
