@@ -2265,8 +2265,12 @@ class Probe:
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
-FINAL_ROUNDS = {"final-1": 3001, "final-2": 4001, "final-3": 5001}  # of the same prompts, with other seeds
-FIRST_SEEDS = {"screen": 1001, "confirm": 2001, **FINAL_ROUNDS}  # of the stages, under their names in all files
+FINAL_ROUNDS = {"final-1": 3_000_001, "final-2": 4_000_001, "final-3": 5_000_001}  # same prompts, other seeds
+FIRST_SEEDS = {
+    "screen": 1_000_001,
+    "confirm": 2_000_001,
+    **FINAL_ROUNDS,
+}  # of the stages, under their names in all files
 # Tags of quality, number, view and looks: none of them is a name. Without the last, none says how anybody looks.
 _COMMON_TEXT = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8")
 COMMON_TAGS, NO_LOOKS = (
@@ -2419,12 +2423,17 @@ class PromptChooser:
         return {stage: about[number::3] + others[stage] for number, stage in enumerate(self.counts)}
 
     def image_jobs(self, prompts: dict[str, list[Prompt]], stage: str, training_seed: int) -> Iterator[dict[str, Any]]:
-        """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one."""
+        """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one.
+
+        Each prompt has seeds of its own. A seed's noise is half of a picture, and a few seeds for all prompts made a
+        value twice as noisy (`tests/small_world/README.md`).
+        """
         settings, kind = self.settings, stage.partition("-")[0]
         for number, prompt in enumerate(prompts[kind]):
+            seeds = self.counts[kind]["seeds"]
             # Screening begins at the prompt's own seed; a later stage is as far from it as the stages' first seeds are.
-            start = prompt.get("seed", FIRST_SEEDS["screen"]) + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
-            seeds = self.counts[kind]["seeds"] if prompt["subject"] else 1
+            own = prompt.get("seed", FIRST_SEEDS["screen"] + number * (seeds + 1))
+            start, seeds = own + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"], seeds if prompt["subject"] else 1
             unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
             for count, seed in enumerate(unused[:seeds]):
                 yield {  # the order is part of a study's fingerprint
@@ -2512,7 +2521,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
 
-SCORE_DEFINITION = 3  # one more whenever a term changes its meaning; part of a study's fingerprint
+SCORE_DEFINITION = ("definition of the score", 4)  # one more whenever a term or the plan changes its meaning
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
 MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # the least from 0 to 1 of a term; less would magnify noise
@@ -2576,6 +2585,8 @@ def spread_within(x: np.ndarray, labels: Sequence[str] | np.ndarray) -> float:
 def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, Any]:
     """The terms in [0, 1]: a stage's raw values between its anchors; 0 for None, where no image was usable.
 
+    Fidelity is a distance, not a cosine: the share of the base model's distance to the data set, sqrt(2 - 2 q), that
+    the LoRA takes away. Near 1 a cosine hardly changes, so a missing part would cost nothing.
     Raw values may be arrays, with one value a resampling; then the terms are arrays, too.
     """
     scaled = {
@@ -2586,10 +2597,11 @@ def terms_of(raw: Mapping[str, Any], anchors: Mapping[str, Any]) -> dict[str, An
         "variety": (raw["spread"], 0.0, min(anchors["spread"], anchors["data_spread"]), 1e-6),
         "usable": (raw["usable"], 0.0, 1.0, 1.0),
     }
-    return {
+    terms = {
         name: np.nan_to_num(np.clip((np.array(value, float) - zero) / max(one - zero, headroom), 0.0, 1.0))
         for name, (value, zero, one, headroom) in scaled.items()
     }
+    return {**terms, "fidelity": 1 - np.sqrt(1 - terms["fidelity"])}
 
 
 def combine(terms: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
@@ -3891,9 +3903,11 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     """RefusedInput names every difference between the study's inputs and the ones given now."""
     as_given = json.loads(json.dumps(fingerprint))
     stored = study.user_attrs.get("fingerprint", as_given)
-    if stored.get(STUDY_FORM[0]) != as_given.get(STUDY_FORM[0]):
+    versions = (STUDY_FORM[0], SCORE_DEFINITION[0])
+    if made := fingerprint_differences(*({name: one.get(name) for name in versions} for one in (stored, as_given))):
         said = f"study {study.study_name!r} was made by another version of this program, which can go on with it"
-        raise RefusedInput(f"{said}; give another --output-dir (--report still shows this one)")
+        known = f"{made[0]}; --report still shows this one, and --enqueue of its folder begins with its best settings"
+        raise RefusedInput(f"{said}; give another --output-dir ({known})")
     spaces = [isinstance(one.get("search space"), dict) for one in (stored, as_given)]
     if spaces[0] != spaces[1]:
         of = ["that of a --search-space file" if is_file else "V2.1" for is_file in spaces]
@@ -4942,7 +4956,7 @@ class Inputs:
             },
             "training options (--training-config)": dict(self.options),
             "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
-            "definition of the score": SCORE_DEFINITION,
+            SCORE_DEFINITION[0]: SCORE_DEFINITION[1],
             "encoders": encoders,
         }
 

@@ -435,7 +435,7 @@ def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path)
     assert settings.screen == {"prompts": 8, "seeds": 2, "plain_prompts": 4}
     assert settings.confirm == {"prompts": 16, "seeds": 3, "plain_prompts": 10}
     assert settings.weights == {
-        "fidelity": 0.5, "text": 0.5, "preservation": 0.5, "originality": 0.5, "variety": 0.0, "usable": 2.0,
+        "fidelity": 0.5, "text": 0.8, "preservation": 0.8, "originality": 0.5, "variety": 0.0, "usable": 2.0,
     }  # fmt: skip
     assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
     assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)

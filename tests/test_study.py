@@ -1480,14 +1480,19 @@ def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
         search.check_anchors(study, {"screen": {"q_base": 0.52}, "version": "x"})
 
 
-def test_a_study_of_an_earlier_version_is_refused_and_can_be_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [({}, "form of the study: was None"), (dict([search.STUDY_FORM]), "definition of the score: was None")],
+)  # fmt: skip
+def test_a_study_of_an_earlier_version_is_refused_and_can_be_shown(
+    tmp_path: Path, stored: dict[str, int], named: str
+) -> None:
     settings = settings_for(tmp_path)
     study = open_study(settings)
-    study.set_user_attr("fingerprint", {"seed": 1})
-    name, number = search.STUDY_FORM
+    study.set_user_attr("fingerprint", {**stored, "seed": 1})
     with pytest.raises(search.RefusedInput, match=r"made by another version of this program.*--output-dir") as caught:
-        search.check_fingerprint(study, {name: number, "seed": 2})
-    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+        search.check_fingerprint(study, {**dict([search.STUDY_FORM, search.SCORE_DEFINITION]), "seed": 2})
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value) and named in str(caught.value)
     assert search.load_study(settings.storage, settings.study_name) is not None
 
 

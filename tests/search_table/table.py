@@ -4,8 +4,8 @@
     draw = Draw.of(table, seed=0)
     table.scores(draw.confirm.times())        (trainings, checkpoints)
 
-A plan says how often it takes each picture of the table. Prompts and seeds are drawn with replacement, since the table
-has no others. The score of all pictures, each once, is a checkpoint's true value.
+A plan says how often it takes each picture of the table. Prompts, and seeds of each prompt, are drawn with replacement,
+since the table has no others. The score of all pictures, each once, is a checkpoint's true value.
 """
 
 from __future__ import annotations
@@ -89,23 +89,25 @@ def saved_epochs(params: Mapping[str, Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage's draw: how often it takes each of the table's prompts, seeds and plain prompts."""
+    """A stage's draw: how often each of its prompts takes each picture of the table."""
 
-    prompts: np.ndarray
-    seeds: np.ndarray
-    plain: np.ndarray
+    prompts: np.ndarray  # (prompts with the subject, pictures); each has seeds of its own
+    plain: np.ndarray  # (plain prompts, pictures)
 
     @classmethod
-    def drawn(cls, table: Table, counts: Mapping[str, int], rng: np.random.Generator) -> Plan:
-        def draw(kinds: int, count: int) -> np.ndarray:
-            return rng.multinomial(count, np.full(kinds, 1 / kinds))
-
+    def drawn(cls, table: Table, counts: Mapping[str, int], rng: np.random.Generator, rounds: int = 1) -> list[Plan]:
+        """What was drawn after one round, after two, ..., on the same prompts with other seeds."""
         prompts, seeds, plain = table.shape
-        return cls(draw(prompts, counts["prompts"]), draw(seeds, counts["seeds"]), draw(plain, counts["plain_prompts"]))
+        every = np.eye(prompts * seeds + plain)
+        about = rng.integers(prompts, size=(counts["prompts"], 1))
+        about = about * seeds + rng.integers(seeds, size=(counts["prompts"], rounds * counts["seeds"]))
+        others = every[prompts * seeds + rng.integers(plain, size=counts["plain_prompts"])]
+        numbers = range(1, rounds + 1)
+        return [cls(every[about[:, : count * counts["seeds"]]].sum(axis=1), count * others) for count in numbers]
 
     def times(self) -> np.ndarray:
         """How often each picture of the table is taken, shape (pictures,)."""
-        return np.concatenate([np.outer(self.prompts, self.seeds).ravel(), self.plain]).astype(float)
+        return self.prompts.sum(axis=0) + self.plain.sum(axis=0)
 
     def size(self) -> int:
         return int(self.times().sum())
@@ -113,11 +115,9 @@ class Plan:
     def resampled(self) -> np.ndarray:
         """The same with its prompts drawn anew, as search.resampled_scores does; shape (RESAMPLES, pictures)."""
         rng = np.random.default_rng(0)
-        prompts, plain = (
-            rng.multinomial(kind.sum(), kind / kind.sum(), size=search.RESAMPLES) for kind in (self.prompts, self.plain)
-        )
-        about = (prompts[:, :, None] * self.seeds).reshape(search.RESAMPLES, -1)
-        return np.concatenate([about, plain], axis=1).astype(float)
+        kinds = (self.prompts, self.plain)
+        draws = [rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=search.RESAMPLES) @ x for x in kinds]
+        return draws[0] + draws[1]
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,13 @@ class Draw:
 
     screen: Plan
     confirm: Plan
-    rounds: tuple[Plan, ...]  # of the final stage: after one, two and three of them
+    rounds: list[Plan]  # of the final stage: after one, two and three of them
 
     @classmethod
     def of(cls, table: Table, seed: int) -> Draw:
         rng = np.random.default_rng((seed, 1))
-        screen, confirm, first = (Plan.drawn(table, CONFIG[stage], rng) for stage in ("screen", "confirm", "final"))
-        seeds = [first.seeds, *(Plan.drawn(table, CONFIG["final"], rng).seeds for _ in range(2))]
-        rounds = [Plan(first.prompts, np.sum(seeds[:count], axis=0), count * first.plain) for count in (1, 2, 3)]
-        return cls(screen, confirm, tuple(rounds))
+        [screen], [confirm] = (Plan.drawn(table, CONFIG[stage], rng) for stage in ("screen", "confirm"))
+        return cls(screen, confirm, Plan.drawn(table, CONFIG["final"], rng, len(search.FINAL_ROUNDS)))
 
 
 # --- the table ---
@@ -219,7 +217,7 @@ class Table:
         summed, known = (array[:, training, checkpoint] for array in self._known)
         with np.errstate(invalid="ignore"):
             means = (summed @ many.T) / (known @ many.T)
-        scores, n = self._combined(means, plan.times()), max(2, int(plan.prompts.sum()))
+        scores, n = self._combined(means, plan.times()), max(2, len(plan.prompts))
         return scores.mean() + (scores - scores.mean()) * math.sqrt(n / (n - 1))
 
     def _combined(self, means: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Definitions of the score that compete: other weights for the same terms."""
+"""Definitions of the score that compete: other weights for the same terms, or fidelity as a cosine."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Mapping
 
 import optuna_hyperparameter_search as search
 
-SECOND = {"fidelity": 0.5, "text": 0.3, "preservation": 0.1, "variety": 0.1, "usable": 2.0}
-THIRD = {"fidelity": 0.5, "text": 0.5, "preservation": 0.5, "originality": 0.5, "usable": 2.0}
+PRESENT = str(search.SCORE_DEFINITION[1])  # among DEFINITIONS
+EQUAL = {"fidelity": 0.5, "text": 0.5, "preservation": 0.5, "originality": 0.5, "usable": 2.0}
 DEFINITIONS: dict[str, Mapping[str, float]] = {
-    "2": SECOND,
-    "3": THIRD,
-    "lenient": {**THIRD, "text": 0.3, "preservation": 0.3},
-    "strict": {**THIRD, "text": 0.8, "preservation": 0.8},
+    "3": EQUAL,
+    "4": {**EQUAL, "text": 0.8, "preservation": 0.8},
+    "lenient": EQUAL,
+    "strict": {**EQUAL, "text": 1.0, "preservation": 1.0},
 }
 
 
 def scores_of(terms: Mapping[str, float]) -> dict[str, float]:
-    """By definition."""
-    return {name: float(search.combine(terms, weights)) for name, weights in DEFINITIONS.items()}
+    """By definition. Definition 3 took fidelity as a cosine."""
+    cosine = {**terms, "fidelity": 1 - (1 - terms["fidelity"]) ** 2}
+    return {
+        name: float(search.combine(cosine if name == "3" else terms, weights)) for name, weights in DEFINITIONS.items()
+    }

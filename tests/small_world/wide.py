@@ -45,13 +45,13 @@ def every_prompt(captions: Sequence[str], subject: str) -> dict[str, list[str]]:
 
 
 def jobs_of(prompts: Mapping[str, Sequence[str]], like: Mapping[str, Any], subject: str) -> list[dict[str, Any]]:
-    """A job for each prompt and seed, plain prompts with one seed; "kind" says which of the prompts it is."""
-    jobs = []
+    """A job for each prompt and seed, no seed twice; plain prompts have one. "kind" says which of the prompts it is."""
+    jobs: list[dict[str, Any]] = []
     for kind, texts in prompts.items():
         for number, text in enumerate(texts):
             for seed in range(SEEDS if kind != "plain" else 1):
                 words = {"prompt": text, "text": text.removeprefix(f"{subject}, "), "subject": kind != "plain"}
-                place = {"name": f"{kind}{number:02d}-s{seed}", "seed": FIRST_SEED + seed, "kind": kind}
+                place = {"name": f"{kind}{number:02d}-s{seed}", "seed": FIRST_SEED + len(jobs), "kind": kind}
                 jobs.append({**like, **words, **place, "caption": kind == "caption"})
     return jobs
 
@@ -61,11 +61,10 @@ def draw(jobs: Jobs, counts: Mapping[str, int], rng: random.Random) -> list[int]
     by_prompt: dict[str, dict[str, list[int]]] = {}
     for number, job in enumerate(jobs):
         by_prompt.setdefault(job["kind"], {}).setdefault(job["prompt"], []).append(number)
-    seeds = rng.sample(range(SEEDS), counts["seeds"])
     chosen: list[int] = []
     for kind, share in SHARES.items():
         for numbers in rng.sample(list(by_prompt[kind].values()), round(counts["prompts"] * share)):
-            chosen += [numbers[seed] for seed in seeds]
+            chosen += rng.sample(numbers, counts["seeds"])
     plain = rng.sample(list(by_prompt["plain"].values()), counts["plain_prompts"])
     return chosen + [numbers[0] for numbers in plain]
 

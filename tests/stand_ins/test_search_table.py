@@ -75,7 +75,9 @@ def raw_of(table: Table, training: int, checkpoint: int) -> dict[str, Any]:
 
 
 def everything_once(table: Table) -> Plan:
-    return Plan(*(np.ones(count, dtype=int) for count in table.shape))
+    prompts, seeds, plain = table.shape
+    every = np.eye(prompts * seeds + plain)
+    return Plan(every[: prompts * seeds].reshape(prompts, seeds, -1).sum(axis=1), every[prompts * seeds :])
 
 
 def test_a_draw_of_everything_has_the_score_that_the_search_computes(table: Table) -> None:
@@ -99,7 +101,10 @@ def test_a_draw_has_as_many_pictures_as_the_scoring_config_says(table: Table) ->
         counts = CONFIG[stage]
         assert plan.size() == counts["prompts"] * counts["seeds"] + counts["plain_prompts"]
     assert [plan.size() for plan in draw.rounds] == [draw.rounds[0].size() * count for count in (1, 2, 3)]
-    assert all(np.array_equal(plan.prompts, draw.rounds[0].prompts) for plan in draw.rounds)
+    prompts, seeds, _ = table.shape
+    shown = [plan.prompts[:, : prompts * seeds].reshape(-1, prompts, seeds) for plan in draw.rounds]
+    assert all(np.array_equal(some.any(axis=2), shown[0].any(axis=2)) for some in shown)  # the same prompts
+    assert len({tuple(seeds) for seeds in shown[2].sum(axis=1)}) > 1  # each with seeds of its own
 
 
 def test_a_training_without_more_checkpoints_has_no_score_there(table: Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,12 @@ def test_rank_correlation_of_known_rows() -> None:
     assert benchmark.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert benchmark.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert benchmark.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)  # a tie
+
+
+def test_pairs_that_the_judge_finds_equal_say_nothing_of_the_order() -> None:
+    assert benchmark.right_pairs([3, 1, 2, 5], [1, 1, 1, 2]) == 1
+    assert benchmark.right_pairs([3, 1, 2, 2], [1, 1, 1, 2]) == pytest.approx((0 + 1 + 0.5) / 3)
+    assert math.isnan(benchmark.right_pairs([1, 2], [1, 1]))
 
 
 # --- pictures with a known flaw ---
@@ -396,6 +403,11 @@ def test_the_demos_sdxl_draws_what_it_is_asked_for_and_learns_the_character(tmp_
     trained = confirmation.of_trial(tmp_path / "out" / "trial_0000")
     base = confirmation.judged(list(confirmation.world.base.values()))
     assert trained.judge["character"] > 1.5 * base.judge["character"]
+
+
+def test_the_present_definition_is_the_shipped_one() -> None:
+    shipped = search.ScoringSettings.read(benchmark.demo_world.CONFIGS / "scoring.toml").weights
+    assert benchmark.DEFINITIONS[benchmark.PRESENT] == {name: weight for name, weight in shipped.items() if weight}
 
 
 @pytest.mark.slow
