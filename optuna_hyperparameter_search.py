@@ -716,14 +716,15 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
         if wrong := key == "network_args" and _unscored_network(*text.split("=")):
             return wrong
         name, _, number = text.rpartition("=")
-        if re.fullmatch(r"\w*dropout(_rate)?", name or key) and not _is_share(number):
-            return "must be from 0 to 1"
+        if re.fullmatch(r"\w*dropout(_rate)?", name or key) and not _is_dropout(number, is_whole="caption" in key):
+            return f"must have {name or key} from 0 to {'1' if 'caption' in key else 'below 1'}"
     return ""
 
 
-def _is_share(text: str) -> bool:
+def _is_dropout(text: str, *, is_whole: bool) -> bool:
+    """Whether it is a share. Captions may all be dropped, but not a whole network."""
     try:
-        return 0 <= float(text) <= 1
+        return 0 <= float(text) < 1 or (is_whole and float(text) == 1)
     except ValueError:
         return False
 
@@ -977,7 +978,7 @@ class DataSetReader:
 
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
-        if any(table.get("batch_size") == 0 for table in tables_of_data_set(self.config)):
+        if any(type(size := table.get("batch_size")) is int and size == 0 for table in tables_of_data_set(self.config)):
             self.problems.append(f"batch_size = 0 in {self.path} trains nothing; give 1 or more")
         for place, message in answer.get("stopped", []):
             value = None
@@ -2265,12 +2266,9 @@ class Probe:
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
-FINAL_ROUNDS = {"final-1": 3_000_001, "final-2": 4_000_001, "final-3": 5_000_001}  # same prompts, other seeds
-FIRST_SEEDS = {
-    "screen": 1_000_001,
-    "confirm": 2_000_001,
-    **FINAL_ROUNDS,
-}  # of the stages, under their names in all files
+# First seeds of the stages, further from each other than a stage has pictures. Rounds have the same prompts.
+FINAL_ROUNDS = {"final-1": 3_000_001, "final-2": 4_000_001, "final-3": 5_000_001}
+FIRST_SEEDS = {"screen": 1_000_001, "confirm": 2_000_001, **FINAL_ROUNDS}  # under their names in all files
 # Tags of quality, number, view and looks: none of them is a name. Without the last, none says how anybody looks.
 _COMMON_TEXT = (HERE / "configs" / "common_tags.txt").read_text(encoding="utf-8")
 COMMON_TAGS, NO_LOOKS = (
@@ -2362,7 +2360,10 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 
 class PromptChooser:
-    """Chooses prompts and seeds: screening, confirmation and final share none, and no seed is the training's."""
+    """Chooses prompts and seeds: screening, confirmation and final share none, and no seed is the training's.
+
+    A seed that `--eval-prompts` gives to several prompts is theirs all the same.
+    """
 
     def __init__(self, subject: str, images: Sequence[tuple[Path, str]], settings: ScoringSettings) -> None:
         """`images`: pictures of the data set, each with a caption."""
@@ -2425,8 +2426,8 @@ class PromptChooser:
     def image_jobs(self, prompts: dict[str, list[Prompt]], stage: str, training_seed: int) -> Iterator[dict[str, Any]]:
         """One job an image: every subject prompt with the stage's number of seeds, every plain prompt with one.
 
-        Each prompt has seeds of its own. A seed's noise is half of a picture, and a few seeds for all prompts made a
-        value twice as noisy (`tests/small_world/README.md`).
+        Each prompt has seeds of its own, unless its `--d` says which. A few seeds for all prompts made a value half
+        again as noisy (`tests/small_world/README.md`).
         """
         settings, kind = self.settings, stage.partition("-")[0]
         for number, prompt in enumerate(prompts[kind]):
@@ -2455,6 +2456,7 @@ class PromptChooser:
         settings = self.settings
         prompts = self.from_file(eval_prompts) if eval_prompts else self.from_captions()
         return {
+            SCORE_DEFINITION[0]: SCORE_DEFINITION[1],
             "family": family.name,
             "base_model": base_model,
             "pipeline_config": settings.pipeline_config,
@@ -2491,7 +2493,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput(f"--eval-prompts: can't read {path} ({one_line(error)}); give text in UTF-8") from error
     if path.suffix.lower() in (".toml", ".json"):  # kohya knows these forms, too
-        raise RefusedInput(f"--eval-prompts: {path} must be a text file with a prompt a line; write it so")
+        raise RefusedInput(f"--eval-prompts: {path} is no text; give a file with one prompt a line")
     prompts: dict[str, Prompt] = {}
     problems = Problems()
     for number, line in enumerate(lines, start=1):
@@ -3073,6 +3075,9 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
     plan = read_json(reference / "plan.json")
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
+    if (made := plan.get(SCORE_DEFINITION[0])) != SCORE_DEFINITION[1]:
+        said = f"{folder} is of {SCORE_DEFINITION[0]} {made or 3}, and this program has {SCORE_DEFINITION[1]}"
+        raise RefusedInput(f"--score: {said}; use the version that made it")
     if is_reference or (folder / FINALISTS).is_file():
         return reference, plan, []
     params = read_json(folder / "params.json") or {}
@@ -3905,9 +3910,9 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     stored = study.user_attrs.get("fingerprint", as_given)
     versions = (STUDY_FORM[0], SCORE_DEFINITION[0])
     if made := fingerprint_differences(*({name: one.get(name) for name in versions} for one in (stored, as_given))):
-        said = f"study {study.study_name!r} was made by another version of this program, which can go on with it"
-        known = f"{made[0]}; --report still shows this one, and --enqueue of its folder begins with its best settings"
-        raise RefusedInput(f"{said}; give another --output-dir ({known})")
+        said = f"study {study.study_name!r} was made by another version of this program, which alone goes on with it"
+        remedy = "give another --output-dir, with --storage another --study-name, and --enqueue FOLDER for its best"
+        raise RefusedInput(f"{said} ({made[0]}); {remedy}; --report still shows it")
     spaces = [isinstance(one.get("search space"), dict) for one in (stored, as_given)]
     if spaces[0] != spaces[1]:
         of = ["that of a --search-space file" if is_file else "V2.1" for is_file in spaces]
@@ -4884,7 +4889,7 @@ class Notes:
 # ======================================================================================================
 
 # Besides those of scoring.
-OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution", "train_batch_size"}
+OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}
 DRAWN = 2000  # settings, by which a search space is judged
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
 REPORT_BYTES = 1e7  # half of them Plotly's script
@@ -5497,6 +5502,9 @@ class CheckReport:
         if (kind := file_system(folder)) in NOT_LOCAL:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
+        seeds = [job["seed"] for job in inputs.plan["confirm"]]
+        if len(set(seeds)) < len(seeds):
+            yield "prompts of --eval-prompts share seeds, so that scores are noisier than they say; leave out --d"
         for table in inputs.enqueued:
             if reason := EnqueueReader(inputs.trainer.can_train, inputs.space).why_rejected(table):
                 yield f"--enqueue: {table} will be rejected whatever completes it: {reason}"

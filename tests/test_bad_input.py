@@ -487,8 +487,12 @@ ENQUEUE = [
 
 PROMPTS = [
     bad("prompts all comments", "0 prompts with 'luca'", lambda d: d.prompts("# nothing\n\n  # at all\n")),
-    bad("prompts in TOML", "text file with a prompt a line", lambda d: {"eval_prompts": d.file("p.TOML", "[prompt]")}),
-    bad("prompts in JSON", "text file with a prompt a line", lambda d: {"eval_prompts": d.file("p.json", "[]")}),
+    bad(
+        "prompts in TOML",
+        "one prompt a line",
+        lambda d: {"eval_prompts": d.file("p.TOML", "[prompt]")},
+    ),
+    bad("prompts in JSON", "one prompt a line", lambda d: {"eval_prompts": d.file("p.json", "[]")}),
     bad("prompts too few", "3 prompts with 'luca'", lambda d: d.prompts("luca, a\nluca, b\nluca, c\nx\n")),
     bad("prompt option", "'--q 3'", lambda d: d.prompts("luca, a --q 3\n")),
     bad("prompt option with ESC", "is not understood", lambda d: d.prompts(f"luca, a --{ESCAPE}\n")),

@@ -297,11 +297,22 @@ def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Pa
     settings, _ = search.read_settings(search.make_parser().parse_args(command()))
     inputs = search.check_inputs(settings)
     assert not any("scoring a trial takes" in line for line in search.CheckReport(inputs).warnings())
-    job = {"width": 512, "height": 512, "steps": 25}
+    job = {"width": 512, "height": 512, "steps": 25, "seed": 1}
     plan = {"screen": [job] * 80, "confirm": [job] * 58}
     many = dataclasses.replace(inputs, plan=plan, settings=dataclasses.replace(settings, device="cuda"))
     (warning,) = (line for line in search.CheckReport(many).warnings() if "scoring a trial takes" in line)
     assert "6 min" in warning and "raise save_every_n_epochs" in warning
+
+
+@pytest.mark.parametrize(("option", "is_warned_of"), [("", False), (" --d 42", True)])
+def test_prompts_that_share_seeds_are_warned_of(
+    command: Command, tmp_path: Path, option: str, is_warned_of: bool
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"luca, {place}{option}\n" for place in "abcdefgh"))
+    settings, _ = search.read_settings(search.make_parser().parse_args(command(eval_prompts=file)))
+    warnings = search.CheckReport(search.check_inputs(settings)).warnings()
+    assert any("share seeds" in line and "leave out --d" in line for line in warnings) is is_warned_of
 
 
 def test_an_encoder_out_of_reach_is_refused(

@@ -314,16 +314,20 @@ def test_an_argument_is_a_name_and_a_value(key: str, argument: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "is_wrong"),
+    ("key", "value", "wrong"),
     [
-        ("network_dropout", 27.0, True), ("network_dropout", -0.1, True), ("network_args", ["rank_dropout=nan"], True),
-        ("network_dropout", 0.25, False), ("network_dropout", 1, False), ("caption_dropout_rate", 1.5, True),
-        ("caption_dropout_every_n_epochs", 5, False), ("network_args", ["rank_dropout=2", "conv_dim=8"], True),
-        ("network_args", ["module_dropout=no"], True), ("network_args", ["rank_dropout=0.1", "conv_dim=8"], False),
+        ("network_dropout", 27.0, "network_dropout from 0 to below 1"), ("network_dropout", -0.1, "network_dropout"),
+        ("network_dropout", 1, "network_dropout"), ("network_dropout", 0.25, ""), ("caption_dropout_rate", 1.0, ""),
+        ("caption_dropout_rate", 1.5, "caption_dropout_rate from 0 to 1"), ("caption_dropout_every_n_epochs", 5, ""),
+        ("network_args", ["conv_dim=8", "rank_dropout=1"], "rank_dropout from 0 to below 1"),
+        ("network_args", ["module_dropout=no"], "module_dropout"),
+        ("network_args", ["rank_dropout=nan"], "rank_dropout"),
+        ("network_args", ["rank_dropout=0.1", "conv_dim=8"], ""),
     ],
 )  # fmt: skip
-def test_a_dropout_is_a_share(key: str, value: Any, is_wrong: bool) -> None:
-    assert search._wrong_option(key, value, {"is_list": True}) == ("must be from 0 to 1" if is_wrong else "")
+def test_a_dropout_is_a_share(key: str, value: Any, wrong: str) -> None:
+    said = search._wrong_option(key, value, {"is_list": True})
+    assert said.startswith(f"must have {wrong}") if wrong else not said
 
 
 def test_a_batch_has_a_picture(training: Callable[[str], Path]) -> None:

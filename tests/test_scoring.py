@@ -1163,6 +1163,20 @@ def test_what_nobody_thought_of_is_a_scoring_that_failed(output_dir: Path, tmp_p
         search.score_folder(tmp_path / "reference", "cpu")
 
 
+@pytest.mark.parametrize("made", [None, 3])  # versions up to 3 did not say it
+def test_a_trial_of_another_definition_is_not_scored_by_this_one(
+    output_dir: Path, tmp_path: Path, made: int | None
+) -> None:
+    name, present = search.SCORE_DEFINITION
+    plan = search.read_json(output_dir / "reference" / "plan.json")
+    assert plan.pop(name) == present
+    search.write_json(tmp_path / "reference" / "plan.json", plan | ({name: made} if made else {}))
+    shutil.copytree(make_trial(output_dir, f"trial_old_{made}", [1.0], 2), folder := tmp_path / "trial_0011")
+    status, said = run_score(folder)
+    assert status == 2 and said.count("\n") == 1 and f"is of {name} 3, and this program has {present}" in said
+    assert not (folder / "metrics.json").exists()
+
+
 def test_what_is_no_trials_folder_is_refused_in_one_line(tmp_path: Path, output_dir: Path) -> None:
     (output_dir / "trial_empty").mkdir(exist_ok=True)
     for folder in (tmp_path, output_dir / "trial_empty"):

@@ -13,7 +13,8 @@ what is trained so far. The groups take turns, so that a part of the table is a 
     again   12 of v21's settings, each with four more training seeds
     new     50 settings that no model learns from: 30 as the search itself would begin, 20 random ones of V1
 
-Every second epoch is a checkpoint. Each checkpoint draws the same 12 prompts with 4 seeds and 8 plain prompts.
+Every second epoch is a checkpoint. Each checkpoint draws the same 12 prompts with the same 4 seeds, and 8 plain
+prompts.
 
 Two things differ from the settings, in all groups alike. A CPU has no AdamW8bit: AdamW takes its place. And an epoch of
 16 batches is a third of that of 410 pictures at batch 8, for which the space was made: warm-ups are shortened likewise,
@@ -178,7 +179,7 @@ class TableMaker:
         torch.set_num_threads(1)
         self.output_dir, self.folder = output_dir, output_dir / STAGE
         self.folder.mkdir(exist_ok=True)
-        self.jobs = table_jobs(output_dir)
+        self.jobs = table_jobs(search.read_json(output_dir / "reference" / "plan.json"))
         reference = output_dir / "reference" / STAGE
         if not all((reference / f"{job['name']}.png").is_file() for job in self.jobs):
             scorer = search.ImageScorer(search.read_json(output_dir / "reference" / "plan.json"), "cpu")
@@ -257,10 +258,18 @@ class TableMaker:
         return np.pad(found, ((0, MOST_CHECKPOINTS - len(found)), (0, 0), (0, 0)), constant_values=np.nan)
 
 
-def table_jobs(output_dir: Path) -> list[dict[str, Any]]:
-    plan = search.read_json(output_dir / "reference" / "plan.json")
-    jobs = wide.pool_jobs(plan)
-    return [jobs[number] for number in wide.draw(jobs, COUNTS, random.Random(3))]
+def table_jobs(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All prompts have the same seeds, as in a plan of the time when the table was begun."""
+    by_prompt: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for job in wide.pool_jobs(plan):
+        by_prompt.setdefault(job["kind"], {}).setdefault(job["prompt"], []).append(job)
+    rng, chosen = random.Random(3), []
+    seeds = rng.sample(range(wide.SEEDS), COUNTS["seeds"])
+    for kind, share in wide.SHARES.items():
+        for jobs in rng.sample(list(by_prompt[kind].values()), round(COUNTS["prompts"] * share)):
+            chosen += [{**jobs[seed], "seed": wide.FIRST_SEED + seed} for seed in seeds]
+    plain = rng.sample(list(by_prompt["plain"].values()), COUNTS["plain_prompts"])
+    return chosen + [{**jobs[0], "seed": wide.FIRST_SEED} for jobs in plain]
 
 
 # --- the table ---

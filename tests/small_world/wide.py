@@ -49,9 +49,10 @@ def jobs_of(prompts: Mapping[str, Sequence[str]], like: Mapping[str, Any], subje
     jobs: list[dict[str, Any]] = []
     for kind, texts in prompts.items():
         for number, text in enumerate(texts):
-            for seed in range(SEEDS if kind != "plain" else 1):
+            for _ in range(SEEDS if kind != "plain" else 1):
                 words = {"prompt": text, "text": text.removeprefix(f"{subject}, "), "subject": kind != "plain"}
-                place = {"name": f"{kind}{number:02d}-s{seed}", "seed": FIRST_SEED + len(jobs), "kind": kind}
+                own = FIRST_SEED + len(jobs)
+                place = {"name": f"{kind}{number:02d}-{own}", "seed": own, "kind": kind}
                 jobs.append({**like, **words, **place, "caption": kind == "caption"})
     return jobs
 

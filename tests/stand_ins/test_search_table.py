@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import benchmark_search
@@ -26,6 +27,7 @@ from search_table.table import (
     learning_rate_shape,
     saved_epochs,
 )
+from small_world import worlds
 
 import optuna_hyperparameter_search as search
 
@@ -105,6 +107,15 @@ def test_a_draw_has_as_many_pictures_as_the_scoring_config_says(table: Table) ->
     shown = [plan.prompts[:, : prompts * seeds].reshape(-1, prompts, seeds) for plan in draw.rounds]
     assert all(np.array_equal(some.any(axis=2), shown[0].any(axis=2)) for some in shown)  # the same prompts
     assert len({tuple(seeds) for seeds in shown[2].sum(axis=1)}) > 1  # each with seeds of its own
+
+
+def test_more_trainings_would_draw_the_tables_own_pictures(tmp_path: Path) -> None:
+    worlds.make_world("middle", tmp_path)
+    images = sorted(map(str, (tmp_path / "images").glob("*.png")))
+    jobs = make_table.table_jobs({"images": images, "subject": "luca", "confirm": [{}]})
+    with np.load(make_table.PICTURES) as known:
+        assert [job["prompt"] for job in jobs] == known["prompts"].tolist()
+    assert len({job["seed"] for job in jobs if job["subject"]}) == make_table.COUNTS["seeds"]
 
 
 def test_a_training_without_more_checkpoints_has_no_score_there(table: Table) -> None:
