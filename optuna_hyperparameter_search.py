@@ -832,6 +832,12 @@ def in_english(message: str) -> str:
     return re.sub(r" / [^:]*[\u3040-\u9fff][^:]*", "", message)
 
 
+def tables_of_data_set(config: Any) -> list[dict[str, Any]]:
+    """All tables of a data set's file, each with options of its own."""
+    tables = [config["general"], *config["datasets"]] if config else []
+    return [*tables, *(subset for data_set in tables[1:] for subset in data_set["subsets"])]
+
+
 class DataSetReader:
     """Reads a data set; collects its problems, and notes for the user."""
 
@@ -2266,6 +2272,7 @@ class Probe:
 
 # --- the plan: prompts and seeds, made by the search, the same for all trials of a study ---
 
+SCORE_DEFINITION = ("definition of the score", 4)  # one more whenever a term or the plan changes its meaning
 # First seeds of the stages, further from each other than a stage has pictures. Rounds have the same prompts.
 FINAL_ROUNDS = {"final-1": 3_000_001, "final-2": 4_000_001, "final-3": 5_000_001}
 FIRST_SEEDS = {"screen": 1_000_001, "confirm": 2_000_001, **FINAL_ROUNDS}  # under their names in all files
@@ -2360,9 +2367,9 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 
 class PromptChooser:
-    """Chooses prompts and seeds: screening, confirmation and final share none, and no seed is the training's.
+    """Chooses prompts and seeds; no seed is the training's.
 
-    A seed that `--eval-prompts` gives to several prompts is theirs all the same.
+    Screening, confirmation and final share no prompt, and no seed unless `--eval-prompts` gives one by `--d`.
     """
 
     def __init__(self, subject: str, images: Sequence[tuple[Path, str]], settings: ScoringSettings) -> None:
@@ -2431,10 +2438,11 @@ class PromptChooser:
         """
         settings, kind = self.settings, stage.partition("-")[0]
         for number, prompt in enumerate(prompts[kind]):
-            seeds = self.counts[kind]["seeds"]
+            most = self.counts[kind]["seeds"]
             # Screening begins at the prompt's own seed; a later stage is as far from it as the stages' first seeds are.
-            own = prompt.get("seed", FIRST_SEEDS["screen"] + number * (seeds + 1))
-            start, seeds = own + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"], seeds if prompt["subject"] else 1
+            first = prompt.get("seed", FIRST_SEEDS["screen"] + number * (most + 1))
+            start = first + FIRST_SEEDS[stage] - FIRST_SEEDS["screen"]
+            seeds = most if prompt["subject"] else 1
             unused = [seed for seed in range(start, start + seeds + 1) if seed != training_seed]
             for count, seed in enumerate(unused[:seeds]):
                 yield {  # the order is part of a study's fingerprint
@@ -2493,7 +2501,9 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput(f"--eval-prompts: can't read {path} ({one_line(error)}); give text in UTF-8") from error
     if path.suffix.lower() in (".toml", ".json"):  # kohya knows these forms, too
-        raise RefusedInput(f"--eval-prompts: {path} is no text; give a file with one prompt a line")
+        raise RefusedInput(
+            f"--eval-prompts: {path} would be read as lines of text; give a text file with one prompt a line"
+        )
     prompts: dict[str, Prompt] = {}
     problems = Problems()
     for number, line in enumerate(lines, start=1):
@@ -2523,7 +2533,6 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
 
 # --- the terms: pure functions of unit vectors, shape (images, dimensions) ---
 
-SCORE_DEFINITION = ("definition of the score", 4)  # one more whenever a term or the plan changes its meaning
 TERM_FLOOR = 0.01  # a term of zero would hide all differences in the others
 SIMILARITY_FLOOR = 0.01
 MIN_HEADROOM = {"fidelity": 0.05, "text": 0.02}  # the least from 0 to 1 of a term; less would magnify noise
@@ -3076,7 +3085,7 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
     if plan is None or not plan.keys() >= {"base_model", "encoders", "images", *FIRST_SEEDS}:
         raise RefusedInput(f"--score: {folder} is no trial's folder (no whole {reference / 'plan.json'}); give one")
     if (made := plan.get(SCORE_DEFINITION[0])) != SCORE_DEFINITION[1]:
-        said = f"{folder} is of {SCORE_DEFINITION[0]} {made or 3}, and this program has {SCORE_DEFINITION[1]}"
+        said = f"{folder} is scored by definition {made or 3}, and this program has {SCORE_DEFINITION[1]}"
         raise RefusedInput(f"--score: {said}; use the version that made it")
     if is_reference or (folder / FINALISTS).is_file():
         return reference, plan, []
@@ -3910,9 +3919,10 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     stored = study.user_attrs.get("fingerprint", as_given)
     versions = (STUDY_FORM[0], SCORE_DEFINITION[0])
     if made := fingerprint_differences(*({name: one.get(name) for name in versions} for one in (stored, as_given))):
-        said = f"study {study.study_name!r} was made by another version of this program, which alone goes on with it"
-        remedy = "give another --output-dir, with --storage another --study-name, and --enqueue FOLDER for its best"
-        raise RefusedInput(f"{said} ({made[0]}); {remedy}; --report still shows it")
+        said = f"study {study.study_name!r} was made by another version of this program, and only that can resume it"
+        remedy = "give another --output-dir (with --storage another --study-name, too)"
+        known = "--report still shows it, --enqueue FOLDER begins with its best settings"
+        raise RefusedInput(f"{said} ({made[0]}); {remedy}. {known}")
     spaces = [isinstance(one.get("search space"), dict) for one in (stored, as_given)]
     if spaces[0] != spaces[1]:
         of = ["that of a --search-space file" if is_file else "V2.1" for is_file in spaces]
@@ -5114,12 +5124,6 @@ def check_space_options(
     Problems(lines).refuse()
 
 
-def tables_of_data_set(config: Any) -> list[dict[str, Any]]:
-    """All tables of a data set's file, each with options of its own."""
-    tables = [config["general"], *config["datasets"]] if config else []
-    return [*tables, *(subset for data_set in tables[1:] for subset in data_set["subsets"])]
-
-
 def options_of_data_set(config: Any) -> set[str]:
     """The options that a data set's file sets: kohya takes them from there."""
     return {{"batch_size": "train_batch_size"}.get(key, key) for table in tables_of_data_set(config) for key in table}
@@ -5485,7 +5489,7 @@ class CheckReport:
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
             yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
         tables = tables_of_data_set(inputs.data_set.config)
-        changed = {key for table in tables for key in CHANGE_CAPTIONS if table.get(key)}
+        changed = {key for key in CHANGE_CAPTIONS if any(table.get(key) for table in tables)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
             said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
             yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"
@@ -5502,8 +5506,7 @@ class CheckReport:
         if (kind := file_system(folder)) in NOT_LOCAL:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
             yield f"{said}; give an --output-dir on a local Linux disk (under WSL2: below ~)"
-        seeds = [job["seed"] for job in inputs.plan["confirm"]]
-        if len(set(seeds)) < len(seeds):
+        if len({job["seed"] for job in inputs.plan["confirm"]}) < len(inputs.plan["confirm"]):
             yield "prompts of --eval-prompts share seeds, so that scores are noisier than they say; leave out --d"
         for table in inputs.enqueued:
             if reason := EnqueueReader(inputs.trainer.can_train, inputs.space).why_rejected(table):

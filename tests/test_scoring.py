@@ -420,7 +420,7 @@ def test_rounds_of_the_final_stage_have_the_same_prompts_and_other_seeds() -> No
 
 
 def test_no_two_pictures_share_a_seed() -> None:
-    """A seed's noise is half of a picture: a few seeds for all prompts would make a value as noisy as they are few."""
+    """A few seeds for all prompts made a value half again as noisy (tests/small_world/README.md)."""
     plan = plan_of()
     seeds = [job["seed"] for stage in search.FIRST_SEEDS for job in plan[stage]]
     assert len(seeds) == len(set(seeds)) == 20 + 4 * 58
@@ -1173,7 +1173,7 @@ def test_a_trial_of_another_definition_is_not_scored_by_this_one(
     search.write_json(tmp_path / "reference" / "plan.json", plan | ({name: made} if made else {}))
     shutil.copytree(make_trial(output_dir, f"trial_old_{made}", [1.0], 2), folder := tmp_path / "trial_0011")
     status, said = run_score(folder)
-    assert status == 2 and said.count("\n") == 1 and f"is of {name} 3, and this program has {present}" in said
+    assert status == 2 and said.count("\n") == 1 and f"by definition 3, and this program has {present};" in said
     assert not (folder / "metrics.json").exists()
 
 
