@@ -2757,7 +2757,10 @@ class ImageScorer:
         self.batch_size: int = plan["batch_size"]
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
-        self.free: float = torch.cuda.mem_get_info()[0] if device.startswith("cuda") else math.inf
+        self.free = math.inf
+        if device.startswith("cuda"):  # an allocator without a limit keeps 3 GB more than it needs
+            self.free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(self.free / total)
         if self.free < needed_bytes:
             there, needed = (tqdm.format_sizeof(count, "B") for count in (self.free, needed_bytes))
             raise ScoringFailed(f"the card has {there} free beside the trainer, and screening needs {needed}")

@@ -853,6 +853,18 @@ def test_older_versions_name_of_out_of_memory_is_understood(
     assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
 
 
+def test_scoring_takes_no_more_of_the_card_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9_000_000_000, 24_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    with pytest.raises(search.ScoringFailed, match=r"has 9\.00GB free beside the trainer, and screening needs 12\.0GB"):
+        search.ImageScorer({"family": "SDXL", "batch_size": 4}, "cuda", 12e9)
+    assert limits == [9 / 24]
+
+
 def test_pictures_from_latents_that_are_not_finite_are_none(
     scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
