@@ -5,6 +5,7 @@
     python tests/benchmark_search.py stopping           rules of early stopping, on the same proposals
     python tests/benchmark_search.py samplers           other samplers of the same space
     python tests/benchmark_search.py earlier            what settings of an earlier search gain, and cost
+    python tests/benchmark_search.py weights            how well other weights of the score agree with the judge
 
 Needs `pip install scipy scikit-learn lion-pytorch`, and matplotlib for the figure, tests/search_table/curves.png.
 
@@ -53,6 +54,7 @@ from search_table.studies import (
     try_training,
 )  # fmt: skip
 from search_table.table import HERE, Params, Table
+from small_world.definitions import scores_of
 
 import optuna_hyperparameter_search as search
 
@@ -312,8 +314,25 @@ def compare_rules(table: Table, args: argparse.Namespace) -> None:
             print(f"{rule.name:<28}{saved.mean():6.1%}  {with_interval(regret, 4)}  {ended.mean():5.0%}")
 
 
+def compare_weights(table: Table, args: argparse.Namespace) -> None:
+    from scipy.stats import spearmanr
+
+    last = np.arange(len(table.names)), np.array([len(epochs) - 1 for epochs in table.epochs])
+    best, rng = np.argsort(-table.judged[last])[:100], np.random.default_rng(0)
+    of_20 = np.array([rng.choice(len(table.names), TRIALS, replace=False) for _ in range(2000)])
+    print(f"{len(table.names)} trainings: rank correlation with the judge; what picking the best of {TRIALS} loses")
+    for name, scores in scores_of(table.terms(np.ones(table.values.shape[-1]))).items():
+        ways = {"last": (scores[last], table.judged[last]), "all": (scores[table.there], table.judged[table.there])}
+        ways["judge's best 100"] = scores[last][best], table.judged[last][best]
+        said = "  ".join(f"{way} {spearmanr(*pair).statistic:.3f}" for way, pair in ways.items())
+        picked = of_20[np.arange(len(of_20)), scores[last][of_20].argmax(axis=1)]
+        lost = table.judged[last][of_20].max(axis=1) - table.judged[last][picked]
+        print(f"{name:8} {said}  lost {lost.mean():.4f}")
+
+
 COMPARED: dict[str, Callable[[Table, argparse.Namespace], None]] = {
     "searches": compare_searches, "stopping": compare_rules, "samplers": compare_samplers, "earlier": compare_earlier,
+    "weights": compare_weights,
 }  # fmt: skip
 
 

@@ -203,26 +203,33 @@ class Table:
         means = {name: float(np.nansum(x * times) / times[np.isfinite(x)].sum()) for name, x in (("q", q), ("m", m))}
         return {**means, **self.crossed, **NO_SPREAD}
 
-    def scores(self, times: np.ndarray) -> np.ndarray:
-        """Of all checkpoints, shape (trainings, checkpoints); NaN where a training has no more of them."""
+    @functools.cached_property
+    def there(self) -> np.ndarray:
+        """Which checkpoints each training has, shape (trainings, checkpoints)."""
+        return np.arange(self.values.shape[2]) < np.array([len(epochs) for epochs in self.epochs])[:, None]
+
+    def terms(self, times: np.ndarray) -> dict[str, np.ndarray]:
+        """Of all checkpoints, shape (trainings, checkpoints); nothing of use where a training has no more of them."""
         summed, known = self._known
         with np.errstate(invalid="ignore"):
             means = (summed @ times) / (known @ times)
-        scores = self._combined(means, times)
-        there = np.arange(scores.shape[1]) < np.array([len(epochs) for epochs in self.epochs])[:, None]
-        return np.where(there, scores, np.nan)
+        return self._terms(means, times)
+
+    def scores(self, times: np.ndarray) -> np.ndarray:
+        """Of all checkpoints, shape (trainings, checkpoints); NaN where a training has no more of them."""
+        return np.where(self.there, search.combine(self.terms(times), WEIGHTS), np.nan)
 
     def resampled(self, training: int, checkpoint: int, plan: Plan, many: np.ndarray) -> np.ndarray:
         """Scores of one checkpoint over plan.resampled(), between the anchors of the plan itself."""
         summed, known = (array[:, training, checkpoint] for array in self._known)
         with np.errstate(invalid="ignore"):
             means = (summed @ many.T) / (known @ many.T)
-        scores, n = self._combined(means, plan.times()), max(2, len(plan.prompts))
+        scores, n = search.combine(self._terms(means, plan.times()), WEIGHTS), max(2, len(plan.prompts))
         return scores.mean() + (scores - scores.mean()) * math.sqrt(n / (n - 1))
 
-    def _combined(self, means: np.ndarray, times: np.ndarray) -> np.ndarray:
+    def _terms(self, means: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
         raw = {**dict(zip(AVERAGED, means, strict=True)), "spread": 0.0}
-        return search.combine(search.terms_of(raw, self.anchors(times)), WEIGHTS)
+        return search.terms_of(raw, self.anchors(times))
 
     @functools.cached_property
     def true(self) -> np.ndarray:

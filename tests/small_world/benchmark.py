@@ -414,7 +414,8 @@ def noise(output_dir: Path) -> bool:
     first = try_out(output_dir, *again(SEEDS_OF_ONE[0]))
     pool = Pool(confirmation, output_dir / first["name"] / first["checkpoint"], output_dir / "noise")
     settings = {"demo": output_dir / "inputs" / "scoring.toml", "default": demo_world.CONFIGS / "scoring.toml"}
-    known = {name: pool.spread(search.ScoringSettings.read(path).confirm) for name, path in settings.items()}
+    counts = {name: search.ScoringSettings.read(path).confirm for name, path in settings.items()}
+    known = {name: pool.spread(each) for name, each in counts.items()}
     search.write_json(output_dir / NOISE_FILE, known)
     results = [try_out(output_dir, *again(seed)) for seed in SEEDS_OF_ONE]
     trained = [confirmation.of_trial(output_dir / result["name"]) for result in results]
@@ -422,6 +423,9 @@ def noise(output_dir: Path) -> bool:
     for what, found in known.items():
         said = "  ".join(f"{name}: {mean:.3f} +- {deviation:.4f}" for name, (mean, deviation) in found.items())
         print(f"{what:10s} {said}")
+    for name, each in counts.items():
+        shown = float(np.mean(pool.standard_errors(each)))
+        print(f"{name:10s} standard error shown, mean {shown:.4f}; deviation {known[name][PRESENT][1]:.4f}")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import optuna_hyperparameter_search as search
 
@@ -16,9 +17,7 @@ DEFINITIONS: dict[str, Mapping[str, float]] = {
 }
 
 
-def scores_of(terms: Mapping[str, float]) -> dict[str, float]:
-    """By definition. Definition 3 took fidelity as a cosine."""
+def scores_of(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """By definition; of numbers or arrays. Definition 3 took fidelity as a cosine."""
     cosine = {**terms, "fidelity": 1 - (1 - terms["fidelity"]) ** 2}
-    return {
-        name: float(search.combine(cosine if name == "3" else terms, weights)) for name, weights in DEFINITIONS.items()
-    }
+    return {name: search.combine(cosine if name == "3" else terms, weights) for name, weights in DEFINITIONS.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from small_world import wide
 from small_world.confirmation import STAGE, Confirmation, read_pictures
-from small_world.definitions import scores_of
+from small_world.definitions import DEFINITIONS, PRESENT, scores_of
 
 import optuna_hyperparameter_search as search
 
@@ -59,8 +59,8 @@ class Pool:
         self.base, self.pictures = (read_pictures(folder / name, self.jobs) for name in ("base", "lora"))
         self.remembered = Remembered(scorer, self.base + self.pictures, [job["text"] for job in self.jobs])
 
-    def scores(self, numbers: Sequence[int]) -> dict[str, float]:
-        """A draw's scores by definition, with the base model's anchors on the same draw."""
+    def raw_and_anchors(self, numbers: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A draw's raw values, and the base model's anchors on the same draw."""
         self.remembered.plan = {STAGE: [self.jobs[number] for number in numbers]}
         base, images = (
             search.StageImages(
@@ -70,13 +70,20 @@ class Pool:
             for some in (self.base, self.pictures)
         )  # fmt: skip
         raw = images.raw_values(base.vectors, base.usable, self.confirmation.anchors["copy"])
-        return scores_of(search.terms_of(raw, {**self.confirmation.anchors, **base.anchors()}))
+        return raw, {**self.confirmation.anchors, **base.anchors()}
 
     def spread(self, counts: Mapping[str, int], draws: int = DRAWS) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of the score over draws of these counts, by definition."""
         rng = random.Random(1)
-        found = [self.scores(wide.draw(self.jobs, counts, rng)) for _ in range(draws)]
+        drawn = (self.raw_and_anchors(wide.draw(self.jobs, counts, rng)) for _ in range(draws))
+        found = [scores_of(search.terms_of(*each)) for each in drawn]
         return {name: mean_and_deviation([scores[name] for scores in found]) for name in found[0]}
+
+    def standard_errors(self, counts: Mapping[str, int], draws: int = DRAWS // 2) -> list[float]:
+        """What the report would say of each draw, by the present definition."""
+        rng = random.Random(1)
+        drawn = [self.raw_and_anchors(wide.draw(self.jobs, counts, rng)) for _ in range(draws)]
+        return [float(np.std(search.resampled_scores(*each, DEFINITIONS[PRESENT]))) for each in drawn]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
