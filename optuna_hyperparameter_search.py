@@ -984,8 +984,11 @@ class DataSetReader:
 
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
-        if any(type(size := table.get("batch_size")) is int and size == 0 for table in tables_of_data_set(self.config)):
-            self.problems.append(f"batch_size = 0 in {self.path} trains nothing; give 1 or more")
+        for key, value in [item for table in tables_of_data_set(self.config) for item in table.items()]:
+            if key == "batch_size" and type(value) is int and value == 0:
+                self.problems.append(f"batch_size = 0 in {self.path} trains nothing; give 1 or more")
+            if key.endswith("dropout_rate") and type(value) in (int, float) and not 0 <= value <= 1:
+                self.problems.append(f"{key} = {value} in {self.path} is no share of the captions; give 0 to 1")
         for place, message in answer.get("stopped", []):
             value = None
             with contextlib.suppress(KeyError, IndexError, TypeError):  # the place may name a key that is missing

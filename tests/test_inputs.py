@@ -698,6 +698,17 @@ def test_refuses_a_value_of_a_type_that_stops_kohya(
     assert any(key in problem and str(path) in problem for problem in refusal(read, path))
 
 
+@pytest.mark.parametrize("key", ["caption_dropout_rate", "caption_tag_dropout_rate"])
+@pytest.mark.parametrize("table", ["general", "dataset", "subset"])
+def test_a_dropout_of_the_data_set_is_a_share(table: str, key: str, with_key: Callable[[str, str, Any], Path]) -> None:
+    for wrong in (27.0, -0.1, 2):
+        path = with_key(table, key, wrong)
+        assert f"--dataset-config: {key} = {wrong} in {path} is no share of the captions; give 0 to 1" in refusal(
+            read, path
+        )
+    assert len(read(with_key(table, key, 1.0)).images) == 4
+
+
 @pytest.mark.parametrize(
     ("table", "key", "value"),
     [
