@@ -1351,8 +1351,10 @@ class SearchSpace:
         for name, wanted in condition.items():
             if name not in self.searched:
                 raise RefusedInput(f"{where}: {name!r} is not searched above it{nearest(name, self.searched)}")
-            is_number = not any(isinstance(value, str) for value in self.values(name))
-            if is_number and isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
+            values = self.values(name)  # both ends of a range
+            is_number = not any(isinstance(value, str) for value in values)
+            compares = is_number and isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
+            if compares and any(meets({name: value}, {name: wanted}) for value in values):
                 continue
             for value in wanted if wanted and isinstance(wanted, list) else [wanted]:
                 if not holds(self.searched[name], value):

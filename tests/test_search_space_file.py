@@ -307,6 +307,8 @@ REFUSED = [
     ("[network_dim]\nlow = 8\nhigh = 100000000000000000000\n", "[network_dim]: "),
     ("[max_grad_norm]\nlow = -1.7e308\nhigh = 1.7e308\n", "[max_grad_norm]: "),
     ("[network_dim]\nchoices = [64, 64]\n", "[network_dim]: a choice stands there twice"),
+    (f"{LR}high = 1e-4\n[[forbid]]\nlearning_rate = '> 1'\nreason = 'x'\n", "learning_rate is never '> 1'"),
+    (f"{LR}high = 1e-4\n[[forbid]]\nlearning_rate = '< 1e-9'\nreason = 'x'\n", "learning_rate is never '< 1e-9'"),
     (f"{SCHEDULER}[[forbid]]\nlr_scheduler = []\nreason = 'x'\n", "lr_scheduler is never []"),
     (f"{SCHEDULER}[[set]]\nwhen = {{ lr_scheduler = 'cosine' }}\n", "[[set]] sets nothing"),
     ("alpha_bands = true\n", "alpha_bands = true needs V2.1's network_alpha_ratio"),
