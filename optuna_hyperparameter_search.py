@@ -50,7 +50,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import multiprocessing.connection
 import operator
 import os
@@ -68,9 +67,8 @@ import textwrap
 import time
 import traceback
 import urllib.parse
+import uuid
 import warnings
-import zipfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,23 +115,20 @@ class RefusedInput(SearchError):
         self.problems = problems
 
 
-class Problems:
+class Problems(list[str]):
     """Collects what several checks refuse, so that all of it is reported at once."""
-
-    def __init__(self, lines: Iterable[str] = ()) -> None:
-        self.lines = list(lines)
 
     def of(self, check: Callable[..., Any], *args: Any) -> Any:
         """What the check returns; None if it refuses, and if what it checks first is missing (None)."""
         try:
             return None if args and args[0] is None else check(*args)
         except RefusedInput as error:
-            self.lines += [line for line in error.problems if line not in self.lines]
+            self += [line for line in error.problems if line not in self]
             return None
 
     def refuse(self) -> None:
-        if self.lines:
-            raise RefusedInput(*self.lines)
+        if self:
+            raise RefusedInput(*self)
 
 
 class SearchStopped(SearchError):
@@ -389,11 +384,10 @@ def write_toml(path: Path, data: Mapping[str, Any], comment: str = "") -> None:
 
 def read_json(path: Path) -> Any:
     """The object in a JSON file; None for a missing or damaged file and for any other value."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+    return None
 
 
 def digest(data: str | bytes) -> str:
@@ -466,10 +460,6 @@ class Settings:
     def reference(self) -> Path:
         return self.output_dir / "reference"
 
-    @property
-    def results(self) -> Path:
-        return self.output_dir / "results"
-
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Parse with the `toml` package, because kohya does: a file that it can't read can't be trained either."""
@@ -512,7 +502,7 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
         return f"must be {wanted}"
     size = len(value) if isinstance(value, list) else value
     if smallest is not None and not smallest <= size < 2**32:
-        return f"must be {wanted} of {smallest} or more"
+        return f"must be {wanted} of {smallest} or more" + ("" if size < smallest else f", and below {2**32}")
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     is_no_share = kind == "int_or_float" and isinstance(value, float) and value >= 1
@@ -571,7 +561,6 @@ class ScoringSettings:
 
     @staticmethod
     def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
-        """What is wrong with a value, or ''."""
         kind = type(example).__name__
         counts = {"images": 1, "stop_early": 0}
         smallest = {"str": None, "float": 0, "list": 2, "int": counts.get(table, 2)}[kind]
@@ -711,7 +700,7 @@ def _wrong_option(key: str, value: Any, option: Mapping[str, Any]) -> str:
             return "is a pickle; use a safetensors file"
         if re.match(r"[A-Za-z]:[\\/]", text):
             return f"does not exist; {path_remedy(text)}"
-        if key.endswith("_args") and text.count("=") != 1:
+        if key.endswith("_args") and not re.fullmatch(r"\w+=[^=]*", text):
             return f"must hold texts such as 'name=value', and {text!r} is none; correct it"
         if wrong := key == "network_args" and _unscored_network(*text.split("=")):
             return wrong
@@ -744,6 +733,7 @@ def _unscored_network(name: str, said: Any) -> str:
 # Suffixes of pictures. sd-scripts always trains the first group; the rest depends on the plug-ins of its Python.
 _ALWAYS_TRAINED = {*".png .jpg .jpeg .webp .bmp .PNG .JPG .JPEG .WEBP .BMP".split()}
 _PICTURE_SUFFIXES = {*".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif .psd .svg .ico".split()}
+_FACE = re.compile(r"(?<=.)(_[^_]*){4}$")  # the name of a face crop ends in its place; its caption's need not
 _FOLDERS = ("image_dir", "conditioning_data_dir", "metadata_file")  # keys of a subset that hold a path
 
 
@@ -802,11 +792,9 @@ class DataSet:
 
 def read_data_set_file(path: Path) -> dict[str, Any]:
     """Read kohya's data set file. Relative paths are tried in the current folder, as by kohya, then beside the file."""
-    config = read_toml(path, "--dataset-config")
-    try:
+    config, subsets = read_toml(path, "--dataset-config"), []
+    with contextlib.suppress(KeyError, TypeError):
         subsets = [subset for dataset in config["datasets"] for subset in dataset["subsets"]]
-    except (KeyError, TypeError):
-        subsets = []
     tables = [config.setdefault("general", {}), *subsets]
     if not subsets or not all(isinstance(table, dict) for table in tables):
         why = f"{path} has no [[datasets]] with [[datasets.subsets]], or [general] is no table"
@@ -853,9 +841,9 @@ class DataSetReader:
         subsets = [{**inherited, **data, **subset} for data in self.config["datasets"] for subset in data["subsets"]]
         images = [image for settings in subsets for image in self._list_subset(settings)]
         if "images" in answer:
-            images = [TrainingImage.of(found, options.get("weighted_captions") is True) for found in answer["images"]]
+            images = [TrainingImage.of(found, bool(options.get("weighted_captions"))) for found in answer["images"]]
         if "notes" not in answer:  # no earlier start has looked at these files
-            self._check_pictures(images, options.get("cache_latents_to_disk") is True)
+            self._check_pictures(images, bool(options.get("cache_latents_to_disk")))
             self._note_unused_files(images)
             if answer and "images" not in answer:
                 why = f"this sd-scripts does not say what it trains ({answer.get('unknown', 'no answer')})"
@@ -884,8 +872,9 @@ class DataSetReader:
         if isinstance(metadata, str):
             captions = self._read_metadata(Path(metadata), folder)
         tokens, is_reg = str(settings.get("class_tokens") or ""), settings.get("is_reg") is True
-        found = captions.items()
-        return [TrainingImage(path, (as_tags(said or tokens),), said is not None, is_reg) for path, said in found]
+        weighted = bool(settings.get("weighted_captions"))  # in the training config
+        found = ((path, as_tags(said or tokens, weighted=weighted), said) for path, said in captions.items())
+        return [TrainingImage(path, (tags,), said is not None, is_reg) for path, tags, said in found]
 
     def _read_metadata(self, file: Path, folder: Path) -> dict[Path, str | None]:
         """The captions in kohya's metadata: {"picture": {"caption", "tags"}}, or lines with "image_path" as well."""
@@ -925,12 +914,15 @@ class DataSetReader:
 
     def _read_caption(self, picture: Path, extension: str) -> str | None:
         """The first line of a picture's caption; None if there is no file."""
-        stems = (picture.stem, re.sub(r"(?<=.)(_[^_]*){4}$", "", picture.stem))  # a face crop ends in its place
+        stems = (picture.stem, _FACE.sub("", picture.stem))
         file = next((file for stem in stems if (file := picture.with_name(stem + extension)).is_file()), None)
         try:
             text = file.read_text(encoding="utf-8") if file else None
         except UnicodeDecodeError:
             self.problems.append(f"caption {file} is not UTF-8; save it as UTF-8")
+            return ""
+        except OSError as error:
+            self.problems.append(f"can't read caption {file} ({error.strerror}); make it readable")
             return ""
         if text == "":
             self.problems.append(f"caption {file} is empty, and kohya would stop at it; write it, or delete it")
@@ -967,6 +959,7 @@ class DataSetReader:
         """Note how many files of the folders kohya does not use."""
         trained = {image.path for image in images}
         with_caption = {image.path.with_suffix("") for image in images if image.has_caption}
+        with_caption |= {place.with_name(_FACE.sub("", place.name)) for place in with_caption}
         for folder, files in self.folders.items():
             by_cache = folder / "metadata_cache.json" in files and "metadata_cache.json is read instead (cache_info)"
             pictures = [file for file in files if file.suffix.lower() in _PICTURE_SUFFIXES and file not in trained]
@@ -1054,7 +1047,6 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BaseModel:
-    path: Path
     family: Family
     fingerprint: str
     lora_bytes_per_dim: int  # of an fp16 LoRA
@@ -1082,12 +1074,10 @@ class BaseModel:
                 # Both text encoders name their tensors alike.
                 header.update({name if is_file else f"{file.parent.name} {name}": one for name, one in found.items()})
         name = cls._family_of_file(header) if is_file else cls._family_of_folder(path)
-        wrong = f"is {name}, which this search does not train"
-        if family := FAMILIES.get(name):
-            missing = cls._missing_in_file(header, family) if is_file else cls._missing_in_folder(path, family)
-            wrong = f"has {', '.join(missing)}, so it can't be loaded" if missing else ""
-        if wrong:
-            raise RefusedInput(f"--base-model: {path} {wrong}; {remedy}")
+        if (family := FAMILIES.get(name)) is None:
+            raise RefusedInput(f"--base-model: {path} is {name}, which this search does not train; {remedy}")
+        if missing := cls._missing_in_file(header, family) if is_file else cls._missing_in_folder(path, family):
+            raise RefusedInput(f"--base-model: {path} has {', '.join(missing)}, so it can't be loaded; {remedy}")
         adapted, per_dim, whole = "|".join(_MODELS["layers"]["lora"]), 0, 0
         for key, entry in header.items():
             if re.search(adapted, key) and len(entry["shape"]) >= 2:
@@ -1095,7 +1085,7 @@ class BaseModel:
                 per_dim += 2 * (entry["shape"][0] + inputs * entry["shape"][1])
                 whole += 2 * math.prod(entry["shape"])
         prediction = cls._prediction_of_file(header) if is_file else cls._prediction_of_folder(path)
-        return cls(real, family, digest("".join(map(quick_digest, files))), per_dim, whole, prediction)
+        return cls(family, digest("".join(map(quick_digest, files))), per_dim, whole, prediction)
 
     @staticmethod
     def _family_of_file(header: Mapping[str, Any]) -> str:
@@ -1118,8 +1108,8 @@ class BaseModel:
             return "a folder without model_index.json"
         if unet and unet.get("cross_attention_dim") == 1024:
             return "SD2.x"
-        pipelines = {family.pipeline: family.name for family in FAMILIES.values()}
-        return pipelines.get(index.get("_class_name"), index.get("_class_name"))
+        kind = str(index.get("_class_name", "of an unknown kind"))
+        return next((family.name for family in FAMILIES.values() if family.pipeline == kind), kind)
 
     @staticmethod
     def _missing_in_file(header: Mapping[str, Any], family: Family) -> list[str]:
@@ -1279,12 +1269,12 @@ class SearchSpace:
                 problems.of(space._add_rule, kind, table)
         has_bands = space.searched.get("network_alpha_ratio") == SEARCH_SPACE["network_alpha_ratio"]
         wrong = [name for name, value in switches.items() if type(value) is not bool]
-        problems.lines += [f"{name} must be true or false; correct it" for name in wrong]
-        problems.lines += dict.fromkeys(space._wrong_kinds())
+        problems += [f"{name} must be true or false; correct it" for name in wrong]
+        problems += dict.fromkeys(space._wrong_kinds())
         if switches.get("alpha_bands") is True and not has_bands:
-            problems.lines.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
-        problems.lines += [] if problems.lines else sorted(set(space._faults()))
-        Problems(f"--search-space: {path}: {problem}" for problem in problems.lines).refuse()
+            problems.append("alpha_bands = true needs V2.1's network_alpha_ratio; correct one of them")
+        problems += [] if problems else sorted(set(space._faults()))
+        Problems(f"--search-space: {path}: {problem}" for problem in problems).refuse()
         return replace(space, **{"alpha_bands": has_bands, **switches})
 
     def _add(self, name: str, given: Params) -> None:
@@ -1329,14 +1319,13 @@ class SearchSpace:
         where = f"[[{kind}]]"
         if not isinstance(table, dict):
             raise RefusedInput(f"{kind} must be a table; write {where} above it")
-        given = dict(table)
         if kind == "set":
-            condition = given.pop("when", None)
-            self.fixed.append((condition, given))
-            if not given:
+            condition = table.pop("when", None)
+            self.fixed.append((condition, table))
+            if not table:
                 raise RefusedInput(f"{where} sets nothing; add a value, or delete it")
         else:
-            condition, reason = given, given.pop("reason", "")
+            condition, reason = table, table.pop("reason", "")
             self.forbidden.append((condition, str(reason)))
             if not (isinstance(reason, str) and reason.strip()):
                 raise RefusedInput(f'{where} has no reason; add reason = "..."')
@@ -1477,7 +1466,7 @@ def brief_params(params: Mapping[str, Any]) -> list[str]:
 
 
 def space_fingerprint(space: SearchSpace) -> Any:
-    """What a study must not change in it; of V2.1 a digest, as studies from before there were files have it."""
+    """What a study must not change in it; of V2.1 a digest."""
     of = optuna.distributions.distribution_to_json
     if space == V2_1:
         return digest(json.dumps({name: of(one) for name, one in V2_1.searched.items()}))[:16]
@@ -1527,24 +1516,17 @@ def check_safety_constraints(params: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def may_train(params: Mapping[str, Any], space: SearchSpace) -> tuple[bool, str]:
-    """Whether a setting may be trained, and if not, why.
-
-    The safety constraints judge what the space searches, unless it switches them off.
-    """
+    """Whether a setting may be trained, and if not, why. The safety constraints judge what the space searches."""
     if missing := missing_params(params):
         return False, f"{space.name} gives no {', '.join(missing)} for it"
-    if space.safety_constraints:
-        names = [name for name in space.searched if meets(params, space.when.get(name, {}))]
-        names += ["network_alpha", "network_dim"] if "network_alpha_ratio" in names else []
-        searched = {name: params[name] for name in names if name in params}
-        for name in ("AdamW", "AdamW8bit"):  # kohya takes them in either case
-            if searched.get("optimizer_type", "").lower() == name.lower():
-                searched["optimizer_type"] = name
-        is_valid, reason = check_safety_constraints(searched)
-        if not is_valid:
-            return False, reason
-    broken = (reason for condition, reason in space.forbidden if meets(params, condition))
-    return next(((False, reason) for reason in broken), (True, ""))
+    names = [name for name in space.searched if meets(params, space.when.get(name, {}))]
+    names += ["network_alpha", "network_dim"] if "network_alpha_ratio" in names else []
+    searched = {name: params[name] for name in names if name in params}
+    optimizer = searched.get("optimizer_type", "AdamW")  # kohya takes these names in either case
+    searched["optimizer_type"] = {"adamw": "AdamW", "adamw8bit": "AdamW8bit"}.get(optimizer.lower(), optimizer)
+    verdicts = [check_safety_constraints(searched)] if space.safety_constraints else []
+    verdicts += [(False, reason) for condition, reason in space.forbidden if meets(params, condition)]
+    return next((verdict for verdict in verdicts if not verdict[0]), (True, ""))
 
 
 # ======================================================================================================
@@ -1564,88 +1546,82 @@ def fixed_params(trial: FrozenTrial) -> Params:
     return trial.system_attrs.get("fixed_params", {})
 
 
+@dataclass(eq=False)
 class FeasibleTPESampler(optuna.samplers.BaseSampler):
     """TPE over all parameters without a condition, drawn again until the proposal may be trained.
 
-    Every draw depends on (seed, trial.number) alone, so neither a resumed study nor parallel workers repeat one.
-    `can_train`: what this machine can train (AdamW8bit needs CUDA and bitsandbytes). `prefers`: what it should train
-    if it has the choice (a warm-up shorter than the run). The first 20 trials that were not enqueued get their alpha
-    bands from shuffled blocks of 3 low, 4 middle and 3 high ones; TPE proposes the rest. Parameters with a condition
-    are drawn one by one: a joint space with them would hide from TPE all trials without them. Enqueued values are kept
-    and completed. If no proposal passes all checks, the first safe one is taken, else the first one that this machine
-    can train, which `train_lora` rejects.
+    Every draw depends on (seed, trial.number) alone, so neither a resumed study nor parallel workers repeat one. The
+    first 20 trials that were not enqueued get their alpha bands from shuffled blocks of 3 low, 4 middle and 3 high
+    ones; TPE proposes the rest. Parameters with a condition are drawn one by one: a joint space with them would hide
+    from TPE all trials without them. Enqueued values are kept and completed. If no proposal passes all checks, the
+    first safe one is taken, else the first one that this machine can train, which `train_lora` rejects.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        space: SearchSpace = V2_1,
-        *,
-        can_train: Check = lambda _: True,
-        prefers: Check = lambda _: True,
-    ) -> None:
-        self._seed, self._space, self._can_train, self._prefers = seed, space, can_train, prefers
+    seed: int
+    space: SearchSpace = V2_1
+    can_train: Check = lambda _: True  # what this machine can (AdamW8bit needs CUDA and bitsandbytes)
+    prefers: Check = lambda _: True  # what it should, if it has the choice (a warm-up shorter than the run)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(self._space.searched)
+        return dict(self.space.searched)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
-        rng = np.random.default_rng((self._seed, trial.number))
+        rng = np.random.default_rng((self.seed, trial.number))
         given = {**fixed_params(trial), **trial.params}  # an interrupted trial has some or all values
         fixed = given if fixed_params(trial) else {**self._dealt_ratio(study, trial, rng), **given}
-        for name in [name for name in self._space.when if name in fixed]:  # what it depends on
-            wanted = self._space.when[name].items()
+        for name in [name for name in self.space.when if name in fixed]:  # what it depends on
+            wanted = self.space.when[name].items()
             fixed = {**{other: value for other, value in wanted if holds(search_space[other], value)}, **fixed}
         names = [name for name in search_space if name not in fixed]
-        joint = {name: search_space[name] for name in names if name not in self._space.when}
+        joint = {name: search_space[name] for name in names if name not in self.space.when}
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         # To train one of these again would tell nothing.
-        known = [self._space.complete(other.params) for other in others if other.state != TrialState.FAIL]
+        known = [self.space.complete(other.params) for other in others if other.state != TrialState.FAIL]
         tpe = self._tpe(trial.number, multivariate=True)
         proposals: list[Params] = []
-        ruled = {*NEEDED, *(name for condition, _ in self._space.forbidden for name in condition)}
+        ruled = {*NEEDED, *(name for condition, _ in self.space.forbidden for name in condition)}
         alone = functools.cache(lambda name: self.sample_independent(study, trial, name, search_space[name]))
         for attempt in range(TPE_TRIES + RANDOM_TRIES):
             learnt = tpe.sample_relative(study, trial, joint) if attempt < TPE_TRIES else {}  # {}: too few trials
             values = {**fixed, **(learnt or {name: _draw(one, rng) for name, one in joint.items()})}
             for name in names:
-                if name not in joint and meets(values, self._space.when[name]):
+                if name not in joint and meets(values, self.space.when[name]):
                     is_redrawn = attempt >= TPE_TRIES and name in ruled  # one draw may break a rule with all others
                     values[name] = _draw(search_space[name], rng) if is_redrawn else alone(name)
             proposals.append(values)
-            params = self._space.complete(values)
-            if self._is_possible(values) and self._prefers(params) and params not in known:
+            params = self.space.complete(values)
+            if self._is_possible(values) and self.prefers(params) and params not in known:
                 return values
         safe = filter(self._is_possible, proposals)
-        trainable = (values for values in proposals if self._can_train(self._space.complete(values)))
+        trainable = (values for values in proposals if self.can_train(self.space.complete(values)))
         return next(itertools.chain(safe, trainable, proposals[-1:]))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """For parameters with a condition, each with random numbers of its own."""
-        place = [place for place, name in enumerate(self._space.when) if name == param_name and place > 0]
+        place = [place for place, name in enumerate(self.space.when) if name == param_name and place > 0]
         sampler = self._tpe(trial.number, *place, multivariate=False)  # the first one, V2.1's only one, has no place
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
     def _is_possible(self, values: Params) -> bool:
-        params = self._space.complete(values)
-        return may_train(params, self._space)[0] and self._can_train(params)
+        params = self.space.complete(values)
+        return may_train(params, self.space)[0] and self.can_train(params)
 
     def _dealt_ratio(self, study: optuna.Study, trial: FrozenTrial, rng: np.random.Generator) -> Params:
         """A ratio from the band whose turn it is. Enqueued trials take no turn."""
         turn = sum(t.number < trial.number and not fixed_params(t) for t in study.get_trials(deepcopy=False))
-        if turn >= DEALT_TRIALS or not self._space.alpha_bands:
+        if turn >= DEALT_TRIALS or not self.space.alpha_bands:
             return {}
         block, position = divmod(turn, len(BAND_BLOCK))
-        order = np.random.default_rng((self._seed, block)).permutation(len(BAND_BLOCK))
+        order = np.random.default_rng((self.seed, block)).permutation(len(BAND_BLOCK))
         return {"network_alpha_ratio": float(rng.choice(BAND_BLOCK[order[position]]))}
 
     def _tpe(self, *numbers: int, multivariate: bool) -> optuna.samplers.TPESampler:
         """A TPE whose random numbers depend on the study's seed and these numbers alone, the first a trial's."""
-        seed = int(np.random.SeedSequence((self._seed, *numbers)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1)[0])
         with warnings.catch_warnings():  # 4.6 calls both arguments experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(multivariate=multivariate, constant_liar=True, seed=seed)
@@ -1666,12 +1642,11 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def when_started(pid: int) -> str | None:
     """The boot and the clock tick at which a process started; None if it does not live, or there is no /proc."""
-    try:
+    with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
+        return f"{boot} {after_name[19]}" if after_name[0] != "Z" else None  # fields 22 and 3 of proc(5)
+    return None
 
 
 def die_with_parent() -> None:
@@ -1784,29 +1759,21 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [*sorted(folder.glob(f"{LORA_NAME}-{'[0-9]' * 6}.safetensors")), folder / f"{LORA_NAME}.safetensors"]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A LoRA as it was saved at the end of an epoch."""
+def saved_checkpoints(folder: Path, epochs: int) -> dict[int, Path]:
+    """Those of a training of so many epochs by their epochs, in order. Only the last one has no number in its name."""
+    saved = filter(Path.is_file, checkpoint_files(folder))
+    return {epochs if file.stem == LORA_NAME else int(file.stem[-6:]): file for file in saved}
 
-    epoch: int
-    path: Path
 
-    @classmethod
-    def find(cls, folder: Path, epochs: int) -> list[Checkpoint]:
-        """All of a training of so many epochs, in order. Only the last one has no number in its name."""
-        *earlier, last = checkpoint_files(folder)
-        return [*(cls(int(file.stem[-6:]), file) for file in earlier), cls(epochs, last)]
-
-    @staticmethod
-    def is_saved(path: Path) -> bool:
-        """Whether a checkpoint is there, and whole; Diverged if its weights are not finite."""
-        try:
-            check_lora(path)
-        except Diverged:
-            raise
-        except TrialFailed:  # not there yet, or not yet whole
-            return False
-        return True
+def is_saved(path: Path) -> bool:
+    """Whether a checkpoint is there, and whole; Diverged if its weights are not finite."""
+    try:
+        check_lora(path)
+    except Diverged:
+        raise
+    except TrialFailed:  # not there yet, or not yet whole
+        return False
+    return True
 
 
 _BEGINS_AT_ZERO = re.compile(r"\.(lora_up\.weight|hada_w2_a|lokr_w2(_b)?)$")
@@ -1844,13 +1811,10 @@ def has_finished_training(folder: Path) -> bool:
     return False
 
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_EPOCH_LINE = re.compile(r"^epoch (\d+)/(\d+)\s*$")
 _BAR = re.compile(  # tqdm's, with kohya's loss
     r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
     r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
 )
-_DEVICE_LINE = re.compile(r"^accelerator device: (\S+)")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
 
@@ -1874,7 +1838,7 @@ class ProcessOutput:
             self.last_sign = time.monotonic()
         *pieces, self._unfinished = re.split(r"[\r\n]", self._unfinished + text)
         for piece in pieces:
-            line = _ANSI.sub("", piece)
+            line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", piece)  # without colours
             if not self._is_bar(line) and line.strip():
                 self.lines.append(line)
                 self.read_line(line)
@@ -1897,9 +1861,6 @@ class ProcessOutput:
 
     def read_line(self, line: str) -> None:
         """For subclasses: take what they need from a line."""
-
-    def is_silent(self, minutes: float) -> bool:
-        return time.monotonic() - self.last_sign > 60 * minutes
 
     def seconds_per_step(self) -> float | None:
         """The median of the last steps; None before there are five."""
@@ -1950,10 +1911,10 @@ class TrainingProgress(ProcessOutput):
             screen.show("train", self.describe(speed), self.step, self.steps)
 
     def read_line(self, line: str) -> None:
-        if epoch := _EPOCH_LINE.match(line):
+        if epoch := re.fullmatch(r"epoch (\d+)/(\d+)\s*", line):
             self._end_epoch()
             self.epoch, self.epochs = int(epoch[1]), int(epoch[2])
-        elif device := _DEVICE_LINE.match(line):
+        elif device := re.match(r"accelerator device: (\S+)", line):
             self.device = device[1]
         self.saved = self.saved or "model saved." in line
 
@@ -1970,7 +1931,7 @@ class TrainingProgress(ProcessOutput):
         if device != "cpu" and self.device.startswith("cpu"):  # kohya does so without a warning
             raise TrialFailed(f"the trainer used the CPU instead of {device}; its PyTorch does not see the card")
         minutes = stall_minutes * (1 if self.step else STARTING_ALLOWANCE)
-        if self.is_silent(minutes):
+        if time.monotonic() - self.last_sign > 60 * minutes:
             what = f"made no step after step {self.step}" if self.step else "printed nothing while it loaded"
             raise Hung(f"the trainer {what} for {minutes:g} minutes and was stopped (--stall-minutes)")
         if self.first_nan_step is not None:
@@ -1985,7 +1946,7 @@ class TrainingProgress(ProcessOutput):
         """Diverged if a checkpoint is not finite. A loss of NaN is no proof: fp16 may skip the bad step."""
         for path in set(checkpoint_files(folder)) - self._finite:
             try:
-                if Checkpoint.is_saved(path):
+                if is_saved(path):
                     self._finite.add(path)
             except Diverged as error:
                 since = f"loss was nan from step {self.first_nan_step}; stopped at step {self.step} of {self.steps}"
@@ -2036,7 +1997,7 @@ class KohyaTrainer:
         def watch() -> None:
             nonlocal started, pause
             progress.check(folder, self.device, self.stall_minutes, usual_step)
-            if pause and child.poll() is None and Checkpoint.is_saved(pause.checkpoint):
+            if pause and child.poll() is None and is_saved(pause.checkpoint):
                 work, pause, paused = pause.work, None, time.monotonic()
                 child.send_signal(signal.SIGSTOP)  # but not to its children, which nobody would end after a kill -9
                 try:
@@ -2077,11 +2038,9 @@ class Latents:
     @staticmethod
     def sizes(file: Path) -> dict[str, tuple[int, ...]] | None:
         """Width and height of a file's arrays (`latents`, or `latents_HEIGHTxWIDTH`); None if NumPy can't read it."""
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None
+        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:  # it raises all sorts
+            return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
+        return None
 
     def state(self, image: TrainingImage) -> str:
         """good, missing (kohya makes it), torn, foreign (another program's), or wrong (kohya would train that size)."""
@@ -2159,6 +2118,9 @@ FIRST_STEP_PARAMS: Params = {  # a small LoRA
     "lr_scheduler": "constant",
     "max_train_steps": 1,
 }
+
+
+NEEDS_CARD = "needs bitsandbytes and a CUDA card"
 
 
 @dataclass(frozen=True)
@@ -2372,10 +2334,7 @@ def _evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 
 class PromptChooser:
-    """Chooses prompts and seeds; no seed is the training's.
-
-    Screening, confirmation and final share no prompt, and no seed unless `--eval-prompts` gives one by `--d`.
-    """
+    """Chooses prompts, of which no two stages share one, and seeds, of which none is the training's."""
 
     def __init__(self, subject: str, images: Sequence[tuple[Path, str]], settings: ScoringSettings) -> None:
         """`images`: pictures of the data set, each with a caption."""
@@ -2385,10 +2344,7 @@ class PromptChooser:
         self.counts = {"screen": settings.screen, "confirm": settings.confirm, "final": settings.final}
 
     def from_captions(self) -> dict[str, list[Prompt]]:
-        """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones.
-
-        Every second prompt that shows it elsewhere says its look, too: a bare name favours an overtrained LoRA.
-        """
+        """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
         named = [c for c in self.captions if self.subject.is_in(c) and self.subject.removed_from(c)]
         look = ", ".join(["", *Captions(list(self.captions)).look(self.subject)])
         elsewhere, style = self._filled(self.settings.elsewhere, look), self._filled(self.settings.style)
@@ -2407,7 +2363,7 @@ class PromptChooser:
         return chosen
 
     def _filled(self, templates: Iterable[str], look: str = "") -> Iterator[str]:
-        """The templates with the subject's name; every second one also with its look behind it."""
+        """The templates with its name; every second one also says its look: a bare name favours an overtrained LoRA."""
         for number, text in enumerate(dict.fromkeys(templates)):
             yield text.replace("{subject}", self.subject.name) + look * (number % 2)
 
@@ -2506,9 +2462,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput(f"--eval-prompts: can't read {path} ({one_line(error)}); give text in UTF-8") from error
     if path.suffix.lower() in (".toml", ".json"):  # kohya knows these forms, too
-        raise RefusedInput(
-            f"--eval-prompts: {path} would be read as lines of text; give a text file with one prompt a line"
-        )
+        raise RefusedInput(f"--eval-prompts: {path} would be read as lines; give a text file with one prompt a line")
     prompts: dict[str, Prompt] = {}
     problems = Problems()
     for number, line in enumerate(lines, start=1):
@@ -2530,7 +2484,7 @@ def read_eval_prompts(path: Path) -> list[Prompt]:
             # Screening and confirmation would share it.
             "this prompt stands there twice; delete one, several seeds are used anyway": prompt["prompt"] in prompts,
         }
-        problems.lines += [f"--eval-prompts: line {number} of {path}: {what}" for what, holds in wrong.items() if holds]
+        problems += [f"--eval-prompts: line {number} of {path}: {what}" for what, holds in wrong.items() if holds]
         prompts[prompt["prompt"]] = prompt
     problems.refuse()
     return list(prompts.values())
@@ -2547,8 +2501,7 @@ RESAMPLES = 1000  # of the prompts, for a standard error
 
 def self_similarity(x: np.ndarray) -> float:
     """s(X): mean cosine between different images of X, in [-1, 1]; 1 for a single image."""
-    n, cosines = len(x), x @ x.T
-    return float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))) if n > 1 else 1.0
+    return 1 - spread_within(x, np.zeros(len(x)))
 
 
 def subject_similarity(x: np.ndarray, data: np.ndarray) -> np.ndarray:
@@ -2639,15 +2592,13 @@ def average(images: Sequence[Mapping[str, Any]], times: np.ndarray | None = None
 
     `times`, shape (draws, images): how often each draw takes each image. Then the means have shape (draws,).
     """
-    found = {}
-    for name in AVERAGED:
-        values = np.array([image.get(name, math.nan) for image in images], dtype=float)
-        known = np.isfinite(values)
-        taken = np.ones(len(images)) if times is None else times
-        with np.errstate(invalid="ignore"):
-            mean = taken[..., known] @ values[known] / taken[..., known].sum(axis=-1)
-        found[name] = mean if times is not None else float(mean) if known.any() else None
-    return found
+    values = np.array([[image.get(name, math.nan) for name in AVERAGED] for image in images], dtype=float)
+    taken = np.ones(len(images)) if times is None else times
+    with np.errstate(invalid="ignore"):
+        means = (taken @ np.nan_to_num(values) / (taken @ np.isfinite(values))).T
+    if times is None:
+        means = [None if math.isnan(mean) else float(mean) for mean in means]
+    return dict(zip(AVERAGED, means, strict=True))
 
 
 def resampled_scores(raw: Mapping[str, Any], anchors: Mapping[str, Any], weights: Mapping[str, float]) -> np.ndarray:
@@ -2661,10 +2612,9 @@ def resampled_scores(raw: Mapping[str, Any], anchors: Mapping[str, Any], weights
     about = np.array([image["subject"] for image in raw["images"]])
     times, rng = np.zeros((RESAMPLES, len(names))), np.random.default_rng(0)
     for kind in (True, False):
-        prompts = np.unique(names[about == kind])
-        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / max(1, len(prompts))), size=RESAMPLES)
-        for count, prompt in zip(drawn.T, prompts, strict=True):
-            times[:, names == prompt] = count[:, None]
+        prompts, places = np.unique(names[about == kind], return_inverse=True)
+        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=RESAMPLES)
+        times[:, about == kind] = drawn[:, places]
     scores = combine(terms_of({**raw, **average(raw["images"], times)}, anchors), weights)
     n = max(2, len(np.unique(names[about])))
     return scores.mean() + (scores - scores.mean()) * math.sqrt(n / (n - 1))
@@ -2764,8 +2714,9 @@ class ImageScorer:
             raise ScoringFailed(f"PyTorch {torch.__version__} sees no {device}; reinstall it, or use --device cpu")
         self.free = math.inf
         if device.startswith("cuda"):  # an allocator without a limit keeps 3 GB more than it needs
-            self.free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(self.free / total)
+            card = torch.device(device).index or 0
+            self.free, total = torch.cuda.mem_get_info(card)
+            torch.cuda.set_per_process_memory_fraction(self.free / total, card)
         if self.free < needed_bytes:
             there, needed = (tqdm.format_sizeof(count, "B") for count in (self.free, needed_bytes))
             raise ScoringFailed(f"the card has {there} free beside the trainer, and screening needs {needed}")
@@ -2818,7 +2769,7 @@ class ImageScorer:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.vae.enable_slicing()  # decodes one image at a time: 8 of 512 pixels at once took 7 GB more
         if self.family.vae_overflows and self.dtype == self.torch.float16:
-            has_bf16 = self.torch.cuda.get_device_capability() >= (8, 0)  # half of the memory of fp32
+            has_bf16 = self.torch.cuda.get_device_capability(self.device) >= (8, 0)  # half of the memory of fp32
             pipeline.vae.to(self.torch.bfloat16 if has_bf16 else self.torch.float32)
         if self.free >= self.family.screening_gb * 1e9:
             return pipeline.to(self.device)
@@ -2858,16 +2809,13 @@ class ImageScorer:
             yield
 
     def _add_beside(self, weights: dict[str, Any], path: Path, strength: float, undo: contextlib.ExitStack) -> bool:
-        """Add a LoRA as diffusers does; False, and nothing is added, where that knows only a part of its modules.
-
-        alpha / rank is multiplied into lora_up, since diffusers 0.32 ignores mixed alphas.
-        """
+        """Add a LoRA as diffusers does; False, and nothing is added, where that knows only a part of its modules."""
         if not all(key.endswith((".alpha", ".lora_down.weight", ".lora_up.weight")) for key in weights):
             return False
         modules = {key.partition(".")[0] for key in weights}
         for module in modules:
             down, up = (f"{module}.lora_{side}.weight" for side in ("down", "up"))
-            alpha = float(weights.pop(f"{module}.alpha", len(weights[down])))
+            alpha = float(weights.pop(f"{module}.alpha", len(weights[down])))  # diffusers 0.32 ignores mixed ones
             weights[up] = weights[up].float() * (strength * alpha / len(weights[down]))
         try:
             self.pipeline.load_lora_weights(weights, adapter_name="trial")
@@ -3003,11 +2951,9 @@ class ImageScorer:
 
     def embed_images_for_text(self, images: Sequence[Any]) -> np.ndarray:
         """CLIP unit vectors (n, d) of images."""
-
-        def project(pixels: Any) -> Any:
-            return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
-
-        return self._embed(images, self.clip.config.vision_config.image_size, self.clip_processor, project)
+        clip, side = self.clip, self.clip.config.vision_config.image_size
+        see = clip.vision_model
+        return self._embed(images, side, self.clip_processor, lambda x: clip.visual_projection(see(x).pooler_output))
 
     def _embed(self, images: Sequence[Any], side: int, processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
         """Unit vectors of whole images, padded to a square: the processor alone would crop, and cut off heads."""
@@ -3049,18 +2995,17 @@ SCREENED = "screened.json"  # in a trial's scores/, until the trial is scored
 def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     """Write a trial's metrics.json, make OUTPUT_DIR/reference or run the final stage in OUTPUT_DIR/final.
 
-    Any other folder is a RefusedInput. `by_search`: it has checked the weights, and may have paused the training; then
-    what is saved so far is screened.
+    `by_search`: it has checked the weights, and may have paused the training; then what is saved so far is screened.
     """
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder, may_be_paused=by_search)
-    is_paused = by_search and bool(checkpoints) and checkpoints[-1].path.stem != LORA_NAME
+    is_paused = by_search and bool(checkpoints) and not (folder / f"{LORA_NAME}.safetensors").is_file()
     try:
         if not by_search:  # all is made anew
             (folder / "scores" / SCREENED).unlink(missing_ok=True)
-            for checkpoint in checkpoints:
+            for path in checkpoints.values():
                 try:
-                    check_lora(checkpoint.path)
+                    check_lora(path)
                 except TrialFailed as error:
                     raise ScoringFailed(f"{error}; restore it, or train {folder / 'config.toml'} again") from error
         needed = 1e9 * family_of(plan).screening_gb if is_paused else 0.0
@@ -3085,8 +3030,8 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     print(f"  scoring took {time.monotonic() - started:.0f} s", flush=True)
 
 
-def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Path, dict[str, Any], list[Checkpoint]]:
-    """The reference's folder, its plan, and a trial's checkpoints; RefusedInput if a folder can't be scored."""
+def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Path, dict[str, Any], dict[int, Path]]:
+    """The reference's folder, its plan, and a trial's checkpoints by epoch; RefusedInput if it can't be scored."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
@@ -3096,11 +3041,11 @@ def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Pa
         said = f"{folder} is scored by definition {made or 3}, and this program has {SCORE_DEFINITION[1]}"
         raise RefusedInput(f"--score: {said}; use the version that made it")
     if is_reference or (folder / FINALISTS).is_file():
-        return reference, plan, []
+        return reference, plan, {}
     params = read_json(folder / "params.json") or {}
-    checkpoints = [c for c in Checkpoint.find(folder, params.get("max_train_epochs", 0)) if c.path.is_file()]
+    checkpoints = saved_checkpoints(folder, params.get("max_train_epochs", 0))
     scored = (read_json(folder / "metrics.json") or {}).get("outcome") == "scored"  # then only its best one is kept
-    if not (params and checkpoints and (scored or may_be_paused or checkpoints[-1].path.stem == LORA_NAME)):
+    if not (params and checkpoints and (scored or may_be_paused or checkpoint_files(folder)[-1].is_file())):
         why = f"{folder} has no {LORA_NAME}.safetensors or no whole params.json"
         raise RefusedInput(f"--score: {why}; give a trial's folder whose training has finished")
     return reference, plan, checkpoints
@@ -3189,20 +3134,17 @@ class FolderScorer:
                 pass  # a LoRA that can't be loaded is better found now than after the first training
         self._measure_data_set()
         with image_bar(len(self.plan["screen"]) + len(self.plan["confirm"])) as bar:
-            for stage in ("screen", "confirm"):
-                self._measure_base(stage, bar.update)
-        self._keep_anchors()
+            self._measure_base(["screen", "confirm"], bar.update)
 
-    def _measure_base(self, stage: str, report: Callable[[int], None]) -> None:
-        """Render the base model's own images of a stage, which give its anchors."""
-        made = self._render(stage, self.reference / stage, report)
-        if not (made.about and made.plain):
-            said = f"the base model's images in {self.reference / stage}, with or without the subject"
-            raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
-        self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
-        self.anchors[stage] = made.anchors()
-
-    def _keep_anchors(self) -> None:
+    def _measure_base(self, stages: Sequence[str], report: Callable[[int], None]) -> None:
+        """Render the base model's own images of these stages, which give their anchors, and keep all anchors."""
+        for stage in stages:
+            made = self._render(stage, self.reference / stage, report)
+            if not (made.about and made.plain):
+                said = f"the base model's images in {self.reference / stage}, with or without the subject"
+                raise ScoringFailed(f"{said}, are all flat, black, white or broken; check --base-model")
+            self.embeddings |= {stage: made.vectors, f"{stage}_usable": made.usable}
+            self.anchors[stage] = made.anchors()
         write_atomically(self.reference / "embeddings.npz", functools.partial(np.savez, **self.embeddings))
         write_json(self.reference / "anchors.json", self.anchors)
 
@@ -3242,8 +3184,7 @@ class FolderScorer:
     ) -> dict[str, Any]:
         """Score, terms and raw values of one checkpoint in one stage; its images are kept."""
         if stage not in self.anchors:
-            self._measure_base(stage, report)
-            self._keep_anchors()
+            self._measure_base([stage], report)
         with self.scorer.lora(path, strength):
             made = self._render(stage, images, report)
         made.keep(images)
@@ -3264,7 +3205,7 @@ class FolderScorer:
         own = [self.anchors[stage] for stage in stages]
         return {**self.anchors, **{name: float(np.mean([one[name] for one in own])) for name in own[0]}}
 
-    def score_trial(self, folder: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    def score_trial(self, folder: Path, checkpoints: Mapping[int, Path]) -> dict[str, Any]:
         """Screen every checkpoint, then confirm the best one on other prompts and seeds; returns metrics.json."""
         # Results of deleted checkpoints stay, marked. Such a checkpoint can't be the best: it can't be confirmed.
         known = (read_json(folder / "metrics.json") or {}).get("screen", [])
@@ -3286,11 +3227,11 @@ class FolderScorer:
             "device": self.scorer.device,
         }
 
-    def screen_checkpoints(self, folder: Path, checkpoints: Sequence[Checkpoint], bar: tqdm) -> list[dict[str, Any]]:
+    def screen_checkpoints(self, folder: Path, checkpoints: Mapping[int, Path], bar: tqdm) -> list[dict[str, Any]]:
         """What screening finds of each checkpoint. It is kept, so that none is screened again."""
         file = folder / "scores" / SCREENED
         known = {result["checkpoint"]: result for result in (read_json(file) or {}).get("screen", [])}
-        for epoch, path in ((checkpoint.epoch, checkpoint.path) for checkpoint in checkpoints):
+        for epoch, path in checkpoints.items():
             if path.name in known:
                 bar.update(len(self.plan["screen"]))
                 continue
@@ -3298,7 +3239,7 @@ class FolderScorer:
             known[path.name] = {"epoch": epoch, "checkpoint": path.name, **result}
             write_json(file, {"screen": list(known.values())})
             bar.write(f"  epoch {epoch:3d}    {self._describe(result)}")
-        return [known[checkpoint.path.name] for checkpoint in checkpoints]
+        return [known[path.name] for path in checkpoints.values()]
 
     @staticmethod
     def _describe(result: Mapping[str, Any]) -> str:
@@ -3544,7 +3485,7 @@ def score_in_child(folder: Path, device: str, stall_minutes: float = 30.0) -> No
 
     def watch() -> None:
         minutes = STARTING_ALLOWANCE * stall_minutes  # a batch on the CPU may take half an hour
-        if progress.is_silent(minutes):
+        if time.monotonic() - progress.last_sign > 60 * minutes:
             raise ScoringFailed(f"scoring said nothing for {minutes:g} minutes and was stopped (--stall-minutes)")
 
     command = [sys.executable, str(Path(__file__).resolve()), "--score", str(folder)]
@@ -3676,9 +3617,11 @@ class LoraObjective:
             trial.set_user_attr(name, None)
         self._clear(folder)
         batches = params["gradient_accumulation_steps"]  # a step
-        usual_batch = self._usual_batch_seconds(trial.study)
+        trials = trial.study.get_trials(deepcopy=False)
+        known = [seconds for other in trials if (seconds := other.user_attrs.get("batch_seconds"))]
+        usual_step = batches * float(np.median(known)) if len(known) >= 3 else None
         pause = self.early_stopping.pause(trial, folder) if self.early_stopping else None
-        seconds, step_seconds = self.trainer(config, usual_batch and batches * usual_batch, pause)
+        seconds, step_seconds = self.trainer(config, usual_step, pause)
         trial.set_user_attr("batch_seconds", step_seconds and step_seconds / batches)
         trial.set_user_attr("training_seconds", round(seconds, 1))
         return checkpoint
@@ -3702,12 +3645,6 @@ class LoraObjective:
             shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / "training.log").is_file():
             (folder / "training.log").replace(folder / "training.earlier.log")
-
-    def _usual_batch_seconds(self, study: optuna.Study) -> float | None:
-        """Median seconds of a batch over the study's trainings; None before there are three."""
-        trials = study.get_trials(deepcopy=False)
-        known = [seconds for trial in trials if (seconds := trial.user_attrs.get("batch_seconds"))]
-        return float(np.median(known)) if len(known) >= 3 else None
 
     def score_checkpoints(self, trial: optuna.Trial, folder: Path) -> float:
         """The score in a trial's metrics.json, which the scoring process makes where there is none yet."""
@@ -3896,6 +3833,14 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
+def id_of(folder: Path) -> str:
+    """Tells an output folder from one of the same path on another machine; it is made once."""
+    file = folder / ".id"
+    if not file.is_file():
+        write_atomically(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
+
+
 def is_held(folder: Path) -> bool:
     """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
     try:
@@ -3909,7 +3854,10 @@ def is_held(folder: Path) -> bool:
 def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: float = 0.0) -> list[str]:
     """`name: was X, is now Y` for each setting that differs (numbers by more than `tolerance`)."""
     if isinstance(old, list) and isinstance(new, list):
-        old, new = [x for x in old if x not in new] or old, [x for x in new if x not in old] or new
+        gone, come = [x for x in old if x not in new], [x for x in new if x not in old]
+        if old != new and gone == come:
+            return [f"{name}: is in another order now"]
+        old, new = gone, come
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in dict.fromkeys([*old, *new]):
@@ -4010,8 +3958,7 @@ def find_trial_folder(trial: FrozenTrial, output_dir: Path) -> Path:
 class Study:
     """A study in an output folder that this program holds: which trial is next, whose it is, and how it ended.
 
-    All of it is in the database and in the trials' folders, so that a kill at any point loses nothing. An interrupted
-    trial stays RUNNING; its attribute `ended`, "interrupted", tells other programs that nobody works on it.
+    All of it is in the database and in the trials' folders, so that a kill at any point loses nothing.
     """
 
     study: optuna.Study
@@ -4023,6 +3970,7 @@ class Study:
     def __post_init__(self) -> None:
         self.has_own_database = Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
         self.idle_since, self.main = self.started, os.getpid()  # workers on several devices are forks of it
+        self.folder_id = id_of(self.settings.output_dir)
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
     def run(self, work: Callable[[], None] | None = None) -> None:
@@ -4070,7 +4018,9 @@ class Study:
 
     def _is_here(self, trial: FrozenTrial) -> bool:
         """Whether it is in this output folder, so that this program continues it."""
-        return trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
+        made_in = trial.user_attrs.get("folder_id", self.folder_id)  # earlier versions did not say
+        is_of_path = trial.user_attrs.get("output_dir") == str(self.settings.output_dir)
+        return is_of_path and (self.has_own_database or made_in == self.folder_id)
 
     def _is_ours(self, trial: FrozenTrial) -> bool:
         return self.has_own_database or self._is_here(trial)
@@ -4100,7 +4050,8 @@ class Study:
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
 
     def claim(self, trial: optuna.Trial) -> None:
-        """Write down whose trial it is; first the output folder, since the next start looks for that."""
+        """Write down whose trial it is; the output folder before the rest, since the next start looks for that."""
+        trial.set_user_attr("folder_id", self.folder_id)
         trial.set_user_attr("output_dir", str(self.settings.output_dir))
         trial.set_user_attr("folder", trial_folder(self.settings.output_dir, trial.number).name)
         trial.set_user_attr("host", socket.gethostname())
@@ -4152,10 +4103,9 @@ class Study:
     def resume(self, trial: optuna.Trial) -> optuna.Trial | None:
         """Go on with the trial of an earlier attempt; None if other programs train the last ones by now."""
         attrs = trial.user_attrs
-        was_paused = attrs.get("ended") == "returning"
-        if self.close_surplus(trial, was_paused=was_paused):
+        if self.close_surplus(trial):
             return None
-        if was_paused:
+        if attrs.get("ended") == "returning":
             trial.set_user_attr("ended", "running")
         lora = trial_folder(self.settings.output_dir, trial.number) / f"{LORA_NAME}.safetensors"
         if attrs.get("training_seconds") is None and has_finished_training(lora.parent):
@@ -4165,13 +4115,13 @@ class Study:
             self._add_lost_seconds(trial)
         return trial
 
-    def close_surplus(self, trial: optuna.Trial, *, was_paused: bool = False) -> bool:
+    def close_surplus(self, trial: optuna.Trial) -> bool:
         """Close a trial if the others suffice: those trained, and those at work before this one began, or returned."""
         trials = self.study.get_trials(deepcopy=False)
         own = trials[trial.number]
-        others = [other for other in trials if other.number != own.number]
+        others, returns = [t for t in trials if t.number != own.number], own.user_attrs.get("ended") == "returning"
         turn = own.datetime_start, own.number  # an enqueued trial may begin after one with a higher number
-        ahead = [t for t in others if is_at_work(t) and (was_paused or (t.datetime_start, t.number) < turn)]
+        ahead = [t for t in others if is_at_work(t) and (returns or (t.datetime_start, t.number) < turn)]
         is_surplus = len(ahead) + sum(map(is_trained, others)) >= self.settings.n_trials
         if is_surplus:
             self._close(own, "enough other trials are trained")
@@ -4270,16 +4220,11 @@ class Study:
         """Run the final stage between the best trials, unless it is done; the program that has the best one does it."""
         scored, folder = scored_trials(self.study), self.settings.output_dir / FINAL
         finalists = choose_finalists(self.study, self.settings.output_dir)
-
-        def named(paths: Mapping[str, str]) -> dict[str, str]:  # without their folders, which may be moved
-            return {number: Path(path).name for number, path in paths.items()}
-
-        about = {"scored": len(scored), "chosen": named(finalists)}
+        about = {"scored": len(scored), "chosen": list(finalists)}
         known = self.study.user_attrs.get("final", {})
         if len(finalists) < 2 or not self._is_ours(scored[0]) or about.items() <= known.items():
             return
-        is_made = named(read_json(folder / FINALISTS) or {}) == named(finalists)
-        if not is_made or read_json(folder / "result.json") is None:
+        if read_json(folder / FINALISTS) != finalists or read_json(folder / "result.json") is None:
             screen.begin("final stage:", *finalists)
             say(f"The final stage: trials {', '.join(finalists)} once more, on fresh prompts and seeds ...")
             (folder / "result.json").unlink(missing_ok=True)
@@ -4395,13 +4340,12 @@ class Workers:
 
 
 def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
-    """Until n_trials are trained, at the median trial's speed, by the programs at work now; None without a score."""
+    """Seconds until n_trials are trained, at the median trial's speed by the programs at work; None without a score."""
     scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
     if not scored:
         return None
     usual = float(np.median([attrs["training_seconds"] + attrs["scoring_seconds"] for attrs in scored]))
-    running = [trial.user_attrs for trial in trials if is_at_work(trial)]
-    used = [time.time() - attrs["began"] for attrs in running if "began" in attrs]
+    used = [time.time() - t.user_attrs["began"] for t in trials if is_at_work(t) and "began" in t.user_attrs]
     ahead = usual * (n_trials - sum(map(is_trained, trials))) - np.clip(used, 0, usual).sum()
     return max(0.0, float(ahead)) / max(1, len(used))
 
@@ -4456,6 +4400,7 @@ def facts_of(trial: FrozenTrial, places: Places | None = None) -> dict[str, Any]
         **attrs,
         **attrs.get("terms", {}),
         **params,
+        "brief": brief_params(params) if "training_params" in attrs and not missing_params(params) else [],
         "dose": ratio * params.get("learning_rate", math.nan) * epochs / steps,
         "text_encoder_dose": ratio * params.get("text_encoder_lr", math.nan) * epochs / steps,
     }
@@ -4494,7 +4439,8 @@ def describe_study(study: optuna.Study) -> str:
         last = f" The last one: {reasons[-1]}" if reasons else ""
         return f"Nothing was scored yet in study {study.study_name!r}: {ended or 'it has no trials'}.{last}"
     heads, cells = zip(*(column.split("=") for column in TABLE.split()), strict=True)
-    rows = [heads, *([cell.format(**facts) for cell in cells] for facts in ranked)]
+    dashed = functools.partial(re.sub, r"\bnan$", "-")  # such as text_encoder_lr where none is trained
+    rows = [heads, *([dashed(cell.format(**facts)) for cell in cells] for facts in ranked)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"\nStudy {study.study_name!r}, best first:", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
     if ended:
@@ -4504,17 +4450,6 @@ def describe_study(study: optuna.Study) -> str:
     lines += ["", "Expected improvements, measured:"]
     for name, part, whole, target in measure_improvements(study):
         lines.append(f"  {name:33s}{100 * part / max(whole, 1):4.0f}%  ({part} of {whole}; expected {target})")
-    return "\n".join(lines)
-
-
-def describe_rescored(study: optuna.Study, weights: Mapping[str, float]) -> str:
-    """The trials' scores under other weights, best first, from the terms of the pictures that were judged."""
-    scored = scored_trials(study)
-    known = {name: w for name, w in weights.items() if all(name in trial.user_attrs["terms"] for trial in scored)}
-    lines = ["", "With the weights of --scoring-config:"]
-    found = ((float(combine(facts_of(trial), known)), trial) for trial in scored)
-    for score, trial in sorted(found, key=lambda one: -one[0]):
-        lines.append(f"  trial {trial.number:5d}  {score:.3f}  (was {trial.value:.3f})")
     return "\n".join(lines)
 
 
@@ -4543,11 +4478,9 @@ class Comparison:
 
     def pairs(self) -> list[list[int]]:
         """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
-        gaps = {}
-        for pair in itertools.combinations(sorted(trial.number for trial in self.trials), 2):
-            left, right = self.values(*pair)
-            gaps[pair] = abs(left["score"] - right["score"])
-        return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(gaps, key=gaps.get)]
+        pairs = itertools.combinations(sorted(trial.number for trial in self.trials), 2)
+        closest = sorted(pairs, key=lambda pair: abs(operator.sub(*(one["score"] for one in self.values(*pair)))))
+        return [np.random.default_rng(pair).permutation(pair).tolist() for pair in closest]
 
     def read_votes(self, path: Path, study_name: str) -> list[Vote]:
         """The votes of a file, [] if there is none. SearchError if it is damaged or not on this study's trials."""
@@ -4657,16 +4590,14 @@ class Results:
 
     def write_trials_csv(self) -> None:
         about = "trial state score standard_error final_score final_standard_error ended best_epoch training_seconds "
-        about += "scoring_seconds stopped_epoch rejection_reason reason host output_dir folder"
+        about += "scoring_seconds stopped_epoch rejection_reason reason host output_dir folder dose text_encoder_dose"
         trials = [facts_of(trial, self.places) for trial in self.study.get_trials(deepcopy=False)]
         others = (name for facts in trials for name in facts.get("training_params", ()))
-        doses = "network_alpha", "dose", "text_encoder_dose"
-        columns = dict.fromkeys((*about.split(), *TERMS, *V2_1.searched, *doses, *others))
+        columns = dict.fromkeys((*about.split(), *TERMS, *V2_1.searched, *others))
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        for facts in trials:
-            writer.writerow({name: facts.get(name) for name in columns if facts.get(name) == facts.get(name)})  # no NaN
+        writer.writerows({name: value for name, value in facts.items() if value == value} for facts in trials)  # no NaN
         write_atomically(self.folder / "trials.csv", file.getvalue())
 
     def write_best(self, best: FrozenTrial) -> None:
@@ -4682,7 +4613,8 @@ class Results:
             lora = self._labelled(checkpoint, {**about, "epoch": attrs["best_epoch"]})
             config = toml.loads((folder / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            if self._has_kept(best):
+            known = read_json(self.folder / "best_parameters.json") or {}
+            if copy.is_file() and {"study": self.study.study_name, "trial": best.number}.items() <= known.items():
                 say(f"warning: trial {best.number} is not whole in {folder}; its LoRA stays in {self.folder}")
                 return
             back = f"bring them back from {attrs['host']}:{attrs['output_dir']} and give --report again"
@@ -4694,12 +4626,6 @@ class Results:
         kept = {"best_epoch": attrs["best_epoch"], "checkpoint": str(checkpoint), "terms": attrs["terms"]}
         write_json(self.folder / "best_parameters.json", {**about, **kept, "parameters": attrs["training_params"]})
         self._write_best_config(best, folder, config)
-
-    def _has_kept(self, best: FrozenTrial) -> bool:
-        """Whether results/ holds a trial's LoRA from an earlier time."""
-        known = read_json(self.folder / "best_parameters.json") or {}
-        is_of_it = (known.get("study"), known.get("trial")) == (self.study.study_name, best.number)
-        return is_of_it and (self.folder / "best_lora.safetensors").is_file()
 
     def _write_best_config(self, best: FrozenTrial, folder: Path, config: dict[str, Any]) -> None:
         """The best trial's config, changed so that it trains into a folder in results/, with a data set file there."""
@@ -4753,6 +4679,7 @@ class Results:
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
             plan=plan,
             first_seeds=first_seeds,
+            began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=""),
             trained=sum(map(is_trained, trials)),
             trials=[facts_of(trial) for trial in trials],
             rivals=may_be_best(self.places)[1:],
@@ -4844,61 +4771,54 @@ class Results:
         return "The best five lie at neither end."
 
 
-class Notes:
-    """What optuna-dashboard shows as notes of the study and of each finished trial; a user's own notes stay."""
+def as_markdown(text: object) -> str:
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
-    def __init__(self, study: optuna.Study) -> None:
-        self.study = study
-        self._written: set[int] = set()  # trials that need no second look
 
-    def write(self) -> None:
-        from optuna_dashboard import get_note, save_note
+def note_of_trial(trial: FrozenTrial) -> str:
+    facts = facts_of(trial)
+    lines = [f"**{as_markdown(facts['outcome'])}**"]
+    if trial.state == TrialState.COMPLETE:
+        terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
+        lines = [f"**Score {with_error(facts)}**, epoch {facts['best_epoch']} of {facts['max_train_epochs']}"]
+        lines.append("| term | |\n|---|---|" + terms)
+    if facts["why"]:
+        lines.append(as_markdown(facts["why"]))
+    if "folder" in facts:
+        lines.append(f"Folder: {as_markdown(Path(facts['output_dir']) / facts['folder'])}")
+    return "\n\n".join(lines)
 
-        study = self.study
-        for frozen in study.get_trials(deepcopy=False):
-            if frozen.state.is_finished() and frozen.number not in self._written:
-                trial = optuna.Trial(study, frozen._trial_id)
-                if not get_note(trial):
-                    save_note(trial, self._of_trial(frozen))
-                self._written.add(frozen.number)
-        note, present = self._of_study(), get_note(study)
-        if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
-            study.set_user_attr("own_notes", [digest(present), digest(note)])  # both: a kill may come before the next
-            save_note(study, note)
 
-    @staticmethod
-    def _as_markdown(text: object) -> str:
-        """A text that Markdown shows as it is."""
-        return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
+def note_of_study(study: optuna.Study) -> str:
+    trained = sum(map(is_trained, study.get_trials(deepcopy=False)))
+    planned, command = study.user_attrs.get("n_trials"), study.user_attrs.get("command")
+    lines = [
+        f"{trained}{f' of {planned}' if planned else ''} trials trained.",
+        "A trial's score is a product of terms in 0 to 1, each to the power of its weight: fidelity (does it look "
+        "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), "
+        "originality (is it more than a copy?) and usable (no broken pictures). The best checkpoint is scored on "
+        "other prompts and seeds than those it was chosen by; its standard error follows.",
+    ]
+    for number, found in final_places(study).items():
+        lines.append(f"Final stage: trial {number}, {with_error(found)}.")
+    if command:
+        lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
+    return "\n\n".join(lines)
 
-    def _of_trial(self, trial: FrozenTrial) -> str:
-        facts = facts_of(trial)
-        lines = [f"**{self._as_markdown(facts['outcome'])}**"]
-        if trial.state == TrialState.COMPLETE:
-            terms = "".join(f"\n| {name} | {value:.3f} |" for name, value in facts["terms"].items())
-            lines = [f"**Score {with_error(facts)}**, epoch {facts['best_epoch']} of {facts['max_train_epochs']}"]
-            lines.append("| term | |\n|---|---|" + terms)
-        if facts["why"]:
-            lines.append(self._as_markdown(facts["why"]))
-        if "folder" in facts:
-            lines.append(f"Folder: {self._as_markdown(Path(facts['output_dir']) / facts['folder'])}")
-        return "\n\n".join(lines)
 
-    def _of_study(self) -> str:
-        trained = sum(map(is_trained, self.study.get_trials(deepcopy=False)))
-        planned, command = self.study.user_attrs.get("n_trials"), self.study.user_attrs.get("command")
-        lines = [
-            f"{trained}{f' of {planned}' if planned else ''} trials trained.",
-            "A trial's score is a product of terms in 0 to 1, each to the power of its weight: fidelity (does it look "
-            "like the data set?), text (does it follow the prompt?), preservation (is the rest left alone?), "
-            "originality (is it more than a copy?) and usable (no broken pictures). The best checkpoint is scored on "
-            "other prompts and seeds than those it was chosen by; its standard error follows.",
-        ]
-        for number, found in final_places(self.study).items():
-            lines.append(f"Final stage: trial {number}, {with_error(found)}.")
-        if command:
-            lines.append(f"Started by:\n\n    {printable(command)}")  # an indented block is shown as it is
-        return "\n\n".join(lines)
+def write_notes(study: optuna.Study) -> None:
+    """Notes of the study and of each finished trial, for optuna-dashboard. A user's own notes stay."""
+    from optuna_dashboard import get_note, save_note
+
+    for frozen in study.get_trials(deepcopy=False):
+        trial = optuna.Trial(study, frozen._trial_id)
+        if frozen.state.is_finished() and not get_note(trial):
+            save_note(trial, note_of_trial(frozen))
+    note, present = note_of_study(study), get_note(study)
+    if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
+        study.set_user_attr("own_notes", [digest(present), digest(note)])  # both: a kill may come before the next
+        save_note(study, note)
 
 
 # ======================================================================================================
@@ -4906,7 +4826,7 @@ class Notes:
 #     its row, the trainer's first step, the reference. Touches the study, reference/ and caches of latents.
 # ======================================================================================================
 
-# Besides those of scoring.
+# Options that the search space must not change, besides those in _SCORED and _SMALLEST.
 OF_ALL_TRIALS = {"mixed_precision", "cache_latents", "cache_latents_to_disk", "resolution"}
 DRAWN = 2000  # settings, by which a search space is judged
 PNG_BYTES_PER_PIXEL = 2  # of a photograph, about
@@ -4966,7 +4886,7 @@ class Inputs:
             files = sorted(Path(place).glob("*.safetensors"))
             encoders[name] = f"files {digest(''.join(map(quick_digest, files)))[:16]}" if files else place
         return {
-            STUDY_FORM[0]: STUDY_FORM[1],
+            **dict((STUDY_FORM, SCORE_DEFINITION)),
             "search space": space_fingerprint(self.space),
             "Optuna's major version": optuna.__version__.split(".")[0],
             "seed (--seed)": self.settings.seed,
@@ -4979,7 +4899,6 @@ class Inputs:
             },
             "training options (--training-config)": dict(self.options),
             "scoring (--scoring-config, --eval-prompts, --subject)": scoring,
-            SCORE_DEFINITION[0]: SCORE_DEFINITION[1],
             "encoders": encoders,
         }
 
@@ -5006,8 +4925,9 @@ class Inputs:
         found = [params for params in drawn if may_train(params, self.space)[0] and self.trainer.can_train(params)]
         if not found:
             why, count = Counter(may_train(params, self.space)[1] for params in drawn).most_common(1)[0]
-            said = f"none of {DRAWN} settings drawn from {self.space.name} may be trained"
-            raise RefusedInput(f"--search-space: {said}, {count} of them since: {why or 'AdamW8bit'}; loosen its rules")
+            said = f"none of {DRAWN} settings drawn from {self.space.name} may be trained, {count} of them since: "
+            said += why or f"the optimizer {NEEDS_CARD}"
+            raise RefusedInput(f"--search-space: {said}; loosen its rules")
         return found
 
     def trial_size(self, choose: Callable[[Sequence[int]], float]) -> tuple[int, float, float]:
@@ -5024,10 +4944,10 @@ class Inputs:
     def stage_bytes(self, stage: str) -> float:
         return sum(job["width"] * job["height"] for job in self.plan[stage]) * PNG_BYTES_PER_PIXEL
 
-    def largest_trial_bytes(self) -> float:
-        """On disk while a trial runs: all checkpoints of the largest network_dim, and its pictures."""
+    def largest_trials_bytes(self) -> float:
+        """On disk while a trial runs on each device: all checkpoints of the largest network_dim, and its pictures."""
         checkpoints, each, pictures = self.trial_size(max)
-        return checkpoints * each + pictures
+        return len(self.settings.devices) * (checkpoints * each + pictures)
 
     def needed_bytes(self) -> float:
         """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
@@ -5035,7 +4955,7 @@ class Inputs:
         kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * checkpoints
         final = (2 + FINALISTS_AT_MOST) * sum(map(self.stage_bytes, FINAL_ROUNDS))  # with base model and strengths
         results = REPORT_BYTES + each
-        return kept * each + left * pictures + (results + final + self.largest_trial_bytes() if left else 0)
+        return kept * each + left * pictures + (results + final + self.largest_trials_bytes() if left else 0)
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(nearest_folder(self.settings.output_dir)).free
@@ -5049,10 +4969,7 @@ class Inputs:
 
 
 def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
-    """Read and check everything; makes nothing. RefusedInput lists all problems at once.
-
-    What sd-scripts answered to an earlier start is taken from the output folder, unless `afresh`.
-    """
+    """Read and check everything; makes nothing. RefusedInput lists all problems. `afresh` asks sd-scripts once more."""
     problems = Problems(known_problems)
     base_model = problems.of(BaseModel.inspect, settings.base_model)
     family = base_model.family if base_model else SD1
@@ -5075,8 +4992,7 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     shipped = shipped_scoring_config(family, data_set)
     settings = replace(settings, scoring_config=settings.scoring_config or shipped)
     scoring = problems.of(ScoringSettings.read, settings.scoring_config, shipped)
-    ready = data_set and scoring and options
-    plan = problems.of(make_plan, settings, data_set, scoring, options, family) if ready else None
+    plan = data_set and scoring and options and problems.of(make_plan, settings, data_set, scoring, options, family)
     problems.of(check_packages)
     problems.of(check_scoring_models, scoring, family, settings.base_model)
     problems.of(check_space_options, space, raw or {}, config, answer, can_train)
@@ -5084,20 +5000,13 @@ def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afre
     study = problems.of(find_study, settings) if settings.output_dir else None
     problems.of(check_output_dir, settings.output_dir, data_set)
     inputs = Inputs(settings, options, data_set, base_model, plan, trainer, enqueued, study, space, notes)
-    problems.refuse()
-    check_together(inputs)
-    return inputs
-
-
-def check_together(inputs: Inputs) -> None:
-    """What can be checked once each input is right by itself."""
-    problems = Problems()
-    if inputs.latents:
-        problems.of(inputs.latents.check)
+    problems.refuse()  # what follows needs inputs that are right by themselves
+    problems.of(Latents.check, inputs.latents)
     problems.of(lambda: inputs.allowed)
     problems.of(check_fingerprint, inputs.study, inputs.fingerprint)
     problems.of(inputs.check_room, inputs.needed_bytes(), RefusedInput)
     problems.refuse()
+    return inputs
 
 
 def check_space_options(
@@ -5290,7 +5199,7 @@ class EnqueueReader:
         try:
             table = csv.DictReader(io.StringIO((folder / "results" / "trials.csv").read_text(encoding="utf-8")))
             rows = [row for row in table if row["score"]]
-            scored = {int(row["trial"]): (float(row["final_score"] or -1), float(row["score"])) for row in rows}
+            scored = {int(row["trial"]): (float(row.get("final_score") or -1), float(row["score"])) for row in rows}
         except (OSError, ValueError, KeyError, csv.Error) as error:
             why = f"can't read {folder}/results/trials.csv ({one_line(error)})"
             raise RefusedInput(f"--enqueue: {why}; give a TOML file, or the output folder of a search") from error
@@ -5320,7 +5229,7 @@ class EnqueueReader:
         study.enqueue_trial(table)
         params = suggest_hyperparameters(study.ask(), self.space)
         reason = may_train(params, self.space)[1]
-        return reason or ("" if self.can_train(params) else "AdamW8bit needs bitsandbytes and a CUDA card")
+        return reason or ("" if self.can_train(params) else f"{params['optimizer_type']} {NEEDS_CARD}")
 
     def read_file(self, path: Path) -> tuple[list[Params], str]:
         """Parameters to try first: one table, or several [[trial]]s. RefusedInput lists what can't be tried."""
@@ -5369,7 +5278,7 @@ class EnqueueReader:
             elif not holds(searched[name], value):
                 yield f"{name} = {value!r} is outside the search space; give {describe_range(searched[name])}"
         if not self.can_train(table):
-            yield "AdamW8bit needs bitsandbytes and a CUDA card; install it or use AdamW"
+            yield f"{table['optimizer_type']} {NEEDS_CARD}; install it or use AdamW"
         for name in table.keys() & self.space.when.keys():
             if not meets(table, self.space.when[name]):
                 wanted = self.space.when[name].items()
@@ -5485,13 +5394,13 @@ class CheckReport:
     def warnings(self) -> Iterator[str]:
         inputs, folder = self.inputs, self.settings.output_dir
         images = inputs.latents.images if inputs.latents else ()
-        cached = [(image.path, image.latents) for image in images if image.latents and image.latents.exists()]
-        older = [(path, file) for path, file in cached if file.stat().st_mtime < path.stat().st_mtime]
-        if older:
+        cached = [image for image in images if image.latents and image.latents.exists()]
+        if older := [one for one in cached if one.latents.stat().st_mtime < one.path.stat().st_mtime]:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
-            yield f"{said}; delete {older[0][1]} if {older[0][0].name} has changed"
+            yield f"{said}; delete {older[0].latents} if {older[0].path.name} has changed"
         counted = inputs.allowed if inputs.data_set.batches_per_epoch else []
-        shares = np.array([params["lr_warmup_steps"] / inputs.data_set.updates(params) for params in counted])
+        warm = [(params["lr_warmup_steps"], inputs.data_set.updates(params)) for params in counted]
+        shares = np.array([steps if isinstance(steps, float) else steps / of for steps, of in warm])
         if (shares > 0.5).any():
             said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
@@ -5554,21 +5463,16 @@ class Reference:
         """Write what trainer and scorer read."""
         write_json(self.folder / "plan.json", {"study": self.inputs.settings.study_name, **self.inputs.plan})
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
-        with only_warning("the report will show no pictures of the data set"):
-            self._keep_pictures()
-        answer = {**self.inputs.trainer.answer, "notes": self.inputs.data_set.notes}
-        write_json(self.folder / ANSWER_NAME, answer)
+        with only_warning("the report will show no pictures of the data set"):  # it may be made where there is none
+            from PIL import Image
 
-    def _keep_pictures(self) -> None:
-        """Copy a few pictures of the data set, since the report may be made on a machine without it."""
-        from PIL import Image
-
-        for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
-            file = self.folder / DATA_SET_PICTURES / f"{number:02d}.png"
-            if not file.is_file():
-                with Image.open(image.path) as picture:
-                    picture.thumbnail((512, 512))
-                    write_atomically(file, functools.partial(picture.convert("RGB").save, format="PNG"))
+            for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
+                file = self.folder / DATA_SET_PICTURES / f"{number:02d}.png"
+                if not file.is_file():
+                    with Image.open(image.path) as picture:
+                        picture.thumbnail((512, 512))
+                        write_atomically(file, functools.partial(picture.convert("RGB").save, format="PNG"))
+        write_json(self.folder / ANSWER_NAME, {**self.inputs.trainer.answer, "notes": self.inputs.data_set.notes})
 
     def train_first_step(self, trainer: KohyaTrainer) -> Inputs:
         """Let kohya train one step: it shows that the trainer works, and caches the latents.
@@ -5598,11 +5502,10 @@ class Reference:
 
     def _is_tried_out(self) -> bool:
         """Whether the first step left its LoRA, whole, and all latents are there; deletes torn latents."""
-        try:
+        with contextlib.suppress(TrialFailed):
             check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", may_be_zero=True)
-        except TrialFailed:
-            return False
-        return self.inputs.latents is None or self.inputs.latents.prepare()
+            return self.inputs.latents is None or self.inputs.latents.prepare()
+        return False
 
     def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
         """Have the base model's images made, which give the score's anchors, and check the anchors."""
@@ -5618,11 +5521,9 @@ class Reference:
 
 def printed_batches(training_log: Path) -> int | None:
     """The batches of an epoch, which kohya prints before its first step; None if it does not."""
-    with contextlib.suppress(OSError):
-        said = training_log.read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
-            return int(found[1])
-    return None
+    said = training_log.read_text(encoding="utf-8", errors="replace") if training_log.is_file() else ""
+    found = re.search(r"num batches per epoch[^:\n]*: (\d+)", said)
+    return int(found[1]) if found else None
 
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
@@ -5731,9 +5632,8 @@ def find_sd_scripts() -> Path:
     """Where people have it: beside this script, in the current folder, at home; there perhaps inside kohya_ss."""
     bases = dict.fromkeys((HERE, HERE.parent, Path.cwd(), Path.home()))
     places = [base / name for base in bases for name in ("", "sd-scripts", "kohya_ss/sd-scripts")]
-    for place in places:
-        if (place / "train_network.py").is_file():
-            return place
+    if found := [place for place in places if (place / "train_network.py").is_file()]:
+        return found[0]
     nowhere = f"there is no sd-scripts/ or kohya_ss/sd-scripts/ in {', '.join(map(str, bases))}"
     raise RefusedInput(f"--sd-scripts is missing; give kohya-ss/sd-scripts' folder ({nowhere})")
 
@@ -5746,7 +5646,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         ("--base-model", args.base_model, f"give a safetensors file of {' or '.join(FAMILIES)}"),
         ("--output-dir", args.output_dir, "give a folder for the study"),
     ):
-        problems.lines += [] if value else [f"{flag} is missing; {remedy}"]
+        problems += [] if value else [f"{flag} is missing; {remedy}"]
     values = {name: value for name, value in vars(args).items() if name in Settings.__annotations__}
     values["sd_scripts"] = args.sd_scripts or problems.of(find_sd_scripts)
     for name in ("dataset_config", "output_dir", "sd_scripts"):
@@ -5755,7 +5655,7 @@ def read_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     values["study_name"] = args.study_name or DEFAULT_STUDY_NAME
     values["n_trials"] = 20 if args.n_trials is None else args.n_trials
     values["storage"] = args.storage or (default_storage(values["output_dir"]) if args.output_dir else "")
-    return Settings(**values), problems.lines
+    return Settings(**values), problems
 
 
 def senseless_values(args: argparse.Namespace) -> Iterator[str]:
@@ -5829,14 +5729,13 @@ def study_on_device(inputs: Inputs, study: optuna.Study, started: float, device:
     study.pruner = early.pruner()
     stopping = early if settings.prune == "on" else None
     objective = LoraObjective(settings, inputs.options, trainer, scorer, stopping, inputs.space)
-    notes = Notes(study)
 
     def before_trial() -> None:
-        inputs.check_room(inputs.largest_trial_bytes(), SearchStopped)
-        with only_warning(f"not all of {settings.results} is written"):
+        inputs.check_room(inputs.largest_trials_bytes(), SearchStopped)
+        with only_warning(f"not all of {settings.output_dir / 'results'} is written"):
             Results(study, settings.output_dir).write()
         with only_warning("the notes for optuna-dashboard are not all written"):
-            notes.write()
+            write_notes(study)
 
     return Study(study, settings, objective, started, before_trial)
 
@@ -5873,8 +5772,12 @@ def run_report(args: argparse.Namespace) -> None:
     if not plan:
         say(f"warning: {output_dir / 'reference'} is not whole, so the report lacks pictures; the search mends it")
     show_results(study, output_dir)
-    if weights:
-        say(describe_rescored(study, weights))
+    if weights and (scored := scored_trials(study)):  # an earlier version has not measured all terms
+        known = {name: w for name, w in weights.items() if all(name in trial.user_attrs["terms"] for trial in scored)}
+        found = ((float(combine(trial.user_attrs["terms"], known)), trial) for trial in scored)
+        say("\nWith the weights of --scoring-config:")
+        for score, trial in sorted(found, key=lambda one: -one[0]):
+            say(f"  trial {trial.number:5d}  {score:.3f}  (was {trial.value:.3f})")
 
 
 def show_results(study: optuna.Study, output_dir: Path) -> None:
@@ -5888,7 +5791,7 @@ def show_results(study: optuna.Study, output_dir: Path) -> None:
         if results.ranked:
             say(results.describe_best())
     with only_warning("optuna-dashboard does not show all notes and contact sheets"):
-        Notes(study).write()
+        write_notes(study)
         for trial in results.ranked:
             ContactSheet(find_trial_folder(trial, output_dir)).restore(trial, study._storage, output_dir / ARTIFACTS)
 

@@ -84,8 +84,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     link_study(source, target, best)
     copy, trial_id = before_the_last(study, best, target)
     search.Results(copy, target).write_report()
-    notes = search.Notes(copy)
-    notes.write()
+    search.write_notes(copy)
     folder = search.find_trial_folder(best, target)
     sheet = search.ContactSheet(folder)
     spent = {"contact sheet": seconds(sheet.make)}
@@ -94,7 +93,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     assert len(sheet.attached_to(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
     spent["page"] = seconds(search.Results(copy, target).write_report)
-    spent["notes"] = seconds(notes.write)
+    spent["notes"] = seconds(lambda: search.write_notes(copy))
     return spent
 
 

@@ -107,7 +107,7 @@ def process_per_checkpoint(trial: Path) -> tuple[float, list[float]]:
         return seconds, result["score"]
 
     epochs = search.read_json(trial / "params.json")["max_train_epochs"]
-    names = [checkpoint.path.name for checkpoint in search.Checkpoint.find(trial, epochs)]
+    names = [file.name for file in search.saved_checkpoints(trial, epochs).values()]
     screened = [score(name, "screen") for name in names]
     best = max(range(len(names)), key=lambda number: screened[number][1])
     times, scores = zip(*screened, score(names[best], "confirm"), strict=True)

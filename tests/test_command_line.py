@@ -360,6 +360,18 @@ def test_other_modes_refuse_in_one_line(capsys: pytest.CaptureFixture[str], argu
 # --- check -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("low", "high", "share"), [(0.6, 0.9, "100%"), (0.1, 0.4, "")])
+def test_a_warm_up_that_is_a_share_is_warned_of_by_that_share(
+    command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path, low: float, high: float, share: str
+) -> None:
+    text = (REPOSITORY / "configs" / "search_space_v2.1.toml").read_text(encoding="utf-8")
+    given = re.sub(r"(?s)(\[lr_warmup_steps\][^\n]*\n).*?\n\n", rf"\1low = {low}\nhigh = {high}\n\n", text)
+    (tmp_path / "space.toml").write_text(given, encoding="utf-8")
+    assert search.main([*command(search_space=tmp_path / "space.toml"), "--check"]) == 0
+    said = re.findall(r"(\d+%) of the proposals warm up for more than half", capsys.readouterr().out)
+    assert said == ([share] if share else [])
+
+
 def test_check_says_what_it_found_and_makes_nothing(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -527,6 +539,18 @@ def test_a_second_program_and_changed_inputs_are_refused(
     assert "Nothing was scored yet" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ([64, 128], [64, 128, 256], "it: was [], is now [256]"), ([64, 128], [64], "it: was [128], is now []"),
+        ([64, 128], [32, 128], "it: was [64], is now [32]"), ([64, 128], [128, 64], "it: is in another order now"),
+        ([64, 128], [64, 128], ""),
+    ],
+)  # fmt: skip
+def test_a_changed_list_is_told_by_what_has_come_and_gone(old: list[int], new: list[int], said: str) -> None:
+    assert search.fingerprint_differences(old, new, "it") == ([said] if said else [])
+
+
 def test_a_trainer_that_does_not_work_costs_no_trial(
     command: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -594,11 +618,11 @@ def test_a_network_share_is_warned_of(
 def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     settings = search.read_settings(search.make_parser().parse_args(command()))[0]
     inputs = search.check_inputs(settings)
-    inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
+    inputs.check_room(inputs.largest_trials_bytes(), search.SearchStopped)
     huge = {"name": "p", "width": 10**9, "height": 10**9}
     inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
     with pytest.raises(search.SearchStopped, match=r"B are free in .*; make room"):
-        inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
+        inputs.check_room(inputs.largest_trials_bytes(), search.SearchStopped)
 
 
 def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
@@ -612,7 +636,9 @@ def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
     checkpoints = 20 // 2
     images = search.PNG_BYTES_PER_PIXEL * (checkpoints * pixels["screen"] + pixels["confirm"])
     weights = checkpoints * inputs.base_model.lora_bytes_per_dim * 256  # of half precision
-    assert inputs.largest_trial_bytes() == pytest.approx(images + weights)
+    assert inputs.largest_trials_bytes() == pytest.approx(images + weights)
+    two = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, device="cuda:0,cuda:1"))
+    assert two.largest_trials_bytes() == pytest.approx(2 * (images + weights))
 
 
 def test_files_have_the_users_umask(tmp_path: Path) -> None:

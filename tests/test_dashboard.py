@@ -156,13 +156,13 @@ def test_a_note_that_the_user_has_edited_is_left_alone(tmp_path: Path) -> None:
     study = open_study(settings)
     trial = optuna.Trial(study, study.get_trials()[0]._trial_id)
     save_note(trial, "my favourite")
-    search.Notes(study).write()
+    search.write_notes(study)
     assert get_note(trial) == "my favourite" and "1 of 1 trials trained" in get_note(study)
     study.set_user_attr("n_trials", 9)
-    search.Notes(study).write()
+    search.write_notes(study)
     assert "1 of 9 trials trained" in get_note(study)
     save_note(study, "mine")
-    search.Notes(study).write()
+    search.write_notes(study)
     assert get_note(study) == "mine"
 
 

@@ -307,7 +307,7 @@ def test_a_preset_of_lycoris_is_read_for_what_cant_be_scored(training: Callable[
 
 
 @pytest.mark.parametrize("key", ["network_args", "optimizer_args", "lr_scheduler_args"])
-@pytest.mark.parametrize("argument", ["conv_dim", "a=1=2", "a=1 b=2", ""])
+@pytest.mark.parametrize("argument", ["conv_dim", "a=1=2", "a=1 b=2", "algo = lokr", "=1", ""])
 def test_an_argument_is_a_name_and_a_value(key: str, argument: str) -> None:
     said = search._wrong_option(key, ["a=1", argument], {"kind": "str", "is_list": True})
     assert said == f"must hold texts such as 'name=value', and {argument!r} is none; correct it"
@@ -328,6 +328,11 @@ def test_an_argument_is_a_name_and_a_value(key: str, argument: str) -> None:
 def test_a_dropout_is_a_share(key: str, value: Any, wrong: str) -> None:
     said = search._wrong_option(key, value, {"is_list": True})
     assert said.startswith(f"must have {wrong}") if wrong else not said
+
+
+def test_a_number_that_is_too_large_is_told_so(training: Callable[[str], Path]) -> None:
+    problem = the_refusal(read_training_options, training("seed = 5000000000"))
+    assert "must be a whole number of 0 or more, and below 4294967296" in problem
 
 
 def test_a_batch_has_a_picture(training: Callable[[str], Path]) -> None:
@@ -721,6 +726,34 @@ def test_takes_the_types_that_kohya_takes(
     table: str, key: str, value: Any, with_key: Callable[[str, str, Any], Path]
 ) -> None:
     assert len(read(with_key(table, key, value)).images) == 4
+
+
+@pytest.mark.parametrize("switch", [True, 1])
+def test_pictures_of_one_name_would_share_a_cache(switch: Any, pictures: Pictures, data_set_file: DataSetFile) -> None:
+    folder = pictures()
+    (folder / "00.png").rename(folder / "01.jpg")
+    path = data_set_file(subsets=[{"image_dir": str(folder)}])
+    assert "would share one cache of latents" in the_refusal(read, path, {**OPTIONS, "cache_latents_to_disk": switch})
+
+
+def test_the_caption_of_a_face_crop_is_read(pictures: Pictures, data_set_file: DataSetFile) -> None:
+    folder = pictures()
+    (folder / "00.png").rename(folder / "00_1_2_30_40.png")
+    path = data_set_file(subsets=[{"image_dir": str(folder)}])
+    reader = search.DataSetReader(path, search.read_data_set_file(path))
+    assert "captions that are not read" not in str(reader.read(OPTIONS, {}).notes)
+    (folder / "other.txt").write_text("nobody's")
+    reader = search.DataSetReader(path, search.read_data_set_file(path))
+    assert f"captions that are not read in {folder}: 1 .txt, other.txt for one" in str(reader.read(OPTIONS, {}).notes)
+
+
+@pytest.mark.parametrize(("switch", "says"), [(1, "luca, hat"), (0, "luca, (hat:1.2)")])
+def test_weights_of_captions_are_no_part_of_what_they_say(
+    switch: int, says: str, pictures: Pictures, data_set_file: DataSetFile
+) -> None:
+    path = data_set_file(subsets=[{"image_dir": str(pictures(caption="luca, (hat:1.2)"))}])
+    reader = search.DataSetReader(path, search.read_data_set_file(path))
+    assert {image.captions for image in reader.read({**OPTIONS, "weighted_captions": switch}, {}).images} == {(says,)}
 
 
 # --- structure
@@ -1177,7 +1210,6 @@ def write_safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | 
 def test_knows_stable_diffusion_1(tmp_path: Path) -> None:
     model = search.BaseModel.inspect(write_safetensors(tmp_path / "sd.safetensors", SD1, {"format": "pt"}))
     assert model.family is search.SD1
-    assert model.path == tmp_path / "sd.safetensors"
 
 
 def test_knows_sdxl(tmp_path: Path) -> None:
@@ -1296,7 +1328,7 @@ def test_a_link_into_the_hubs_cache_is_refused_since_kohya_goes_by_the_name_behi
 
 def test_a_link_to_a_file_with_the_right_name_is_good(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(write_safetensors(tmp_path / "sd.safetensors", SD1))
-    assert search.BaseModel.inspect(tmp_path / "link").path == tmp_path / "sd.safetensors"
+    assert search.BaseModel.inspect(tmp_path / "link").family is search.SD1
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin", "pth", "CKPT"])
@@ -1470,6 +1502,14 @@ def test_refuses_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     (folder / "model_index.json").unlink()
     assert "model_index.json" in the_refusal(search.BaseModel.inspect, folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"_class_name": ["StableDiffusionPipeline"]}])
+def test_refuses_a_folder_that_does_not_say_what_it_is(index: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "sd")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    problem = the_refusal(search.BaseModel.inspect, folder)
+    assert "which this search does not train" in problem and "None" not in problem
 
 
 def test_refuses_a_folder_with_pickled_weights_only(tmp_path: Path) -> None:

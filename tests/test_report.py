@@ -495,6 +495,22 @@ def test_the_command_that_trains_again_names_the_familys_script(tmp_path: Path) 
     assert "python sdxl_train_network.py --config_file" in rewritten(out).text
 
 
+def test_a_line_of_parameters_names_no_rate_that_a_trial_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, all_of = tmp_path / "out", search.params_of
+    made_study.make_study(out, trials=2, picture_size=32, **FEW)
+    assert re.search(r", lr \d\.\de-\d\d/\d\.\de-\d\d, ", rewritten(out).text)
+
+    def without_it(trial: FrozenTrial) -> dict[str, Any]:
+        known = {**all_of(trial), "network_train_unet_only": True}
+        return {name: value for name, value in known.items() if name != "text_encoder_lr"}
+
+    monkeypatch.setattr(search, "params_of", without_it)
+    page = rewritten(out).text
+    assert re.search(r", lr \d\.\de-\d\d, AdamW", page) and " nan," not in page
+
+
 def test_the_console_stays_empty(page: Browser) -> None:
     use_all(page)
     assert page.console() == []

@@ -209,6 +209,14 @@ def test_every_column_of_the_table_stands_below_its_head(tmp_path: Path) -> None
     assert len(rows) == 2 and {len(words) for words in cells} == {1}
 
 
+def test_the_table_has_a_dash_where_no_text_encoder_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, all_of = run(settings_for(tmp_path, 1)), search.params_of
+    without = {name: value for name, value in all_of(study.trials[0]).items() if name != "text_encoder_lr"}
+    monkeypatch.setattr(search, "params_of", lambda trial: without)
+    head, row = [line.split() for line in search.describe_study(study).splitlines()[2:4]]
+    assert dict(zip(head, row, strict=True))["te_lr"] == "-" and "nan" not in row
+
+
 def test_of_equal_scores_the_earlier_trial_stands_first(tmp_path: Path) -> None:
     study = run(settings_for(tmp_path, 2), [], [lambda folder: score_with(folder, 1.0)] * 2)
     assert [trial.number for trial in search.scored_trials(study)] == [0, 1]

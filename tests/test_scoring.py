@@ -856,13 +856,13 @@ def test_older_versions_name_of_out_of_memory_is_understood(
 def test_scoring_takes_no_more_of_the_card_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    limits: list[float] = []
+    limits: list[tuple[float, int]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9_000_000_000, 24_000_000_000))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (9_000_000_000, 24_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
     with pytest.raises(search.ScoringFailed, match=r"has 9\.00GB free beside the trainer, and screening needs 12\.0GB"):
-        search.ImageScorer({"family": "SDXL", "batch_size": 4}, "cuda", 12e9)
-    assert limits == [9 / 24]
+        search.ImageScorer({"family": "SDXL", "batch_size": 4}, "cuda:1", 12e9)
+    assert limits == [(9 / 24, 1)]
 
 
 def test_pictures_from_latents_that_are_not_finite_are_none(
@@ -1003,7 +1003,7 @@ def test_copies_of_the_data_set_are_flagged(
     shown = folder_scorer.scorer.through_vae([Image.open(path) for path in plan["images"]])
     copies = [shown[number % len(shown)] for number in range(len(plan["confirm"]))]
     monkeypatch.setattr(folder_scorer.scorer, "render", lambda jobs, report: copies[: len(jobs)])
-    metrics = folder_scorer.score_trial(folder, [search.Checkpoint(2, folder / "lora.safetensors")])
+    metrics = folder_scorer.score_trial(folder, {2: folder / "lora.safetensors"})
     wanted = [job["name"] for job in plan["confirm"] if job["subject"] and not job["caption"]]
     assert metrics["copies"]["images"] == wanted and metrics["terms"]["originality"] == 0
 

@@ -601,8 +601,8 @@ def test_a_users_own_files_in_a_trials_folder_are_no_checkpoints_and_never_delet
     settings = settings_for(tmp_path, 2)
     with pytest.raises(Killed):  # the first trial has finished its training
         run(settings, [save_own_files_too], [failing(search.ScoringFailed("no encoder")), failing(Killed())])
-    found = search.Checkpoint.find(settings.output_dir / "trial_0000", 16)
-    assert [(c.epoch, c.path.name) for c in found] == [(6, "lora-000006.safetensors"), (16, "lora.safetensors")]
+    found = search.saved_checkpoints(settings.output_dir / "trial_0000", 16)
+    assert {epoch: file.name for epoch, file in found.items()} == {6: "lora-000006.safetensors", 16: "lora.safetensors"}
     run(settings, [save_own_files_too])
     own = [name for name in kept(settings) if name.rpartition("/")[2] in OWN]
     assert own == sorted(f"trial_{number:04d}/{name}" for number in (0, 1) for name in OWN)
@@ -823,6 +823,25 @@ def test_an_interruption_is_tried_again_always(tmp_path: Path) -> None:
         seen.add(json.dumps(suggested(trial)))
     study = run(settings)
     assert endings(study) == [SCORED] and {json.dumps(suggested(study.get_trials()[0]))} == seen
+
+
+def test_a_folder_of_the_same_path_on_another_machine_is_not_this_one(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1, storage=f"sqlite:///{tmp_path}/shared.db")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(KeyboardInterrupt())])
+    first = settings.output_dir.rename(tmp_path / "the first machine's")
+    assert endings(run(settings_for(tmp_path, 1, storage=settings.storage))) == [LEFT, SCORED]
+    settings.output_dir.rename(tmp_path / "the second machine's")
+    first.rename(settings.output_dir)
+    assert endings(run(dataclasses.replace(settings, n_trials=2))) == [SCORED, SCORED]
+
+
+def test_a_folder_that_was_copied_without_its_hidden_files_goes_on(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(KeyboardInterrupt())])
+    (settings.output_dir / ".id").unlink()
+    assert endings(run(settings)) == [SCORED]
 
 
 def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_good_training_passes(folder: Path) -> None:
 
 
 def test_checkpoints_come_with_their_epochs_in_order(folder: Path) -> None:
-    found = [(checkpoint.epoch, checkpoint.path.name) for checkpoint in search.Checkpoint.find(folder, 4)]
+    found = [(epoch, file.name) for epoch, file in search.saved_checkpoints(folder, 4).items()]
     assert found == [(2, "lora-000002.safetensors"), (4, "lora.safetensors")]
 
 
@@ -462,14 +462,14 @@ def test_a_torn_checkpoint_is_not_saved_yet(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     file = tmp_path / "lora-000001.safetensors"
-    assert not search.Checkpoint.is_saved(file)
+    assert not search.is_saved(file)
     save_file({"a.lora_up.weight": np.ones(64, np.float16)}, file)
     whole = file.read_bytes()
     for size in (0, 4, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        assert not search.Checkpoint.is_saved(file)
+        assert not search.is_saved(file)
     file.write_bytes(whole)
-    assert search.Checkpoint.is_saved(file)
+    assert search.is_saved(file)
 
 
 # --- sd-scripts itself -------------------------------------------------------------------------------

@@ -208,14 +208,14 @@ class TableMaker:
             self._train(training, folder)
             trained = time.monotonic()
             epochs = training.params["max_train_epochs"]
-            checkpoints = search.Checkpoint.find(folder, epochs)
-            values = [self._score(checkpoint.path) for checkpoint in checkpoints]
+            checkpoints = search.saved_checkpoints(folder, epochs)
+            values = list(map(self._score, checkpoints.values()))
         seconds = {"training": trained - started, "scoring": time.monotonic() - trained}
         found = {"params": training.params, "seed": training.seed, "seconds": seconds}
-        search.write_json(folder / "params.json", {**found, "epochs": [c.epoch for c in checkpoints]})
+        search.write_json(folder / "params.json", {**found, "epochs": list(checkpoints)})
         search.write_atomically(folder / "values.npy", functools.partial(np.save, arr=np.stack(values)))
-        for checkpoint in checkpoints:
-            checkpoint.path.unlink()
+        for checkpoint in checkpoints.values():
+            checkpoint.unlink()
 
     def _train(self, training: Training, folder: Path) -> None:
         import train_network

@@ -32,7 +32,7 @@ class StartUpSampler(search.FeasibleTPESampler):
         self._start_up = start_up
 
     def _tpe(self, number: int, *, multivariate: bool) -> optuna.samplers.TPESampler:
-        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(
@@ -82,7 +82,7 @@ class DoseSampler(UnconditionalSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
-        rng = np.random.default_rng((self._seed, trial.number))
+        rng = np.random.default_rng((self.seed, trial.number))
         dealt = self._dealt_ratio(study, trial, rng)
         space = {name: one for name, one in search_space.items() if name not in dealt and name != "learning_rate"}
         space["dose"] = FloatDistribution(1e-4, 1.0, log=True)
@@ -99,12 +99,12 @@ class DoseSampler(UnconditionalSampler):
             if (
                 limits.low <= values["learning_rate"] <= limits.high
                 and self._is_possible(values)
-                and self._prefers(values)
+                and self.prefers(values)
             ):
                 return {name: values[name] for name in search_space}
         while True:
             drawn = {name: search._draw(one, rng) for name, one in search_space.items() if name not in dealt}
-            if self._is_possible({**dealt, **drawn}) and self._prefers(search.V2_1.complete({**dealt, **drawn})):
+            if self._is_possible({**dealt, **drawn}) and self.prefers(search.V2_1.complete({**dealt, **drawn})):
                 return {**dealt, **drawn}
 
 
@@ -132,13 +132,13 @@ class FeasibleGPSampler(UnconditionalSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Params:
-        rng = np.random.default_rng((self._seed, trial.number))
+        rng = np.random.default_rng((self.seed, trial.number))
         dealt = self._dealt_ratio(study, trial, rng)
         draws: list[Params] = []
         while len(draws) < GP_DRAWS:
             values = {name: search._draw(one, rng) for name, one in search_space.items() if name not in dealt}
             values |= dealt
-            if self._is_possible(values) and self._prefers(search.V2_1.complete(values)):
+            if self._is_possible(values) and self.prefers(search.V2_1.complete(values)):
                 draws.append(values)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

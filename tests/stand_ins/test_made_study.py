@@ -243,13 +243,14 @@ def test_settings_of_an_earlier_search_are_taken_as_far_as_the_space_has_them(ni
         assert all(search.holds(sdxl.searched[name], value) for name, value in table.items())
         assert "text_encoder_lr" not in table and "optimizer_type" in table
     (tmp_path / "results").mkdir()
-    for text in (None, "trial,score\n1,0.5\n", "nothing\n1\n", "trial,score,final_score\n1,good,\n"):
+    for text in (None, "nothing\n1\n", "trial,score,final_score\n1,good,\n"):
         if text:
             (tmp_path / "results" / "trials.csv").write_text(text)
         with pytest.raises(search.RefusedInput, match="give a TOML file, or the output folder of a search"):
             search.EnqueueReader(card.can_train, sdxl).read([tmp_path])
-    (tmp_path / "results" / "trials.csv").write_text("trial,score,final_score\n1,,\n")
-    assert search.EnqueueReader(card.can_train, sdxl).read([tmp_path])[0] == []
+    for text in ("trial,score,final_score\n1,,\n", "trial,score\n1,0.5\n"):  # one from before there was a final stage
+        (tmp_path / "results" / "trials.csv").write_text(text)
+        assert search.EnqueueReader(card.can_train, sdxl).read([tmp_path])[0] == []
 
 
 def test_every_trial_ends_as_it_was_told(night: Path) -> None:
@@ -276,10 +277,10 @@ def test_scored_trials_were_trained_and_their_loras_can_be_loaded(night: Path) -
     for trial in search.scored_trials(study_in(night)):
         folder = search.find_trial_folder(trial, night)
         assert search.has_finished_training(folder)
-        for checkpoint in search.Checkpoint.find(folder, trial.params["max_train_epochs"]):
-            search.check_lora(checkpoint.path, may_be_zero=checkpoint.path.stem != "lora")
-            header = search.read_safetensors_header(checkpoint.path)
-            assert header["__metadata__"]["ss_epoch"] == str(checkpoint.epoch)
+        for epoch, file in search.saved_checkpoints(folder, trial.params["max_train_epochs"]).items():
+            search.check_lora(file, may_be_zero=file.stem != "lora")
+            header = search.read_safetensors_header(file)
+            assert header["__metadata__"]["ss_epoch"] == str(epoch)
         assert len([name for name in header if name.endswith(".weight")]) == 4
     assert not search.has_finished_training(night / "trial_0002")
     assert not search.has_finished_training(night / "trial_0014")
