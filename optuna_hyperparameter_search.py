@@ -576,6 +576,8 @@ class ScoringSettings:
         templates = value if table == "prompts" else []
         if not all(isinstance(text, str) and text.strip() for text in templates):
             return "must be a list of texts"
+        if key == "plain" and (odd := [text for text in templates if "{subject}" in text]):
+            return f"must not have {{subject}}, as {', '.join(map(repr, odd))}"
         named = [text for text in templates if key != "plain"]
         odd = [text for text in named if "{subject}" not in text or set("{}") & set(text.replace("{subject}", ""))]
         return f"must have {{subject}}, and no other braces, in {', '.join(map(repr, odd))}" if odd else ""

@@ -521,6 +521,7 @@ def test_hints_at_the_nearest_scoring_table(scoring: ScoringFile) -> None:
         ("prompts", "style", ["{subject}"]),
         ("prompts", "style", "{subject}, oil"),
         ("prompts", "style", ["{subject}, oil", "  "]),
+        ("prompts", "plain", ["a cat", "{subject} with a cat"]),
     ],
 )
 def test_refuses_wrong_scoring_values(table: str, key: str, value: Any, scoring: ScoringFile) -> None:
