@@ -69,6 +69,8 @@ import traceback
 import urllib.parse
 import uuid
 import warnings
+import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -577,7 +579,7 @@ class ScoringSettings:
         if not all(isinstance(text, str) and text.strip() for text in templates):
             return "must be a list of texts"
         if key == "plain" and (odd := [text for text in templates if "{subject}" in text]):
-            return f"must not have {{subject}}, as {', '.join(map(repr, odd))}"
+            return f"must not have {{subject}}, which is in {', '.join(map(repr, odd))}"
         named = [text for text in templates if key != "plain"]
         odd = [text for text in named if "{subject}" not in text or set("{}") & set(text.replace("{subject}", ""))]
         return f"must have {{subject}}, and no other braces, in {', '.join(map(repr, odd))}" if odd else ""
@@ -1110,7 +1112,7 @@ class BaseModel:
             return "a folder without model_index.json"
         if unet and unet.get("cross_attention_dim") == 1024:
             return "SD2.x"
-        kind = str(index.get("_class_name", "of an unknown kind"))
+        kind = str(index.get("_class_name") or "of an unknown kind")
         return next((family.name for family in FAMILIES.values() if family.pipeline == kind), kind)
 
     @staticmethod
@@ -1342,15 +1344,20 @@ class SearchSpace:
         for name, wanted in condition.items():
             if name not in self.searched:
                 raise RefusedInput(f"{where}: {name!r} is not searched above it{nearest(name, self.searched)}")
-            values = self.values(name)  # both ends of a range
-            is_number = not any(isinstance(value, str) for value in values)
-            compares = is_number and isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
-            if compares and any(meets({name: value}, {name: wanted}) for value in values):
+            is_number = not any(isinstance(value, str) for value in self.values(name))
+            if is_number and isinstance(wanted, str) and _COMPARISON.fullmatch(wanted):
                 continue
             for value in wanted if wanted and isinstance(wanted, list) else [wanted]:
                 if not holds(self.searched[name], value):
                     forms = "give a value that it may have, a list of them, or for numbers one comparison such as '> 3'"
                     raise RefusedInput(f"{where}: {name} is never {value!r}; {forms}")
+
+    def idle_rules(self) -> Iterator[str]:
+        """Comparisons in [[forbid]] that hold for neither end of a range, and so for no trial."""
+        for name, wanted in [item for condition, _ in self.forbidden for item in condition.items()]:
+            compares = isinstance(wanted, str) and _COMPARISON.fullmatch(wanted)
+            if compares and not any(meets({name: value}, {name: wanted}) for value in self.values(name)):
+                yield f"[[forbid]] in {self.name} does nothing, since {name} is never {wanted!r}; correct it"
 
     def _wrong_kinds(self) -> Iterator[str]:
         """What is wrong with the values that the search itself reckons with, and with those that nobody takes."""
@@ -1459,7 +1466,7 @@ def brief_params(params: Mapping[str, Any]) -> list[str]:
     return [
         f"dim {params['network_dim']}",
         f"alpha {params['network_alpha']} (ratio {params['network_alpha_ratio']:.3f})",
-        "lr " + "/".join(f"{params[name]:.1e}" for name in ("learning_rate", "text_encoder_lr") if name in params),
+        "lr " + "/".join(f"{params[name]:.2e}" for name in ("learning_rate", "text_encoder_lr") if name in params),
         params["optimizer_type"],
         params["lr_scheduler"],
         f"accumulation {params['gradient_accumulation_steps']}",
@@ -1561,8 +1568,8 @@ class FeasibleTPESampler(optuna.samplers.BaseSampler):
 
     seed: int
     space: SearchSpace = V2_1
-    can_train: Check = lambda _: True  # what this machine can (AdamW8bit needs CUDA and bitsandbytes)
-    prefers: Check = lambda _: True  # what it should, if it has the choice (a warm-up shorter than the run)
+    can_train: Check = lambda _: True  # what this machine can train (AdamW8bit needs CUDA and bitsandbytes)
+    prefers: Check = lambda _: True  # what it should train, if it has the choice (a warm-up shorter than the run)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return dict(self.space.searched)
@@ -1762,7 +1769,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def saved_checkpoints(folder: Path, epochs: int) -> dict[int, Path]:
-    """Those of a training of so many epochs by their epochs, in order. Only the last one has no number in its name."""
+    """The checkpoints that are there, by epoch, in order. The last one's name has no number; its epoch is `epochs`."""
     saved = filter(Path.is_file, checkpoint_files(folder))
     return {epochs if file.stem == LORA_NAME else int(file.stem[-6:]): file for file in saved}
 
@@ -2040,9 +2047,11 @@ class Latents:
     @staticmethod
     def sizes(file: Path) -> dict[str, tuple[int, ...]] | None:
         """Width and height of a file's arrays (`latents`, or `latents_HEIGHTxWIDTH`); None if NumPy can't read it."""
-        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:  # it raises all sorts
-            return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
-        return None
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name].shape[:-3:-1] for name in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
 
     def state(self, image: TrainingImage) -> str:
         """good, missing (kohya makes it), torn, foreign (another program's), or wrong (kohya would train that size)."""
@@ -2112,6 +2121,7 @@ def capture(command: Sequence[str], device: str, seconds: float = 60.0) -> tuple
 TRIED_VERSIONS = "v0.9.1, v0.10.1 and the latents of v0.10.2"
 PROBE = HERE / "configs" / "kohya_probe.py"
 PROBE_SECONDS = 900.0  # imports PyTorch, reads every picture's size
+NEEDS_CARD = "needs bitsandbytes and a CUDA card"  # said of an 8-bit optimizer
 FIRST_STEP_PARAMS: Params = {  # a small LoRA
     "network_dim": 4,
     "network_alpha": 1,
@@ -2120,9 +2130,6 @@ FIRST_STEP_PARAMS: Params = {  # a small LoRA
     "lr_scheduler": "constant",
     "max_train_steps": 1,
 }
-
-
-NEEDS_CARD = "needs bitsandbytes and a CUDA card"
 
 
 @dataclass(frozen=True)
@@ -2365,14 +2372,14 @@ class PromptChooser:
         return chosen
 
     def _filled(self, templates: Iterable[str], look: str = "") -> Iterator[str]:
-        """The templates with its name; every second one also says its look: a bare name favours an overtrained LoRA."""
+        """Templates of the subject; every second one says its look, since a bare name favours an overtrained LoRA."""
         for number, text in enumerate(dict.fromkeys(templates)):
             yield text.replace("{subject}", self.subject.name) + look * (number % 2)
 
     def _plain(self) -> dict[str, list[Prompt]]:
         """For each stage prompts without the subject, at least two, because an anchor compares them with each other."""
         # A template may happen to name the subject: "a dog running", where it is a dog.
-        texts = (text for text in dict.fromkeys(self.settings.plain) if "{subject}" not in text)
+        texts = dict.fromkeys(self.settings.plain)
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
         chosen = {stage: list(itertools.islice(pool, counts["plain_prompts"])) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
@@ -2597,7 +2604,7 @@ def average(images: Sequence[Mapping[str, Any]], times: np.ndarray | None = None
     values = np.array([[image.get(name, math.nan) for name in AVERAGED] for image in images], dtype=float)
     taken = np.ones(len(images)) if times is None else times
     with np.errstate(invalid="ignore"):
-        means = (taken @ np.nan_to_num(values) / (taken @ np.isfinite(values))).T
+        means = (taken @ np.where(np.isfinite(values), values, 0.0) / (taken @ np.isfinite(values))).T
     if times is None:
         means = [None if math.isnan(mean) else float(mean) for mean in means]
     return dict(zip(AVERAGED, means, strict=True))
@@ -2615,7 +2622,7 @@ def resampled_scores(raw: Mapping[str, Any], anchors: Mapping[str, Any], weights
     times, rng = np.zeros((RESAMPLES, len(names))), np.random.default_rng(0)
     for kind in (True, False):
         prompts, places = np.unique(names[about == kind], return_inverse=True)
-        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=RESAMPLES)
+        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / max(1, len(prompts))), size=RESAMPLES)
         times[:, about == kind] = drawn[:, places]
     scores = combine(terms_of({**raw, **average(raw["images"], times)}, anchors), weights)
     n = max(2, len(np.unique(names[about])))
@@ -2997,7 +3004,8 @@ SCREENED = "screened.json"  # in a trial's scores/, until the trial is scored
 def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     """Write a trial's metrics.json, make OUTPUT_DIR/reference or run the final stage in OUTPUT_DIR/final.
 
-    `by_search`: it has checked the weights, and may have paused the training; then what is saved so far is screened.
+    Any other folder is a RefusedInput. `by_search`: it has checked the weights, and may have paused the training; then
+    what is saved so far is screened.
     """
     started = time.monotonic()
     reference, plan, checkpoints = find_what_to_score(folder, may_be_paused=by_search)
@@ -3033,7 +3041,7 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
 
 
 def find_what_to_score(folder: Path, *, may_be_paused: bool = False) -> tuple[Path, dict[str, Any], dict[int, Path]]:
-    """The reference's folder, its plan, and a trial's checkpoints by epoch; RefusedInput if it can't be scored."""
+    """The reference's folder, its plan, a trial's checkpoints by epoch; RefusedInput if the folder can't be scored."""
     is_reference = (folder / "plan.json").is_file()
     reference = folder if is_reference else folder.parent / "reference"
     plan = read_json(reference / "plan.json")
@@ -3673,8 +3681,8 @@ def trial_folder(output_dir: Path, number: int) -> Path:
 
 
 # ======================================================================================================
-# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping, workers. Touches the database and,
-#     of a trial's folder, what is spare or stale.
+# 10. Study: storage, lock, fingerprint, resume, what counts as a trial, stopping, workers. Touches the database, the
+#     output folder's lock and id and, of a trial's folder, what is spare or stale.
 # ======================================================================================================
 
 SQLITE_LOCK_SECONDS = 60
@@ -3837,7 +3845,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 def id_of(folder: Path) -> str:
     """Tells an output folder from one of the same path on another machine; it is made once."""
-    file = folder / ".id"
+    file = folder / "reference" / "id"  # which copies of the folder take along
     if not file.is_file():
         write_atomically(file, uuid.uuid4().hex)
     return file.read_text(encoding="utf-8")
@@ -3857,8 +3865,9 @@ def fingerprint_differences(old: Any, new: Any, name: str = "", *, tolerance: fl
     """`name: was X, is now Y` for each setting that differs (numbers by more than `tolerance`)."""
     if isinstance(old, list) and isinstance(new, list):
         gone, come = [x for x in old if x not in new], [x for x in new if x not in old]
-        if old != new and gone == come:
-            return [f"{name}: is in another order now"]
+        if old != new and not (gone and come):
+            said = f"has {one_line(come, 80)} besides" if come else f"lacks {one_line(gone, 80)}"
+            return [f"{name}: {said if gone or come else 'has another order or number of the same'} now"]
         old, new = gone, come
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
@@ -4052,7 +4061,7 @@ class Study:
                 say(f"Trial {frozen.number} was interrupted; it is continued.")
 
     def claim(self, trial: optuna.Trial) -> None:
-        """Write down whose trial it is; the output folder before the rest, since the next start looks for that."""
+        """Write down whose trial it is. The folder's id comes first: a path alone would be that of any machine."""
         trial.set_user_attr("folder_id", self.folder_id)
         trial.set_user_attr("output_dir", str(self.settings.output_dir))
         trial.set_user_attr("folder", trial_folder(self.settings.output_dir, trial.number).name)
@@ -4342,7 +4351,7 @@ class Workers:
 
 
 def seconds_left(trials: Sequence[FrozenTrial], n_trials: int) -> float | None:
-    """Seconds until n_trials are trained, at the median trial's speed by the programs at work; None without a score."""
+    """Seconds until the programs at work have trained n_trials, at the median trial's speed; None without a score."""
     scored = [trial.user_attrs for trial in trials if trial.state == TrialState.COMPLETE]
     if not scored:
         return None
@@ -4481,8 +4490,12 @@ class Comparison:
     def pairs(self) -> list[list[int]]:
         """All pairs, the closest scores first. Which trial is left is random, but the same in every report."""
         pairs = itertools.combinations(sorted(trial.number for trial in self.trials), 2)
-        closest = sorted(pairs, key=lambda pair: abs(operator.sub(*(one["score"] for one in self.values(*pair)))))
-        return [np.random.default_rng(pair).permutation(pair).tolist() for pair in closest]
+
+        def gap(pair: tuple[int, int]) -> float:
+            left, right = self.values(*pair)
+            return abs(left["score"] - right["score"])
+
+        return [np.random.default_rng(pair).permutation(pair).tolist() for pair in sorted(pairs, key=gap)]
 
     def read_votes(self, path: Path, study_name: str) -> list[Vote]:
         """The votes of a file, [] if there is none. SearchError if it is damaged or not on this study's trials."""
@@ -4813,10 +4826,10 @@ def write_notes(study: optuna.Study) -> None:
     """Notes of the study and of each finished trial, for optuna-dashboard. A user's own notes stay."""
     from optuna_dashboard import get_note, save_note
 
-    for frozen in study.get_trials(deepcopy=False):
-        trial = optuna.Trial(study, frozen._trial_id)
-        if frozen.state.is_finished() and not get_note(trial):
-            save_note(trial, note_of_trial(frozen))
+    noted = study._storage.get_study_system_attrs(study._study_id)  # get_note() would load them for each trial
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.is_finished() and f"dashboard:{trial._trial_id}:note_ver" not in noted:
+            save_note(optuna.Trial(study, trial._trial_id), note_of_trial(trial))
     note, present = note_of_study(study), get_note(study)
     if note != present and digest(present) in study.user_attrs.get("own_notes", [digest("")]):
         study.set_user_attr("own_notes", [digest(present), digest(note)])  # both: a kill may come before the next
@@ -4888,7 +4901,8 @@ class Inputs:
             files = sorted(Path(place).glob("*.safetensors"))
             encoders[name] = f"files {digest(''.join(map(quick_digest, files)))[:16]}" if files else place
         return {
-            **dict((STUDY_FORM, SCORE_DEFINITION)),
+            STUDY_FORM[0]: STUDY_FORM[1],
+            SCORE_DEFINITION[0]: SCORE_DEFINITION[1],
             "search space": space_fingerprint(self.space),
             "Optuna's major version": optuna.__version__.split(".")[0],
             "seed (--seed)": self.settings.seed,
@@ -4946,18 +4960,18 @@ class Inputs:
     def stage_bytes(self, stage: str) -> float:
         return sum(job["width"] * job["height"] for job in self.plan[stage]) * PNG_BYTES_PER_PIXEL
 
-    def largest_trials_bytes(self) -> float:
-        """On disk while a trial runs on each device: all checkpoints of the largest network_dim, and its pictures."""
+    def largest_trial_bytes(self) -> float:
+        """On disk while a trial runs: all checkpoints of the largest network_dim, and its pictures."""
         checkpoints, each, pictures = self.trial_size(max)
-        return len(self.settings.devices) * (checkpoints * each + pictures)
+        return checkpoints * each + pictures
 
     def needed_bytes(self) -> float:
-        """What the trials still to train leave on disk, on average, and what the largest one needs while it runs."""
+        """What trials to train leave on disk, on average, and what the largest one needs as it runs on each device."""
         left, (checkpoints, each, pictures) = max(0, self.settings.n_trials - self.trained), self.trial_size(np.mean)
         kept = min(left, KEPT_TRIALS) if self.settings.keep_checkpoints == "best" else left * checkpoints
         final = (2 + FINALISTS_AT_MOST) * sum(map(self.stage_bytes, FINAL_ROUNDS))  # with base model and strengths
-        results = REPORT_BYTES + each
-        return kept * each + left * pictures + (results + final + self.largest_trials_bytes() if left else 0)
+        running = min(left, len(self.settings.devices)) * self.largest_trial_bytes()
+        return kept * each + left * pictures + (REPORT_BYTES + each + final + running if left else 0)
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(nearest_folder(self.settings.output_dir)).free
@@ -5357,7 +5371,7 @@ class CheckReport:
             f"of {plan['resolution']} pixels, by {settings.scoring_config.name}; "
             f"about {inputs.base_model.family.screening_gb:g} GB of a card (with less its models take turns)",
             "early stop": self._early_stop(),
-            "disk": f"{needed} needed for average trials and the largest one, {free} free",
+            "disk": f"{needed} needed for average trials and the largest one on each device, {free} free",
             "study": f"{settings.study_name!r}, {trained}, in {Storage(settings.storage).shown}",
         }
 
@@ -5412,6 +5426,7 @@ class CheckReport:
         if changed and inputs.options.get("cache_text_encoder_outputs"):
             said = f"{', '.join(sorted(changed))} of the data set: kohya would train the captions without them"
             yield f"cache_text_encoder_outputs ignores {said}; delete one of the two"
+        yield from inputs.space.idle_rules()
         if len(inputs.allowed) < DRAWN / 200:
             yield f"{inputs.space.name} forbids so much that trials may be rejected; narrow its ranges instead"
         if (different := len(set(map(str, inputs.allowed)))) < min(self.settings.n_trials, len(inputs.allowed)):
@@ -5465,7 +5480,9 @@ class Reference:
         """Write what trainer and scorer read."""
         write_json(self.folder / "plan.json", {"study": self.inputs.settings.study_name, **self.inputs.plan})
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
-        with only_warning("the report will show no pictures of the data set"):  # it may be made where there is none
+        with only_warning(
+            "the report will show no pictures of the data set"
+        ):  # copies, since --report may run where it is not
             from PIL import Image
 
             for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
@@ -5523,9 +5540,11 @@ class Reference:
 
 def printed_batches(training_log: Path) -> int | None:
     """The batches of an epoch, which kohya prints before its first step; None if it does not."""
-    said = training_log.read_text(encoding="utf-8", errors="replace") if training_log.is_file() else ""
-    found = re.search(r"num batches per epoch[^:\n]*: (\d+)", said)
-    return int(found[1]) if found else None
+    with contextlib.suppress(OSError):
+        said = training_log.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"num batches per epoch[^:\n]*: (\d+)", said):
+            return int(found[1])
+    return None
 
 
 def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
@@ -5634,8 +5653,8 @@ def find_sd_scripts() -> Path:
     """Where people have it: beside this script, in the current folder, at home; there perhaps inside kohya_ss."""
     bases = dict.fromkeys((HERE, HERE.parent, Path.cwd(), Path.home()))
     places = [base / name for base in bases for name in ("", "sd-scripts", "kohya_ss/sd-scripts")]
-    if found := [place for place in places if (place / "train_network.py").is_file()]:
-        return found[0]
+    if found := next((place for place in places if (place / "train_network.py").is_file()), None):
+        return found
     nowhere = f"there is no sd-scripts/ or kohya_ss/sd-scripts/ in {', '.join(map(str, bases))}"
     raise RefusedInput(f"--sd-scripts is missing; give kohya-ss/sd-scripts' folder ({nowhere})")
 
@@ -5733,7 +5752,7 @@ def study_on_device(inputs: Inputs, study: optuna.Study, started: float, device:
     objective = LoraObjective(settings, inputs.options, trainer, scorer, stopping, inputs.space)
 
     def before_trial() -> None:
-        inputs.check_room(inputs.largest_trials_bytes(), SearchStopped)
+        inputs.check_room(inputs.largest_trial_bytes(), SearchStopped)
         with only_warning(f"not all of {settings.output_dir / 'results'} is written"):
             Results(study, settings.output_dir).write()
         with only_warning("the notes for optuna-dashboard are not all written"):

@@ -542,9 +542,10 @@ def test_a_second_program_and_changed_inputs_are_refused(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ([64, 128], [64, 128, 256], "it: was [], is now [256]"), ([64, 128], [64], "it: was [128], is now []"),
-        ([64, 128], [32, 128], "it: was [64], is now [32]"), ([64, 128], [128, 64], "it: is in another order now"),
-        ([64, 128], [64, 128], ""),
+        ([64, 128], [64, 128, 256], "it: has [256] besides now"), ([64, 128], [64], "it: lacks [128] now"),
+        ([64, 128], [32, 128], "it: was [64], is now [32]"), ([64, 128], [64, 128], ""),
+        ([64, 128], [128, 64], "it: has another order or number of the same now"),
+        ([1, 1, 2], [1, 2], "it: has another order or number of the same now"),
     ],
 )  # fmt: skip
 def test_a_changed_list_is_told_by_what_has_come_and_gone(old: list[int], new: list[int], said: str) -> None:
@@ -618,11 +619,11 @@ def test_a_network_share_is_warned_of(
 def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     settings = search.read_settings(search.make_parser().parse_args(command()))[0]
     inputs = search.check_inputs(settings)
-    inputs.check_room(inputs.largest_trials_bytes(), search.SearchStopped)
+    inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
     huge = {"name": "p", "width": 10**9, "height": 10**9}
     inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
     with pytest.raises(search.SearchStopped, match=r"B are free in .*; make room"):
-        inputs.check_room(inputs.largest_trials_bytes(), search.SearchStopped)
+        inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
 
 
 def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
@@ -636,9 +637,12 @@ def test_room_is_needed_for_the_most_checkpoints_and_all_their_images(
     checkpoints = 20 // 2
     images = search.PNG_BYTES_PER_PIXEL * (checkpoints * pixels["screen"] + pixels["confirm"])
     weights = checkpoints * inputs.base_model.lora_bytes_per_dim * 256  # of half precision
-    assert inputs.largest_trials_bytes() == pytest.approx(images + weights)
-    two = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, device="cuda:0,cuda:1"))
-    assert two.largest_trials_bytes() == pytest.approx(2 * (images + weights))
+    assert inputs.largest_trial_bytes() == pytest.approx(images + weights)
+    for left, more in ((1, 0), (2, 1), (20, 1)):  # beside the needs of one device
+        one = dataclasses.replace(inputs.settings, n_trials=left)
+        two = dataclasses.replace(one, device="cuda:0,cuda:1")
+        alone, both = (dataclasses.replace(inputs, settings=of).needed_bytes() for of in (one, two))
+        assert both - alone == pytest.approx(more * (images + weights))
 
 
 def test_files_have_the_users_umask(tmp_path: Path) -> None:

@@ -749,7 +749,7 @@ def test_the_caption_of_a_face_crop_is_read(pictures: Pictures, data_set_file: D
 
 
 @pytest.mark.parametrize(("switch", "says"), [(1, "luca, hat"), (0, "luca, (hat:1.2)")])
-def test_weights_of_captions_are_no_part_of_what_they_say(
+def test_weights_are_taken_out_of_captions_only_where_kohya_reads_them(
     switch: int, says: str, pictures: Pictures, data_set_file: DataSetFile
 ) -> None:
     path = data_set_file(subsets=[{"image_dir": str(pictures(caption="luca, (hat:1.2)"))}])
@@ -1505,7 +1505,7 @@ def test_refuses_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     assert "model_index.json" in the_refusal(search.BaseModel.inspect, folder)
 
 
-@pytest.mark.parametrize("index", [{}, {"_class_name": ["StableDiffusionPipeline"]}])
+@pytest.mark.parametrize("index", [{}, {"_class_name": None}, {"_class_name": ["StableDiffusionPipeline"]}])
 def test_refuses_a_folder_that_does_not_say_what_it_is(index: dict[str, Any], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "sd")
     (folder / "model_index.json").write_text(json.dumps(index))

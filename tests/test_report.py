@@ -500,7 +500,7 @@ def test_a_line_of_parameters_names_no_rate_that_a_trial_has_not(
 ) -> None:
     out, all_of = tmp_path / "out", search.params_of
     made_study.make_study(out, trials=2, picture_size=32, **FEW)
-    assert re.search(r", lr \d\.\de-\d\d/\d\.\de-\d\d, ", rewritten(out).text)
+    assert re.search(r", lr \d\.\d\de-\d\d/\d\.\d\de-\d\d, ", rewritten(out).text)
 
     def without_it(trial: FrozenTrial) -> dict[str, Any]:
         known = {**all_of(trial), "network_train_unet_only": True}
@@ -508,7 +508,7 @@ def test_a_line_of_parameters_names_no_rate_that_a_trial_has_not(
 
     monkeypatch.setattr(search, "params_of", without_it)
     page = rewritten(out).text
-    assert re.search(r", lr \d\.\de-\d\d, AdamW", page) and " nan," not in page
+    assert re.search(r", lr \d\.\d\de-\d\d, AdamW", page) and " nan," not in page
 
 
 def test_the_console_stays_empty(page: Browser) -> None:

@@ -316,7 +316,7 @@ def test_no_row_is_longer_than_the_terminal_is_wide(columns: int, monkeypatch: p
         assert columns < 80 or not any("…" in shown[number] for number in (0, 2, 3))
     if columns == 80:
         assert re.fullmatch(r"study 12 of 20 trained, best 0.7315 \(trial 12\), done ~Sat 07:41 +0:00:\d\d", shown[0])
-        assert "12  dim 128  alpha 70 (ratio 0.550)  lr 1.0e-04/4.8e-05  AdamW8bit" in shown[1]
+        assert "12  dim 128  alpha 70 (ratio 0.550)  lr 1.00e-04/4.80e-05  AdamW8bit" in shown[1]
         steps = r"epoch 12/20  step 1240/4000  \d+(\.\d+)? it/s  loss 0.0862  ETA 1:02:11"
         assert re.fullmatch(rf"train [━╸╺]{{8}} {steps}", shown[2])
     if columns == 40:

@@ -836,11 +836,13 @@ def test_a_folder_of_the_same_path_on_another_machine_is_not_this_one(tmp_path: 
     assert endings(run(dataclasses.replace(settings, n_trials=2))) == [SCORED, SCORED]
 
 
-def test_a_folder_that_was_copied_without_its_hidden_files_goes_on(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, 1)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_folder_that_was_copied_without_its_hidden_files_goes_on(tmp_path: Path, shared: bool) -> None:
+    settings = settings_for(tmp_path, 1, **({"storage": f"sqlite:///{tmp_path}/shared.db"} if shared else {}))
     with pytest.raises(KeyboardInterrupt):
         run(settings, [failing(KeyboardInterrupt())])
-    (settings.output_dir / ".id").unlink()
+    for file in settings.output_dir.rglob(".*"):
+        file.unlink()
     assert endings(run(settings)) == [SCORED]
 
 

@@ -209,7 +209,7 @@ class Table:
         return np.arange(self.values.shape[2]) < np.array([len(epochs) for epochs in self.epochs])[:, None]
 
     def terms(self, times: np.ndarray) -> dict[str, np.ndarray]:
-        """Of all checkpoints, shape (trainings, checkpoints); nothing of use where a training has no more of them."""
+        """Of all checkpoints, shape (trainings, checkpoints); meaningless beyond a training's last one (`there`)."""
         summed, known = self._known
         with np.errstate(invalid="ignore"):
             means = (summed @ times) / (known @ times)

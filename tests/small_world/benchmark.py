@@ -409,7 +409,10 @@ def too_cheap(found: Mapping[str, Judged], definition: str, deviation: float) ->
 
 
 def noise(output_dir: Path) -> bool:
-    """Print and keep how far a middling LoRA's value moves, by definition: over prompts and seeds, over trainings."""
+    """Print and keep how far a middling LoRA's value moves, by definition: over prompts and seeds, over trainings.
+
+    Beside it stands the mean standard error that a report would show.
+    """
     confirmation = Confirmation(output_dir)
     first = try_out(output_dir, *again(SEEDS_OF_ONE[0]))
     pool = Pool(confirmation, output_dir / first["name"] / first["checkpoint"], output_dir / "noise")
@@ -425,7 +428,7 @@ def noise(output_dir: Path) -> bool:
         print(f"{what:10s} {said}")
     for name, each in counts.items():
         shown = float(np.mean(pool.standard_errors(each)))
-        print(f"{name:10s} standard error shown, mean {shown:.4f}; deviation {known[name][PRESENT][1]:.4f}")
+        print(f"{name:10s} mean of the standard errors shown {shown:.4f}, true deviation {known[name][PRESENT][1]:.4f}")
     return True
 
 
