@@ -846,6 +846,15 @@ def test_a_folder_that_was_copied_without_its_hidden_files_goes_on(tmp_path: Pat
     assert endings(run(settings)) == [SCORED]
 
 
+def test_a_study_with_its_own_database_goes_on_without_the_folders_id(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [failing(KeyboardInterrupt())])
+    (settings.reference / "id").unlink()
+    with search.holding(settings.output_dir):
+        assert endings(run(settings)) == [SCORED]
+
+
 def test_a_failed_scoring_repeats_only_the_scoring_once(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 1)
     trained = [good_training, failing(AssertionError("trained again"))]
