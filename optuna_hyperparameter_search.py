@@ -5407,6 +5407,16 @@ class CheckReport:
         shortest, longest = min(each) * min(epochs), max(each) * max(epochs)
         return f"{by_accumulation} an epoch, {shortest} to {longest} a training (by accumulation and epochs)"
 
+    def _long_warm_ups(self) -> Iterator[str]:
+        """Where proposals warm up for more than half of the run: a warm-up is a count of steps, or a share below 1."""
+        counted = self.inputs.allowed if self.inputs.data_set.batches_per_epoch else []
+        warm = [(params["lr_warmup_steps"], self.inputs.data_set.updates(params)) for params in counted]
+        shares = np.array([steps if isinstance(steps, float) else steps / of for steps, of in warm])
+        if (shares > 0.5).any():
+            said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
+            said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
+            yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
+
     def warnings(self) -> Iterator[str]:
         inputs, folder = self.inputs, self.settings.output_dir
         images = inputs.latents.images if inputs.latents else ()
@@ -5414,13 +5424,7 @@ class CheckReport:
         if older := [one for one in cached if one.latents.stat().st_mtime < one.path.stat().st_mtime]:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0].latents} if {older[0].path.name} has changed"
-        counted = inputs.allowed if inputs.data_set.batches_per_epoch else []
-        warm = [(params["lr_warmup_steps"], inputs.data_set.updates(params)) for params in counted]
-        shares = np.array([steps if isinstance(steps, float) else steps / of for steps, of in warm])
-        if (shares > 0.5).any():
-            said = f"{np.mean(shares > 0.5):.0%} of the proposals warm up for more than half of the run"
-            said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
-            yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
+        yield from self._long_warm_ups()
         tables = tables_of_data_set(inputs.data_set.config)
         changed = {key for key in CHANGE_CAPTIONS if any(table.get(key) for table in tables)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
@@ -5480,11 +5484,10 @@ class Reference:
         """Write what trainer and scorer read."""
         write_json(self.folder / "plan.json", {"study": self.inputs.settings.study_name, **self.inputs.plan})
         write_toml(self.folder / "dataset.toml", self.inputs.data_set.config)
-        with only_warning(
-            "the report will show no pictures of the data set"
-        ):  # copies, since --report may run where it is not
+        with only_warning("the report will show no pictures of the data set"):
             from PIL import Image
 
+            # Copies, since --report may run where the data set is not.
             for number, image in enumerate(_evenly(self.inputs.data_set.subject_images, SHOWN_PICTURES)):
                 file = self.folder / DATA_SET_PICTURES / f"{number:02d}.png"
                 if not file.is_file():

@@ -93,7 +93,7 @@ def one_more(study: optuna.Study, source: Path, target: Path) -> dict[str, float
     assert len(sheet.attached_to(trial, copy._storage)) == 1
     copy._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [best.value or 0.0])
     spent["page"] = seconds(search.Results(copy, target).write_report)
-    spent["notes"] = seconds(lambda: search.write_notes(copy))
+    spent["notes"] = seconds(search.write_notes, copy)
     return spent
 
 
