@@ -2729,6 +2729,7 @@ class ImageScorer:
         if self.free < needed_bytes:
             there, needed = (tqdm.format_sizeof(count, "B") for count in (self.free, needed_bytes))
             raise ScoringFailed(f"the card has {there} free beside the trainer, and screening needs {needed}")
+        self.takes_turns = self.free < self.family.screening_gb * 1e9  # one model at a time on the card
         self.dtype = torch.float16 if device.startswith("cuda") else torch.float32
         encoders, base_model = plan["encoders"], plan["base_model"]
         configs = [plan["pipeline_config"]] if Path(base_model).is_file() else []
@@ -2780,9 +2781,9 @@ class ImageScorer:
         if self.family.vae_overflows and self.dtype == self.torch.float16:
             has_bf16 = self.torch.cuda.get_device_capability(self.device) >= (8, 0)  # half of the memory of fp32
             pipeline.vae.to(self.torch.bfloat16 if has_bf16 else self.torch.float32)
-        if self.free >= self.family.screening_gb * 1e9:
+        if not self.takes_turns:
             return pipeline.to(self.device)
-        pipeline.enable_model_cpu_offload(device=self.device)  # one model at a time on the card
+        pipeline.enable_model_cpu_offload(device=self.device)
         return pipeline
 
     def _load_text_encoder(self, name: str, config: str) -> Any:
@@ -2804,7 +2805,14 @@ class ImageScorer:
         # use_fast=False, later ones as backend="pil"; each ignores the other's argument.
         processor = transformers.AutoImageProcessor.from_pretrained(name, use_fast=False, backend="pil")
         model = transformers.AutoModel.from_pretrained(name, torch_dtype=self.dtype, use_safetensors=True)
-        return model.to(self.device).eval(), processor
+        return model.to("cpu" if self.takes_turns else self.device).eval(), processor
+
+    @contextlib.contextmanager
+    def _in_turn(self, encoder: Any) -> Iterator[Any]:
+        """The encoder on the card; where models take turns, for as long as it is used."""
+        yield encoder.to(self.device)
+        if self.takes_turns:
+            encoder.to("cpu")
 
     @contextlib.contextmanager
     def lora(self, path: Path, strength: float = 1.0) -> Iterator[None]:
@@ -2896,6 +2904,7 @@ class ImageScorer:
             if len(batch) == 1:
                 raise ScoringFailed("out of memory with one image at a time: is another program on the card?")
             self.batch_size = len(batch) // 2
+            self.pipeline.maybe_free_model_hooks()  # else the UNet stays there when the text encoders' turn comes
             self.torch.cuda.empty_cache()  # not before the exception is gone, which holds the batch's tensors
 
     def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -2956,13 +2965,15 @@ class ImageScorer:
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
         """DINOv2 unit vectors (n, d): the normed class token."""
         side = self.dinov2.config.image_size  # 518 pixels, as DINOv2 was trained
-        return self._embed(images, side, self.dinov2_processor, lambda pixels: self.dinov2(pixels).pooler_output)
+        with self._in_turn(self.dinov2) as dinov2:
+            return self._embed(images, side, self.dinov2_processor, lambda pixels: dinov2(pixels).pooler_output)
 
     def embed_images_for_text(self, images: Sequence[Any]) -> np.ndarray:
         """CLIP unit vectors (n, d) of images."""
-        clip, side = self.clip, self.clip.config.vision_config.image_size
-        see = clip.vision_model
-        return self._embed(images, side, self.clip_processor, lambda x: clip.visual_projection(see(x).pooler_output))
+        side = self.clip.config.vision_config.image_size
+        with self._in_turn(self.clip) as clip:
+            see, project = clip.vision_model, clip.visual_projection
+            return self._embed(images, side, self.clip_processor, lambda pixels: project(see(pixels).pooler_output))
 
     def _embed(self, images: Sequence[Any], side: int, processor: Any, model: Callable[[Any], Any]) -> np.ndarray:
         """Unit vectors of whole images, padded to a square: the processor alone would crop, and cut off heads."""
@@ -2982,9 +2993,9 @@ class ImageScorer:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """CLIP unit vectors (n, d) of texts, which are cut at CLIP's 77 tokens."""
         tokens = self.clip_tokenizer(list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt")
-        with self.torch.inference_mode():
+        with self._in_turn(self.clip) as clip, self.torch.inference_mode():
             tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-            return self._unit_vectors(self.clip.text_projection(self.clip.text_model(**tokens).pooler_output))
+            return self._unit_vectors(clip.text_projection(clip.text_model(**tokens).pooler_output))
 
     @staticmethod
     def _unit_vectors(output: Any) -> np.ndarray:

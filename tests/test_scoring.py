@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -833,6 +834,60 @@ def test_a_full_card_halves_the_batch_down_to_one_and_is_not_tried_again(
     assert tried == [8, 4, *[2] * 5, 1, *[2] * 5, 1]
     with pytest.raises(search.ScoringFailed, match="one image at a time"):
         list(scorer._in_batches([1, 2], lambda b: work(b, 0)))
+
+
+@pytest.fixture
+def moved(scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Models take turns as on a small card; which of them was moved where, in order. The card is the CPU: "cpu:0"."""
+    import torch
+
+    moves: list[tuple[str, str]] = []
+    models = {"unet": scorer.pipeline.unet, "vae": scorer.pipeline.vae, "dinov2": scorer.dinov2, "clip": scorer.clip}
+    names, move = {id(model): name for name, model in models.items()}, torch.nn.Module.to
+
+    def to(model: Any, device: Any, *more: Any, **options: Any) -> Any:
+        if id(model) in names:
+            moves.append((names[id(model)], str(device)))
+        return move(model, device, *more, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(scorer, "takes_turns", True)
+    monkeypatch.setattr(scorer, "device", "cpu:0")
+    scorer.pipeline.enable_model_cpu_offload(device="cpu:0")
+    moves.clear()
+    yield moves
+    scorer.pipeline.remove_all_hooks()
+
+
+def test_after_a_batch_without_room_no_model_stays_on_a_small_card(
+    scorer: search.ImageScorer, moved: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDXL's UNet stayed there; with 7.5 GiB free the text encoders then had no room, with one picture either."""
+    import torch
+
+    tried: list[list[tuple[str, str]]] = []
+
+    def work(batch: list[int]) -> list[int]:
+        tried.append(moved.copy())
+        moved.clear()
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return batch
+
+    monkeypatch.setattr(scorer, "batch_size", 2)
+    assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
+    assert not tried[0]
+    assert {("unet", "cpu"), ("vae", "cpu")} <= set(tried[1])
+
+
+def test_encoders_are_on_a_small_card_only_while_they_see(
+    scorer: search.ImageScorer, moved: list[tuple[str, str]]
+) -> None:
+    seen = scorer.embed_images([noise(0, 64, 1)])
+    scorer.embed_images_for_text([noise(0, 64, 1)])
+    scorer.embed_texts(["a dog"])
+    assert moved == [(name, where) for name in ("dinov2", "clip", "clip") for where in ("cpu:0", "cpu")]
+    assert seen.shape[0] == 1
 
 
 def test_older_versions_name_of_out_of_memory_is_understood(
