@@ -2232,10 +2232,13 @@ class Probe:
             optimizers.write_text(json.dumps(self.optimizers), encoding="utf-8")
             write_toml(config, trial_config(FIRST_STEP_PARAMS, self.options, self.base_model, data_set, folder / "out"))
             command = [self.python, *map(str, (PROBE, self.script, config, answer_file, optimizers))]
-            output = ProcessOutput()
-            output.read(capture(command, self.device, PROBE_SECONDS)[1] + "\n")
+            status, said = capture(command, self.device, PROBE_SECONDS)
             answer = read_json(answer_file)
+        if status == -signal.SIGKILL:
+            raise RefusedInput(f"--trainer-python: {self.python} {KILLED}; close other programs and try again")
         if answer is None or "missing" not in answer:
+            output = ProcessOutput()
+            output.read(said + "\n")
             why = f"{self.python} is no working Python ({output.error()})"
             raise RefusedInput(f"--trainer-python: {why}; give kohya's python")
         return answer

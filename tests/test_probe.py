@@ -186,6 +186,11 @@ def test_another_program_of_that_name_is_refused(body: str, tmp_path: Path) -> N
         ask(tmp_path / "other", body)
 
 
+def test_a_probe_that_the_kernel_killed_is_no_wrong_python(tmp_path: Path) -> None:
+    with pytest.raises(search.RefusedInput, match=r"was killed \(SIGKILL\).*; close other programs and try again"):
+        ask(tmp_path / "killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+
 @pytest.mark.parametrize(("python", "says"), [("/no/such/python", "can't run"), ("/bin/echo", "no working Python")])
 def test_a_python_that_is_none_is_refused(python: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(search.RefusedInput, match=says):
