@@ -94,6 +94,7 @@ ANSWER_NAME = "kohya_answer.json"  # in reference/: what sd-scripts answered to 
 ARTIFACTS = "artifacts"  # in the output folder, for optuna-dashboard --artifact-dir
 DEFAULT_STUDY_NAME = "lora_v2.1"
 FIRST_STEP = "first_step"  # in reference/: a LoRA of one step
+NO_WEIGHTS = ' --include "*.[jt]*"'  # .json and .txt files; not every `hf download` takes two patterns
 LORA_NAME = "lora"  # kohya's output_name: lora-000002.safetensors ... lora.safetensors
 Params = dict[str, Any]
 
@@ -982,8 +983,8 @@ class DataSetReader:
     def _hear_kohya(self, answer: Mapping[str, Any]) -> None:
         """Add what kohya refuses. Why it stopped is added only if no other problem explains it."""
         for key, value in [item for table in tables_of_data_set(self.config) for item in table.items()]:
-            if key == "batch_size" and type(value) is int and value == 0:
-                self.problems.append(f"batch_size = 0 in {self.path} trains nothing; give 1 or more")
+            if key == "batch_size" and type(value) is int and value < 1:
+                self.problems.append(f"batch_size = {value} in {self.path} trains nothing; give 1 or more")
             if key.endswith("dropout_rate") and type(value) in (int, float) and not 0 <= value <= 1:
                 self.problems.append(f"{key} = {value} in {self.path} is no share of the captions; give 0 to 1")
         for place, message in answer.get("stopped", []):
@@ -1003,8 +1004,8 @@ class DataSetReader:
             said, remedy = why_stopped(answer), "correct them"
             if re.search("openai/clip|laion/CLIP|vocab_file", said):
                 said = "it can't get its tokenizers"
-                remedy = "`hf download openai/clip-vit-large-patch14` (for SDXL also "
-                remedy += "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k), or set tokenizer_cache_dir"
+                remedy = f"`hf download openai/clip-vit-large-patch14{NO_WEIGHTS}` (for SDXL also "
+                remedy += f"laion/CLIP-ViT-bigG-14-laion2B-39B-b160k{NO_WEIGHTS}), or set tokenizer_cache_dir"
             self.problems.append(f"{stops}: {said}; {remedy}")
 
     @staticmethod
@@ -2748,9 +2749,10 @@ class ImageScorer:
         except self.torch.cuda.OutOfMemoryError as error:
             raise ScoringFailed(f"out of memory while loading {name}: is another program on the card?") from error
         except Exception as error:
+            commands = {name: f"hf download {name}"} | {place: f"hf download {place}{NO_WEIGHTS}" for place in needed}
             remedies = (
-                f"restore {place}" if Path(place).is_absolute() or Path(place).exists() else f"`hf download {place}`"
-                for place in (name, *needed)
+                f"restore {place}" if Path(place).is_absolute() or Path(place).exists() else f"`{command}`"
+                for place, command in commands.items()
             )
             raise ScoringFailed(
                 f"can't load {name} ({type(error).__name__}: {one_line(error, 160)}); {' or '.join(remedies)}, "
@@ -5164,7 +5166,8 @@ def check_scoring_model(key: str, name: str, files: Sequence[str]) -> None:
         raise RefusedInput(f"{where} is no folder and no name on the hub; {path_remedy(name)}") from None
     except Exception as error:  # the client's errors come from several libraries
         why = f"is not whole on this machine and the hub does not give it ({type(error).__name__})"
-        raise RefusedInput(f"{where} {why}; fetch it once with `hf download {name}`, or give a folder") from error
+        command = f"hf download {name}{NO_WEIGHTS if key == 'pipeline_config' else ''}"
+        raise RefusedInput(f"{where} {why}; fetch it once with `{command}`, or give a folder") from error
 
 
 def find_study(settings: Settings) -> optuna.Study | None:
@@ -5178,7 +5181,8 @@ def find_study(settings: Settings) -> optuna.Study | None:
         raise RefusedInput(f"--storage: {why}; give sqlite:///FILE, or leave it out")
     is_own = storage.file == output_dir / DATABASE_NAME
     if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
-        raise RefusedInput(f"--storage: there is no folder for {storage.shown}; make it, or leave --storage out")
+        nowhere = f"there is no folder {storage.file.parent.absolute()} for {storage.shown}"
+        raise RefusedInput(f"--storage: {nowhere}; make it, or give a whole path, with four slashes: sqlite:////...")
     study = load_study(settings.storage, settings.study_name)
     remedy = "move it away, or give another --output-dir"
     for name in ("reference", "results", ARTIFACTS, LOG_NAME, ".lock"):
@@ -5431,6 +5435,14 @@ class CheckReport:
             said += f", {np.mean(shares >= 1):.0%} for all of it, which the search avoids where it can"
             yield f"{said}; a larger num_repeats or a smaller batch_size gives more steps"
 
+    def _small_training(self) -> Iterator[str]:
+        """A data set's file that was written for SD 1.x trains SDXL on a quarter of its pixels."""
+        scored = self.inputs.plan["resolution"]
+        sides = [math.sqrt(math.prod(image.bucket)) for image in self.inputs.data_set.images if image.bucket]
+        if sides and 1.5 * (side := np.median(sides)) < scored:
+            said = f"pictures are trained at about {side:.0f} x {side:.0f} pixels, and scored at {scored} x {scored}"
+            yield f"{said}; the data set's file wants resolution = {scored} and max_bucket_reso = {2 * scored}"
+
     def warnings(self) -> Iterator[str]:
         inputs, folder = self.inputs, self.settings.output_dir
         images = inputs.latents.images if inputs.latents else ()
@@ -5438,7 +5450,7 @@ class CheckReport:
         if older := [one for one in cached if one.latents.stat().st_mtime < one.path.stat().st_mtime]:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0].latents} if {older[0].path.name} has changed"
-        yield from self._long_warm_ups()
+        yield from (*self._small_training(), *self._long_warm_ups())
         tables = tables_of_data_set(inputs.data_set.config)
         changed = {key for key in CHANGE_CAPTIONS if any(table.get(key) for table in tables)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
@@ -5652,15 +5664,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep-checkpoints", choices=("best", "all"), default="best", help="the ten best trials' best, or all (best)")
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
-    add("--device", default="cuda", help=f"cuda, cuda:N or cpu; cuda:0,cuda:1 or {ALL_CARDS} share the trials (cuda)")
+    several = f"cuda:0,cuda:1; {ALL_CARDS}; cpu,cpu"
+    add("--device", default="cuda", help=f"cuda, cuda:N or cpu (cuda); several share the trials ({several})")
     nearby: dict[str, Any] = {"default": os.environ.get("SD_SCRIPTS_DIR") or None, "metavar": "DIR"}
     add("--sd-scripts", type=_path, **nearby, help="kohya-ss/sd-scripts ($SD_SCRIPTS_DIR, else looked for nearby)")
     add("--trainer-python", type=_program, default=sys.executable, metavar="EXE", help="kohya's Python (this one)")
 
     add = parser.add_argument_group("settings files").add_argument
-    add("--training-config", type=_path, metavar="TOML", help="fixed kohya options (configs/training.toml)")
-    add("--search-space", type=_path, metavar="TOML", help="what is searched (V2.1, configs/search_space_v2.1.toml)")
-    add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (configs/scoring.toml)")
+    add("--training-config", type=_path, metavar="TOML", help="fixed kohya options (the family's, in configs/)")
+    add("--search-space", type=_path, metavar="TOML", help="what is searched (V2.1; for SDXL its own, in configs/)")
+    add("--scoring-config", type=_path, metavar="TOML", help="how LoRAs are judged (the family's, in configs/)")
 
     add_other_modes(parser)
     return parser
@@ -5701,7 +5714,7 @@ def senseless_values(args: argparse.Namespace) -> Iterator[str]:
     if sys.platform == "win32":
         yield "native Windows is not supported; run it in WSL2"
     if not DEVICE.fullmatch(args.device):
-        yield f"--device: {args.device!r} is no device; give cuda, cuda:N, cuda:N,cuda:M, {ALL_CARDS} or cpu"
+        yield f"--device: {args.device!r} is no device; give cuda, cuda:N, cuda:N,cuda:M, {ALL_CARDS}, cpu or cpu,cpu"
     if args.output_dir and args.output_dir.resolve() in [path.resolve() for path in args.enqueue]:
         yield f"--enqueue: {args.output_dir} is the folder of this search; give an earlier one's, or leave it out"
     cards = [name for name in args.device.split(",") if name != "cpu"]
@@ -5709,6 +5722,8 @@ def senseless_values(args: argparse.Namespace) -> Iterator[str]:
         yield f"--device: {', '.join(repeated)} stands there twice; leave one out"
     if args.family and not args.demo:
         yield "--family: is for --demo alone, since a base model's file says its family; leave it out"
+    if args.scoring_config and args.score:
+        yield "--scoring-config: --score judges as the study does; leave it out, or give it with --report"
     for flag, value, low, high in (
         ("--n-trials", args.n_trials, 0, 2**31),
         ("--timeout", args.timeout_hours, 0, math.inf),

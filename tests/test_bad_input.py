@@ -374,7 +374,7 @@ DATA_SET = [
     bad("resolution a text", "resolution = '512'", lambda d: d.data("dataset", resolution="512")),
     bad("resolution 0", "resolution", lambda d: d.data("dataset", resolution=0)),
     bad("batch_size a text", "batch_size = '2'", lambda d: d.data("dataset", batch_size="2")),
-    bad("batch_size -1", "batch_size", lambda d: d.data("dataset", batch_size=-1)),
+    bad("batch_size -1", "batch_size = -1 in", lambda d: d.data("dataset", batch_size=-1)),
     bad("batch_size 0", "batch_size = 0 in", lambda d: d.data("dataset", batch_size=0)),
     bad("batch_size 0 in [general]", "batch_size = 0 in", lambda d: d.data("general", batch_size=0)),
     bad("num_repeats 1.5", "num_repeats = 1.5", lambda d: d.data("subset", num_repeats=1.5)),

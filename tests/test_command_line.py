@@ -197,7 +197,14 @@ def test_an_output_folder_that_is_a_file_is_refused(
     [
         ("sqlite://", "keeps nothing"),
         ("sqlite:///:memory:", "keeps nothing"),
-        ("sqlite:////no/such/place/study.db", "there is no folder for sqlite:////no/such/place/study.db"),
+        (
+            "sqlite:////no/such/place/study.db",
+            "there is no folder /no/such/place for sqlite:////no/such/place/study.db",
+        ),
+        (
+            "sqlite:///no/study.db",
+            f"there is no folder {Path.cwd()}/no for sqlite:///no/study.db; make it, or give a whole",
+        ),
         ("nonsense", "nonsense is no address of a database"),
     ],
 )
@@ -304,6 +311,24 @@ def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Pa
     assert "6 min" in warning and "raise save_every_n_epochs" in warning
 
 
+@pytest.mark.parametrize(
+    ("bucket", "scored", "is_warned_of"),
+    [((512, 512), 512, False), ((384, 640), 1024, True), ((704, 1024), 1024, False), (None, 1024, False)],
+)
+def test_a_training_on_far_fewer_pixels_than_are_scored_is_warned_of(
+    command: Command, bucket: tuple[int, int] | None, scored: int, is_warned_of: bool
+) -> None:
+    """The example data set's file with an SDXL model."""
+    inputs = search.check_inputs(search.read_settings(search.make_parser().parse_args(command()))[0])
+    images = tuple(dataclasses.replace(image, bucket=bucket) for image in inputs.data_set.images)
+    data_set = dataclasses.replace(inputs.data_set, images=images)
+    changed = dataclasses.replace(inputs, data_set=data_set, plan={**inputs.plan, "resolution": scored})
+    warned = [line for line in search.CheckReport(changed).warnings() if "pixels, and scored at" in line]
+    assert bool(warned) is is_warned_of
+    if warned:
+        assert "about 496 x 496 pixels" in warned[0] and "resolution = 1024 and max_bucket_reso = 2048" in warned[0]
+
+
 @pytest.mark.parametrize(("option", "is_warned_of"), [("", False), (" --d 42", True)])
 def test_prompts_that_share_seeds_are_warned_of(
     command: Command, tmp_path: Path, option: str, is_warned_of: bool
@@ -350,6 +375,7 @@ def test_8bit_cannot_be_enqueued_on_the_cpu(
         (["--report", "--output-dir", "/nowhere/at/all"], "no study 'lora_v2.1' in /nowhere/at/all"),
         (["--demo", "--base-model", "x"], "--demo: makes its own inputs; leave out --base-model"),
         (["--score", "/nowhere/at/all"], "is no trial's folder"),
+        (["--score", "/nowhere/at/all", "--scoring-config", "my.toml"], "--score judges as the study does"),
     ],
 )
 def test_other_modes_refuse_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:

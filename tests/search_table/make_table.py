@@ -3,7 +3,7 @@
     python tests/search_table/make_table.py --output-dir runs/small_world              go on, until all is trained
     python tests/search_table/make_table.py --output-dir runs/small_world --hours 0    only write the table
 
-Needs `pip install scipy lion-pytorch`. About 6 hours of one core. Each training is a folder in
+Needs `pip install scipy lion-pytorch`. 4.5 hours of one core. Each training is a folder in
 OUTPUT_DIR/middle/table/; what is there is not trained again. trainings.csv and pictures.npz, beside this file, hold
 what is trained so far. The groups take turns, so that a part of the table is a smaller table.
 
