@@ -3859,14 +3859,6 @@ def holding(folder: Path) -> Iterator[None]:
         yield
 
 
-def id_of(folder: Path) -> str:
-    """Tells an output folder from one of the same path on another machine; it is made once."""
-    file = folder / "reference" / "id"  # which copies of the folder take along
-    if not file.is_file():
-        write_atomically(file, uuid.uuid4().hex)
-    return file.read_text(encoding="utf-8")
-
-
 def is_held(folder: Path) -> bool:
     """Whether a program holds it, or may hold it, where this user can't see that; changes nothing."""
     try:
@@ -3997,7 +3989,11 @@ class Study:
     def __post_init__(self) -> None:
         self.has_own_database = Storage(self.settings.storage).file == self.settings.output_dir / DATABASE_NAME
         self.idle_since, self.main = self.started, os.getpid()  # workers on several devices are forks of it
-        self.folder_id = id_of(self.settings.output_dir)
+        # Tells this folder from one of the same path on another machine. Copies of the folder take it along.
+        file = self.settings.reference / "id"
+        if not file.is_file():
+            write_atomically(file, uuid.uuid4().hex)
+        self.folder_id = file.read_text(encoding="utf-8")
         self.failures: deque[tuple[str, Params]] = deque(maxlen=EQUAL_FAILURES)  # of this run, the last in a row
 
     def run(self, work: Callable[[], None] | None = None) -> None:
