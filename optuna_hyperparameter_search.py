@@ -3944,11 +3944,6 @@ def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
     return {found["trial"]: {**found, "place": place} for place, found in enumerate(final["finalists"])}
 
 
-def may_be_best(places: Places) -> list[int]:
-    """The finalists that can't be told apart from the winner, which comes first."""
-    return [number for number, found in places.items() if not found["dropped"]]
-
-
 def choose_finalists(study: optuna.Study, output_dir: Path) -> dict[str, str]:
     """The finalists' checkpoints, by trial number: the three best, and the next two if they may be as good as the best.
 
@@ -4580,6 +4575,8 @@ class Results:
     def __init__(self, study: optuna.Study, output_dir: Path) -> None:
         self.study, self.output_dir, self.folder = study, output_dir, output_dir / "results"
         self.ranked, self.places = ranked_trials(study), final_places(study)
+        # The finalists that can't be told apart from the winner, which comes first.
+        self.rivals = [number for number, found in self.places.items() if not found["dropped"]][1:]
         self.votes = ""
         with only_warning(f"{self.folder / VOTES_NAME} is left out"):
             comparison = Comparison(self.ranked, self.places)
@@ -4602,8 +4599,8 @@ class Results:
         said = f"\nBest: trial {facts['trial']}, epoch {facts['best_epoch']}, score {with_error(facts)}"
         if self.places:
             said += f", final {facts['final']}"
-            if others := may_be_best(self.places)[1:]:
-                said += f"\n  trials that may be as good: {', '.join(map(str, others))}; compare their pictures"
+            if self.rivals:
+                said += f"\n  trials that may be as good: {', '.join(map(str, self.rivals))}; compare their pictures"
             said += f"\n  use it at       strength {self.study.user_attrs['final']['strength']}"
         return (
             f"{said}\n"
@@ -4695,29 +4692,21 @@ class Results:
         environment.filters |= {"toml": toml.dumps, "quote": shlex.quote}
         environment.filters["value"] = lambda found: with_error(found).replace("+-", "±")
         page = environment.get_template(REPORT_NAME).render(
-            study_name=self.study.study_name,
-            attrs=self.study.user_attrs,
+            results=self,
             written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
             optuna_version=optuna.__version__,
             terms=TERMS,
-            results=self.folder,
             script=family_of(plan).script,
-            reference=reference,
             data_set=sorted((reference / DATA_SET_PICTURES).glob("*.png")),
             plan=plan,
             first_seeds=first_seeds,
             began=min((trial.datetime_start for trial in trials if trial.datetime_start), default=""),
             trained=sum(map(is_trained, trials)),
             trials=[facts_of(trial) for trial in trials],
-            rivals=may_be_best(self.places)[1:],
-            final=self.study.user_attrs.get("final", {}) if self.places else {},
-            final_folder=self.output_dir / FINAL,
             entries=[self.entry(trial) for trial in self.ranked],
             plots=self.plots() if len(self.ranked) > 1 else {},
-            dose_advice=self.dose_advice(),
             improvements=measure_improvements(self.study),
             pairs=Comparison(pictured[:COMPARED_TRIALS], self.places).pairs(),
-            votes=self.votes,
             plotly_js=get_plotlyjs(),
         )
         write_atomically(self.folder / REPORT_NAME, page.encode(errors="replace"))
