@@ -514,28 +514,17 @@ def _wrong_value(value: Any, kind: str, smallest: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """configs/scoring.toml; every key is explained there."""
+    """The tables of configs/scoring.toml; every key is explained there."""
 
-    resolution: int  # pixels
-    steps: int
-    guidance_scale: float
-    prompt_prefix: str
-    negative_prompt: str
-    batch_size: int
+    images: dict[str, Any]
     screen: dict[str, int]  # counts of a stage: prompts with the subject, seeds of each, plain_prompts without it
     confirm: dict[str, int]
     final: dict[str, int]  # of each round
     stop_early: dict[str, float]
     weights: dict[str, float]  # exponent of each term
-    dinov2: str
-    clip: str
-    pipeline_config: str
-    flat_std: float  # these three in units of 0..255
-    black_p99: float
-    white_p1: float
-    elsewhere: list[str]
-    style: list[str]
-    plain: list[str]
+    encoders: dict[str, str]
+    usable: dict[str, float]  # in units of 0..255
+    prompts: dict[str, list[str]]
 
     @classmethod
     def read(cls, path: Path, family_file: Path | None = None) -> ScoringSettings:
@@ -559,8 +548,7 @@ class ScoringSettings:
         if not problems and not any(shipped["weights"].values()):
             problems.append(f"all weights of {path} are 0, so every trial would score 1; raise one")
         Problems(f"--scoring-config: {problem}" for problem in sorted(problems)).refuse()
-        whole = {table: shipped[table] for table in ("screen", "confirm", "final", "stop_early", "weights")}
-        return cls(**shipped["images"], **shipped["encoders"], **shipped["usable"], **shipped["prompts"], **whole)
+        return cls(**shipped)
 
     @staticmethod
     def _wrong_setting(table: str, key: str, value: Any, example: Any) -> str:
@@ -2360,7 +2348,8 @@ class PromptChooser:
         """In each stage 1/4 are captions, 1/2 show the subject elsewhere, 1/4 in another style; then plain ones."""
         named = [c for c in self.captions if self.subject.is_in(c) and self.subject.removed_from(c)]
         look = ", ".join(["", *Captions(list(self.captions)).look(self.subject)])
-        elsewhere, style = self._filled(self.settings.elsewhere, look), self._filled(self.settings.style)
+        templates = self.settings.prompts
+        elsewhere, style = self._filled(templates["elsewhere"], look), self._filled(templates["style"])
         chosen, missing = self._plain(), 0
         for number, (stage, counts) in enumerate(self.counts.items()):
             texts = _evenly(named[number :: len(self.counts)], counts["prompts"] // 4)
@@ -2383,7 +2372,7 @@ class PromptChooser:
     def _plain(self) -> dict[str, list[Prompt]]:
         """For each stage prompts without the subject, at least two, because an anchor compares them with each other."""
         # A template may happen to name the subject: "a dog running", where it is a dog.
-        texts = dict.fromkeys(self.settings.plain)
+        texts = dict.fromkeys(self.settings.prompts["plain"])
         pool = ({"prompt": text, "subject": False} for text in texts if not self.subject.is_in(text))
         chosen = {stage: list(itertools.islice(pool, counts["plain_prompts"])) for stage, counts in self.counts.items()}
         if any(len(prompts) < 2 for prompts in chosen.values()):
@@ -2410,7 +2399,7 @@ class PromptChooser:
         Each prompt has seeds of its own, unless its `--d` says which. A few seeds for all prompts made a value half
         again as noisy (`tests/small_world/README.md`).
         """
-        settings, kind = self.settings, stage.partition("-")[0]
+        images, kind = self.settings.images, stage.partition("-")[0]
         for number, prompt in enumerate(prompts[kind]):
             most = self.counts[kind]["seeds"]
             # Screening begins at the prompt's own seed; a later stage is as far from it as the stages' first seeds are.
@@ -2421,14 +2410,14 @@ class PromptChooser:
             for count, seed in enumerate(unused[:seeds]):
                 yield {  # the order is part of a study's fingerprint
                     "name": f"p{number:02d}-s{count}",
-                    "prompt": settings.prompt_prefix + prompt["prompt"],
+                    "prompt": images["prompt_prefix"] + prompt["prompt"],
                     "text": self.subject.removed_from(prompt["prompt"]),
-                    "negative": prompt.get("negative", settings.negative_prompt),
+                    "negative": prompt.get("negative", images["negative_prompt"]),
                     "seed": seed,
-                    "width": prompt.get("width", settings.resolution),
-                    "height": prompt.get("height", settings.resolution),
-                    "steps": prompt.get("steps", settings.steps),
-                    "cfg": prompt.get("cfg", settings.guidance_scale),
+                    "width": prompt.get("width", images["resolution"]),
+                    "height": prompt.get("height", images["resolution"]),
+                    "steps": prompt.get("steps", images["steps"]),
+                    "cfg": prompt.get("cfg", images["guidance_scale"]),
                     "subject": prompt["subject"],
                     "caption": prompt["prompt"] in self.captions,  # a copy is what it asks for
                 }
@@ -2441,17 +2430,17 @@ class PromptChooser:
             SCORE_DEFINITION[0]: SCORE_DEFINITION[1],
             "family": family.name,
             "base_model": base_model,
-            "pipeline_config": settings.pipeline_config,
-            "encoders": {"dinov2": settings.dinov2, "clip": settings.clip},
+            "pipeline_config": settings.encoders["pipeline_config"],
+            "encoders": {name: settings.encoders[name] for name in ("dinov2", "clip")},
             "images": list(map(str, self.images)),
-            "batch_size": settings.batch_size,
+            "batch_size": settings.images["batch_size"],
             "subject": self.subject.name,
             "clip_skip": options["clip_skip"],
             "scheduler": scheduler_of(options),
-            "resolution": settings.resolution,
+            "resolution": settings.images["resolution"],
             "weights": settings.weights,
             "stop_early": settings.stop_early,
-            "usable": {name: getattr(settings, name) for name in ("flat_std", "black_p99", "white_p1")},
+            "usable": settings.usable,
             **{stage: list(self.image_jobs(prompts, stage, options["seed"])) for stage in FIRST_SEEDS},
         }
 
@@ -5118,10 +5107,10 @@ def check_precision(settings: Settings, options: Mapping[str, Any], family: Fami
 def check_scoring_models(scoring: ScoringSettings, family: Family, base_model: Path | None) -> None:
     problems = Problems()
     for key in ("dinov2", "clip"):
-        problems.of(check_scoring_model, key, getattr(scoring, key), ENCODER_FILES)
+        problems.of(check_scoring_model, key, scoring.encoders[key], ENCODER_FILES)
     if base_model and base_model.is_file():  # it holds no pipeline config
         files = ["model_index.json", *(f"{part}/vocab.json" for part in family.folder if "tokenizer" in part)]
-        problems.of(check_scoring_model, "pipeline_config", scoring.pipeline_config, files)
+        problems.of(check_scoring_model, "pipeline_config", scoring.encoders["pipeline_config"], files)
     problems.refuse()
 
 

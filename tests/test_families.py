@@ -236,7 +236,9 @@ def test_what_an_own_scoring_config_leaves_out_is_as_in_the_familys(name: str, t
     own.write_text("")
     assert search.ScoringSettings.read(own, CONFIGS / name) == shipped
     own.write_text("[weights]\ntext = 0.25\n[images]\nsteps = 30\n")
-    changed = dataclasses.replace(shipped, steps=30, weights={**shipped.weights, "text": 0.25})
+    changed = dataclasses.replace(
+        shipped, images={**shipped.images, "steps": 30}, weights={**shipped.weights, "text": 0.25}
+    )
     assert search.ScoringSettings.read(own, CONFIGS / name) == changed
 
 
@@ -271,8 +273,9 @@ def test_every_shipped_scoring_config_has_prompts_for_all_stages(name: str) -> N
         prompts = {job["prompt"] for job in plan[stage]}
         wanted = getattr(config, stage.partition("-")[0])
         assert len(prompts) == wanted["prompts"] + wanted["plain_prompts"]
-        assert all(prompt.startswith(config.prompt_prefix) for prompt in prompts)
-        assert not any(config.prompt_prefix and config.prompt_prefix in job["text"] for job in plan[stage])
+        prefix = config.images["prompt_prefix"]
+        assert all(prompt.startswith(prefix) for prompt in prompts)
+        assert not any(prefix and prefix in job["text"] for job in plan[stage])
 
 
 @pytest.mark.parametrize(

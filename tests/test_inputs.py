@@ -446,11 +446,12 @@ def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path)
     assert settings.weights == {
         "fidelity": 0.5, "text": 0.8, "preservation": 0.8, "originality": 0.5, "variety": 0.0, "usable": 2.0,
     }  # fmt: skip
-    assert (settings.resolution, settings.steps, settings.guidance_scale) == (512, 25, 7.0)
-    assert (settings.flat_std, settings.black_p99, settings.white_p1) == (5.0, 16.0, 240.0)
-    assert (settings.dinov2, settings.clip) == ("facebook/dinov2-base", "openai/clip-vit-large-patch14")
-    assert all("{subject}" in template for template in settings.elsewhere + settings.style)
-    assert not any("{subject}" in template for template in settings.plain)
+    assert [settings.images[name] for name in ("resolution", "steps", "guidance_scale")] == [512, 25, 7.0]
+    assert settings.usable == {"flat_std": 5.0, "black_p99": 16.0, "white_p1": 240.0}
+    assert settings.encoders["dinov2"] == "facebook/dinov2-base"
+    assert settings.encoders["clip"] == "openai/clip-vit-large-patch14"
+    assert all("{subject}" in template for template in settings.prompts["elsewhere"] + settings.prompts["style"])
+    assert not any("{subject}" in template for template in settings.prompts["plain"])
 
 
 TABLES = "images screen confirm weights encoders usable prompts".split()
@@ -475,8 +476,8 @@ def test_what_a_scoring_config_leaves_out_is_as_in_the_shipped_one(table: str, s
 def test_a_scoring_config_may_change_one_value(tmp_path: Path) -> None:
     (tmp_path / "scoring.toml").write_text("[images]\nsteps = 12\n")
     changed = search.ScoringSettings.read(tmp_path / "scoring.toml")
-    assert (changed.steps, changed.resolution) == (12, 512)
-    assert changed.plain
+    assert (changed.images["steps"], changed.images["resolution"]) == (12, 512)
+    assert changed.prompts["plain"]
 
 
 def test_a_table_of_a_scoring_config_must_be_one(scoring: ScoringFile) -> None:
@@ -531,7 +532,7 @@ def test_refuses_wrong_scoring_values(table: str, key: str, value: Any, scoring:
 
 def test_takes_whole_numbers_where_fractions_may_stand(scoring: ScoringFile) -> None:
     path = scoring(lambda content: content["images"].update(guidance_scale=7))
-    assert search.ScoringSettings.read(path).guidance_scale == 7
+    assert search.ScoringSettings.read(path).images["guidance_scale"] == 7
 
 
 def test_takes_a_weight_of_nothing_but_not_all_of_them(scoring: ScoringFile) -> None:

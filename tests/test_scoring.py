@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -356,10 +356,12 @@ def plan_of(
     training_seed: int = 42,
     prompts: Path | None = None,
     subject: str = "luca",
-    **changed: Any,
+    final: dict[str, int] | None = None,
+    **templates: Sequence[str],
 ) -> dict[str, Any]:
     images = [(Path(f"/{number}.png"), caption) for number, caption in enumerate(captions)]
-    settings = dataclasses.replace(settings_of_configs(), **changed)
+    own = settings_of_configs()
+    settings = dataclasses.replace(own, prompts={**own.prompts, **templates}, final=final or own.final)
     options = {"clip_skip": 2, "seed": training_seed}
     return search.PromptChooser(subject, images, settings).plan("/model", options, prompts, search.SD1)
 
@@ -376,13 +378,13 @@ def test_the_plan_has_the_documented_counts_and_shares() -> None:
     prompts = {job["prompt"] for job in confirm if job["subject"]}
     assert len(prompts) == 16 and len(prompts & set(CAPTIONS)) == 4
     assert sum(not job["subject"] for job in screen) == 4
-    templates = settings_of_configs()
+    templates = settings_of_configs().prompts
     for stage, own, elsewhere, style in (("screen", 2, 4, 2), ("confirm", 4, 8, 4), ("final-1", 4, 8, 4)):
         found = prompts_of(plan, stage)
         assert len(found & set(CAPTIONS)) == own
-        places = [text.replace("{subject}", "luca") for text in templates.elsewhere]
+        places = [text.replace("{subject}", "luca") for text in templates["elsewhere"]]
         assert len(found & {*places[::2], *(f"{place}, a boy" for place in places[1::2])}) == elsewhere
-        assert len(found & {text.replace("{subject}", "luca") for text in templates.style}) == style
+        assert len(found & {text.replace("{subject}", "luca") for text in templates["style"]}) == style
 
 
 @pytest.mark.parametrize(
@@ -399,7 +401,7 @@ def test_the_plan_has_the_documented_counts_and_shares() -> None:
 )  # fmt: skip
 def test_half_of_the_prompts_elsewhere_say_the_look_as_most_captions_do(captions: list[str], look: str) -> None:
     plan = plan_of([captions[number % len(captions)].format(f"scene {number}") for number in range(12)])
-    places = [text.replace("{subject}", "luca") for text in settings_of_configs().elsewhere]
+    places = [text.replace("{subject}", "luca") for text in settings_of_configs().prompts["elsewhere"]]
     said = {f"{place}, {look}" if look else place for place in places[1::2]}
     for stage in ("screen", "confirm", "final-1"):
         found = prompts_of(plan, stage)
