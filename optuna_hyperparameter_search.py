@@ -992,7 +992,7 @@ class DataSetReader:
             said, remedy = why_stopped(answer), "correct them"
             if re.search("openai/clip|laion/CLIP|vocab_file", said):
                 said = "it can't get its tokenizers"
-                remedy = f"`hf download openai/clip-vit-large-patch14{NO_WEIGHTS}` (for SDXL also "
+                remedy = "`hf download openai/clip-vit-large-patch14` (for SDXL also "
                 remedy += f"laion/CLIP-ViT-bigG-14-laion2B-39B-b160k{NO_WEIGHTS}), or set tokenizer_cache_dir"
             self.problems.append(f"{stops}: {said}; {remedy}")
 
@@ -1813,7 +1813,10 @@ _BAR = re.compile(  # tqdm's, with kohya's loss
     r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
     r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
 )
-_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(  # the last two: none of cuDNN's engines had room, and PyTorch does not say why
+    r"OutOfMemoryError|out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find an engine|valid cuDNN algorithm",
+    re.IGNORECASE,
+)
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
 
 
@@ -2835,7 +2838,10 @@ class ImageScorer:
             raise ScoringFailed(f"{said}; do the libraries fit? pip install -r requirements.txt") from error
         undo.callback(self.pipeline.unload_lora_weights)
         models = [model for model in self.pipeline.components.values() if isinstance(model, self.torch.nn.Module)]
-        is_whole = len(modules) == sum("trial" in getattr(m, "lora_A", {}) for model in models for m in model.modules())
+        added = [m for model in models for m in model.modules() if "trial" in getattr(m, "lora_A", {})]
+        for module in added:  # alpha / rank is in the weights; diffusers 0.33 to 0.36 scales mixed ranks besides
+            module.scaling["trial"] = 1.0
+        is_whole = len(modules) == len(added)
         if not is_whole:
             undo.close()
         return is_whole
@@ -2891,18 +2897,24 @@ class ImageScorer:
         position = 0
         while position < len(items):
             batch = items[position : position + self.batch_size]
-            with contextlib.suppress(self.torch.cuda.OutOfMemoryError):  # torch.OutOfMemoryError came with torch 2.5
-                yield batch, work(batch)
+            try:
+                made = work(batch)
+            except RuntimeError as error:  # cuBLAS and cuDNN have no type of their own for it
+                if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                    raise
+            else:
+                yield batch, made
                 position += len(batch)
                 continue
             if len(batch) == 1:
                 raise ScoringFailed("out of memory with one image at a time: is another program on the card?")
             self.batch_size = len(batch) // 2
-            self.pipeline.maybe_free_model_hooks()  # else the UNet stays there when the text encoders' turn comes
             self.torch.cuda.empty_cache()  # not before the exception is gone, which holds the batch's tensors
 
     def _render_batch(self, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
         torch, first = self.torch, jobs[0]
+        # Where models take turns, the VAE of the last batch, or the UNet of one without room, is on the card still.
+        self.pipeline.maybe_free_model_hooks()
         with torch.inference_mode():
             without = self._embed_prompts([job["negative"] for job in jobs])
             # Every image has a generator of its own, on the CPU: neither batch nor device changes the picture.
@@ -3933,19 +3945,23 @@ def final_places(study: optuna.Study) -> dict[int, dict[str, Any]]:
     return {found["trial"]: {**found, "place": place} for place, found in enumerate(final["finalists"])}
 
 
+def last_winner(study: optuna.Study) -> int | None:
+    """The trial that the last final stage decided for, also where trials were scored since."""
+    return next((found["trial"] for found in study.user_attrs.get("final", {}).get("finalists", [])), None)
+
+
 def choose_finalists(study: optuna.Study, output_dir: Path) -> dict[str, str]:
     """The finalists' checkpoints, by trial number: the three best, and the next two if they may be as good as the best.
 
     That is, within two standard errors of the difference. Checkpoints must be at hand. An earlier winner comes again.
     """
-    earlier = [found["trial"] for found in study.user_attrs.get("final", {}).get("finalists", [])[:1]]
     scored = [(t, find_trial_folder(t, output_dir) / t.user_attrs["checkpoint"]) for t in scored_trials(study)]
     found = [(trial, path) for trial, path in scored if path.is_file()]
     chosen = {}
     for place, (trial, path) in enumerate(found):
         errors = [one.user_attrs["standard_error"] for one in (found[0][0], trial)]
         is_close = found[0][0].value - trial.value <= 2 * math.hypot(*errors) and place < FINALISTS_AT_MOST
-        if place < FINALISTS_AT_LEAST or is_close or trial.number in earlier:
+        if place < FINALISTS_AT_LEAST or is_close or trial.number == last_winner(study):
             chosen[str(trial.number)] = str(path)
     return chosen
 
@@ -4181,9 +4197,10 @@ class Study:
             (folder / f"{LORA_NAME}.safetensors").unlink(missing_ok=True)
         kind, earlier = {"ended": error.ended, "trained": was_trained}, trial.user_attrs.get("failures", [])
         trial.set_user_attr("failures", [*earlier, {**kind, "reason": one_line(error)}])
-        self.failures.append((f"{error.ended}: {one_line(error)}", trial.params))
-        if any(kind.items() <= failure.items() for failure in earlier):
-            is_learnt = isinstance(error, OutOfMemory)
+        is_learnt, is_second = isinstance(error, OutOfMemory), any(kind.items() <= one.items() for one in earlier)
+        if not (is_learnt and is_second):  # else two trials that are too large would stop the search
+            self.failures.append((f"{error.ended}: {one_line(error)}", trial.params))
+        if is_second:
             self.finish(trial, error.ended, str(error), TrialState.PRUNED if is_learnt else TrialState.FAIL)
 
     def finish(self, trial: optuna.Trial, ended: str, reason: str, state: TrialState) -> None:
@@ -4256,14 +4273,18 @@ class Study:
         return f"{sum(map(is_trained, trials))} of {planned} trained, {next(scores, 'no score yet')}", done
 
     def delete_spare_checkpoints(self) -> None:
-        """Delete the checkpoints of this folder's ended trials, but keep the chosen ones of the study's ten best."""
+        """Delete the checkpoints of this folder's ended trials, but keep the study's ten best and its last winner."""
         if self.settings.keep_checkpoints == "all":
             return
-        best = {trial.number: trial.user_attrs.get("checkpoint") for trial in scored_trials(self.study)[:KEPT_TRIALS]}
-        for trial in filter(is_trained, self.study.get_trials(deepcopy=False)):
-            if "ended" in trial.user_attrs and self._is_ours(trial):
+        # Read before the best ones: what another worker scores in between is then left alone.
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if "ended" in trial.user_attrs]
+        scored, winner = scored_trials(self.study), last_winner(self.study)
+        kept = scored[:KEPT_TRIALS] + [trial for trial in scored if trial.number == winner]
+        names = {trial.number: trial.user_attrs.get("checkpoint") for trial in kept}
+        for trial in filter(is_trained, ended):
+            if self._is_ours(trial):
                 for file in checkpoint_files(trial_folder(self.settings.output_dir, trial.number)):
-                    if file.name != best.get(trial.number):
+                    if file.name != names.get(trial.number):
                         file.unlink(missing_ok=True)
 
 

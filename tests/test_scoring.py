@@ -710,6 +710,26 @@ def test_a_lora_of_layers_that_diffusers_does_not_know_there_is_merged_whole(
     assert np.abs(whole - by_hand).max() <= 1 < np.abs(whole - without).max()
 
 
+def test_a_lora_acts_the_same_with_a_diffusers_that_scales_mixed_ranks(
+    scorer: search.ImageScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.33 to 0.36: convolutions of SDXL worked at dim / conv_dim times their strength."""
+    write_lora(tmp_path / "lora.safetensors", 3.0)
+    jobs, load = scorer.plan["screen"][:2], type(scorer.pipeline).load_lora_weights
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        right = pixels(scorer.render(jobs))
+
+    def load_and_scale(pipeline: Any, *given: Any, **options: Any) -> None:
+        load(pipeline, *given, **options)
+        for module in pipeline.unet.modules():
+            if "trial" in getattr(module, "lora_A", {}):
+                module.scaling["trial"] *= 8
+
+    monkeypatch.setattr(type(scorer.pipeline), "load_lora_weights", load_and_scale)
+    with scorer.lora(tmp_path / "lora.safetensors"):
+        np.testing.assert_array_equal(pixels(scorer.render(jobs)), right)
+
+
 def test_a_lora_is_removed_when_rendering_fails(scorer: search.ImageScorer, tmp_path: Path) -> None:
     jobs = scorer.plan["screen"][:2]
     before = pixels(scorer.render(jobs))
@@ -861,25 +881,30 @@ def moved(scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch) -> Iterat
     scorer.pipeline.remove_all_hooks()
 
 
-def test_after_a_batch_without_room_no_model_stays_on_a_small_card(
-    scorer: search.ImageScorer, moved: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_small_card_a_batch_finds_no_model_of_the_last_one(
+    scorer: search.ImageScorer, moved: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """SDXL's UNet stayed there; with 7.5 GiB free the text encoders then had no room, with one picture either."""
+    """diffusers sends away only the model before: so the VAE stayed, and after an error the UNet."""
     import torch
 
-    tried: list[list[tuple[str, str]]] = []
+    found: list[list[str]] = []
 
-    def work(batch: list[int]) -> list[int]:
-        tried.append(moved.copy())
-        moved.clear()
-        if len(batch) > 1:
+    def look(_module: Any, _given: Any) -> None:
+        found.append([dict(moved)[name] for name in ("unet", "vae")])  # where each was moved last
+
+    def fail(_module: Any, given: tuple[Any, ...], _result: Any) -> None:
+        if fails and len(given[0]) == 4:  # two pictures, each with and without its prompt
             raise torch.OutOfMemoryError
-        return batch
 
-    monkeypatch.setattr(scorer, "batch_size", 2)
-    assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
-    assert not tried[0]
-    assert {("unet", "cpu"), ("vae", "cpu")} <= set(tried[1])
+    monkeypatch.setattr(scorer, "batch_size", 2 if fails else 1)
+    scorer.through_vae([noise(0, 64, 1)])
+    encoder, unet = scorer.pipeline.text_encoder, scorer.pipeline.unet
+    hooks = [encoder.register_forward_pre_hook(look), unet.register_forward_hook(fail)]
+    scorer.render(scorer.plan["screen"][:2])
+    for hook in hooks:
+        hook.remove()
+    assert found == [["cpu", "cpu"]] * (6 if fails else 4)  # negative prompts and prompts of each batch
 
 
 def test_encoders_are_on_a_small_card_only_while_they_see(
@@ -908,6 +933,32 @@ def test_older_versions_name_of_out_of_memory_is_understood(
         return batch
 
     assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_halved"),
+    [
+        ("CUDA error: out of memory", True),  # torch.AcceleratorError
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_full_card_is_known_by_what_its_libraries_say(
+    scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch, said: str, is_halved: bool
+) -> None:
+    def work(batch: list[int]) -> list[int]:
+        if len(batch) > 1:
+            raise RuntimeError(said)
+        return batch
+
+    monkeypatch.setattr(scorer, "batch_size", 2)
+    if is_halved:
+        assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
+    else:
+        with pytest.raises(RuntimeError, match="shapes"):
+            list(scorer._in_batches([1, 2], work))
 
 
 def test_scoring_takes_no_more_of_the_card_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

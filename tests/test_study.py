@@ -573,6 +573,29 @@ def test_of_every_scored_trial_the_chosen_checkpoint_is_kept_and_of_the_study_te
     assert kept(settings) == [f"trial_{number:04d}/lora.safetensors" for number in range(2, 12)]
 
 
+def test_the_last_final_stages_winner_is_kept_though_ten_others_have_a_higher_value(tmp_path: Path) -> None:
+    """Values are noisy; the next final stage compares it again."""
+    settings = settings_for(tmp_path, 4)
+    study = run(settings, [save_two_checkpoints] * 4)
+    study.set_user_attr("final", {"scored": 4, "finalists": [{"trial": 1}, {"trial": 3}]})
+    more = dataclasses.replace(settings, n_trials=14)
+    run(more, [save_two_checkpoints] * 10)
+    assert kept(more) == [f"trial_{number:04d}/lora.safetensors" for number in (1, *range(4, 14))]
+
+
+def test_a_trial_that_another_worker_scores_at_that_moment_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tmp_path, 2)
+    study = run(settings, [save_two_checkpoints] * 2)
+    before = kept(settings)
+    everything = study.get_trials(deepcopy=False)
+    readings = iter([everything[:1], everything])  # the second trial is told between the two
+    monkeypatch.setattr(study, "get_trials", lambda **_: next(readings))
+    search.Study(study, settings, lambda _: 0.0, time.monotonic()).delete_spare_checkpoints()
+    assert kept(settings) == before and len(before) == 2
+
+
 def test_all_checkpoints_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, 2, keep_checkpoints="all")
     run(settings, [save_two_checkpoints] * 2)
@@ -949,6 +972,14 @@ def test_failures_that_differ_in_numbers_alone_are_equal(tmp_path: Path) -> None
     failures = [failing(search.OutOfMemory(f"tried to allocate {n}.00 MiB in trial_{n:04d}")) for n in range(9)]
     with pytest.raises(search.SearchStopped, match="tried to allocate"):
         run(settings_for(tmp_path, 2), failures)
+
+
+def test_two_trials_that_are_too_large_for_the_card_do_not_stop_the_study(tmp_path: Path) -> None:
+    """Each is tried twice, so there are four equal failures in a row; a third such trial is needed."""
+    full = failing(search.OutOfMemory("no room"))
+    assert endings(run(settings_for(tmp_path / "two", 1), [full] * 4)) == [(PRUNED, "out of memory")] * 2 + [SCORED]
+    with pytest.raises(search.SearchStopped, match="ended alike"):
+        run(settings_for(tmp_path / "three", 5), [full] * 5)
 
 
 def test_a_rejected_trial_between_equal_failures_does_not_hide_them(tmp_path: Path) -> None:

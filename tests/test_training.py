@@ -212,6 +212,7 @@ def test_a_torn_checkpoint_is_a_crash(folder: Path) -> None:
             "CUDA out of memory",
         ),
         (1, "torch.cuda.OutOfMemoryError: CUDA out of memory.\n", search.OutOfMemory, "out of memory", "CUDA"),
+        (1, "RuntimeError: GET was unable to find an engine\n", search.OutOfMemory, "out of memory", "an engine"),
     ],
 )
 def test_ends_are_told_apart(
