@@ -2697,6 +2697,10 @@ def change_of_weight(parts: Mapping[str, Any]) -> Any:
     return change * (float(parts.get("alpha", ranks[0])) / ranks[0]) if ranks else change
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return bool(_OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
+
+
 class ImageScorer:
     """Owns the pipeline and both encoders, loaded once a process: renders jobs, embeds images and texts."""
 
@@ -2738,9 +2742,9 @@ class ImageScorer:
         """`needed` must be there as well: for a base model in one file its configs and tokenizer."""
         try:
             return load(name)
-        except self.torch.cuda.OutOfMemoryError as error:
-            raise ScoringFailed(f"out of memory while loading {name}: is another program on the card?") from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise ScoringFailed(f"out of memory while loading {name}: is another program on the card?") from error
             commands = {name: f"hf download {name}"} | {place: f"hf download {place}{NO_WEIGHTS}" for place in needed}
             remedies = (
                 f"restore {place}" if Path(place).is_absolute() or Path(place).exists() else f"`{command}`"
@@ -2900,7 +2904,7 @@ class ImageScorer:
             try:
                 made = work(batch)
             except RuntimeError as error:  # cuBLAS and cuDNN have no type of their own for it
-                if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                if not is_out_of_memory(error):
                     raise
             else:
                 yield batch, made
@@ -3052,7 +3056,7 @@ def score_folder(folder: Path, device: str, *, by_search: bool = False) -> None:
     except SearchError:
         raise
     except Exception as error:
-        kind = "out of memory" if "out of memory" in str(error).lower() else type(error).__name__
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         raise ScoringFailed(f"{kind} while scoring {folder}: {one_line(error)}") from error
     print(f"  scoring took {time.monotonic() - started:.0f} s", flush=True)
 

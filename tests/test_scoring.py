@@ -959,6 +959,8 @@ def test_a_full_card_is_known_by_what_its_libraries_say(
     else:
         with pytest.raises(RuntimeError, match="shapes"):
             list(scorer._in_batches([1, 2], work))
+    with pytest.raises(search.ScoringFailed, match="another program on the card" if is_halved else "hf download name"):
+        scorer._load("name", lambda _: work([1, 2]))
 
 
 def test_scoring_takes_no_more_of_the_card_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
