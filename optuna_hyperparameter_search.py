@@ -992,8 +992,8 @@ class DataSetReader:
             said, remedy = why_stopped(answer), "correct them"
             if re.search("openai/clip|laion/CLIP|vocab_file", said):
                 said = "it can't get its tokenizers"
-                remedy = "`hf download openai/clip-vit-large-patch14` (for SDXL also "
-                remedy += f"laion/CLIP-ViT-bigG-14-laion2B-39B-b160k{NO_WEIGHTS}), or set tokenizer_cache_dir"
+                remedy = "`hf download openai/clip-vit-large-patch14` (for SDXL also `hf download "
+                remedy += f"laion/CLIP-ViT-bigG-14-laion2B-39B-b160k{NO_WEIGHTS}`), or set tokenizer_cache_dir"
             self.problems.append(f"{stops}: {said}; {remedy}")
 
     @staticmethod
@@ -1813,9 +1813,12 @@ _BAR = re.compile(  # tqdm's, with kohya's loss
     r"\s*(?:(?P<name>[^|]*): +)?\d+%\|[^|]*\| *(?P<step>\d+)/(?P<steps>\d+) \[[\d:]+<(?P<eta>[\d:?]+)"
     r"(?:.*avr_loss=(?P<loss>nan|[-+]?inf|[-+]?[\d.]+(?:e[-+]?\d+)?))?"
 )
-_OUT_OF_MEMORY = re.compile(  # the last two: none of cuDNN's engines had room, and PyTorch does not say why
-    r"OutOfMemoryError|out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|unable to find an engine|valid cuDNN algorithm",
-    re.IGNORECASE,
+_OUT_OF_MEMORY = (
+    re.compile(  # the last two: no engine of cuDNN had room; a cuDNN that does not fit PyTorch says the same
+        r"OutOfMemoryError|out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*_FAILED"
+        r"|unable to find an engine|valid cuDNN algorithm",
+        re.IGNORECASE,
+    )
 )
 _ERROR_LINE = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*)|\bERROR +.+")
 
@@ -2906,12 +2909,13 @@ class ImageScorer:
             except RuntimeError as error:  # cuBLAS and cuDNN have no type of their own for it
                 if not is_out_of_memory(error):
                     raise
+                said = one_line(f"{type(error).__name__}: {error}", 160)
             else:
                 yield batch, made
                 position += len(batch)
                 continue
             if len(batch) == 1:
-                raise ScoringFailed("out of memory with one image at a time: is another program on the card?")
+                raise ScoringFailed(f"out of memory with one image at a time: is another program on the card? ({said})")
             self.batch_size = len(batch) // 2
             self.torch.cuda.empty_cache()  # not before the exception is gone, which holds the batch's tensors
 
@@ -4707,6 +4711,7 @@ class Results:
         environment.filters["value"] = lambda found: with_error(found).replace("+-", "±")
         page = environment.get_template(REPORT_NAME).render(
             results=self,
+            final_folder=self.output_dir / FINAL,
             written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
             optuna_version=optuna.__version__,
             terms=TERMS,
@@ -5181,7 +5186,7 @@ def find_study(settings: Settings) -> optuna.Study | None:
     is_own = storage.file == output_dir / DATABASE_NAME
     if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
         nowhere = f"there is no folder {storage.file.parent.absolute()} for {storage.shown}"
-        raise RefusedInput(f"--storage: {nowhere}; make it, or give a whole path, with four slashes: sqlite:////...")
+        raise RefusedInput(f"--storage: {nowhere}; make it (a path from / on needs four slashes: sqlite:////...)")
     study = load_study(settings.storage, settings.study_name)
     remedy = "move it away, or give another --output-dir"
     for name in ("reference", "results", ARTIFACTS, LOG_NAME, ".lock"):
@@ -5437,10 +5442,12 @@ class CheckReport:
     def _small_training(self) -> Iterator[str]:
         """A data set's file that was written for SD 1.x trains SDXL on a quarter of its pixels."""
         scored = self.inputs.plan["resolution"]
-        sides = [math.sqrt(math.prod(image.bucket)) for image in self.inputs.data_set.images if image.bucket]
+        pictures = self.inputs.data_set.subject_images
+        sides = [math.sqrt(math.prod(image.bucket)) for image in pictures if image.bucket]
         if sides and 1.5 * (side := np.median(sides)) < scored:
             said = f"pictures are trained at about {side:.0f} x {side:.0f} pixels, and scored at {scored} x {scored}"
-            yield f"{said}; the data set's file wants resolution = {scored} and max_bucket_reso = {2 * scored}"
+            remedy = f"resolution = {scored} and max_bucket_reso = {2 * scored}, or larger pictures"
+            yield f"{said}; the data set's file wants {remedy}"
 
     def warnings(self) -> Iterator[str]:
         inputs, folder = self.inputs, self.settings.output_dir
@@ -5449,7 +5456,8 @@ class CheckReport:
         if older := [one for one in cached if one.latents.stat().st_mtime < one.path.stat().st_mtime]:
             said = f"newer than their cached latents, which are trained: {len(older)} of {len(images)} pictures"
             yield f"{said}; delete {older[0].latents} if {older[0].path.name} has changed"
-        yield from (*self._small_training(), *self._long_warm_ups())
+        yield from self._small_training()
+        yield from self._long_warm_ups()
         tables = tables_of_data_set(inputs.data_set.config)
         changed = {key for key in CHANGE_CAPTIONS if any(table.get(key) for table in tables)}
         if changed and inputs.options.get("cache_text_encoder_outputs"):
@@ -5660,7 +5668,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("where things are").add_argument
     add("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
-    add("--keep-checkpoints", choices=("best", "all"), default="best", help="the ten best trials' best, or all (best)")
+    add(
+        "--keep-checkpoints",
+        choices=("best", "all"),
+        default="best",
+        help="the best ones of the best trials, or all (best)",
+    )
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
     several = f"cuda:0,cuda:1; {ALL_CARDS}; cpu,cpu"

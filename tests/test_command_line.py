@@ -203,7 +203,7 @@ def test_an_output_folder_that_is_a_file_is_refused(
         ),
         (
             "sqlite:///no/study.db",
-            f"there is no folder {Path.cwd()}/no for sqlite:///no/study.db; make it, or give a whole",
+            f"there is no folder {Path.cwd()}/no for sqlite:///no/study.db; make it (a path from",
         ),
         ("nonsense", "nonsense is no address of a database"),
     ],
@@ -305,7 +305,7 @@ def test_a_long_scoring_is_warned_of_with_the_remedy(command: Command, world: Pa
     inputs = search.check_inputs(settings)
     assert not any("scoring a trial takes" in line for line in search.CheckReport(inputs).warnings())
     job = {"width": 512, "height": 512, "steps": 25, "seed": 1}
-    plan = {"screen": [job] * 80, "confirm": [job] * 58}
+    plan = {**inputs.plan, "screen": [job] * 80, "confirm": [job] * 58}
     many = dataclasses.replace(inputs, plan=plan, settings=dataclasses.replace(settings, device="cuda"))
     (warning,) = (line for line in search.CheckReport(many).warnings() if "scoring a trial takes" in line)
     assert "6 min" in warning and "raise save_every_n_epochs" in warning

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -917,22 +918,13 @@ def test_encoders_are_on_a_small_card_only_while_they_see(
     assert seen.shape[0] == 1
 
 
-def test_older_versions_name_of_out_of_memory_is_understood(
+def test_on_a_small_card_an_encoder_is_loaded_beside_it(
     scorer: search.ImageScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.OutOfMemoryError came with torch 2.5; the requirements allow 2.1."""
-    import torch
-
-    error = torch.cuda.OutOfMemoryError
-    monkeypatch.setattr(scorer, "batch_size", 2)
-    monkeypatch.delattr(torch, "OutOfMemoryError")
-
-    def work(batch: list[int]) -> list[int]:
-        if len(batch) > 1:
-            raise error
-        return batch
-
-    assert [batch for batch, _ in scorer._in_batches([1, 2], work)] == [[1], [2]]
+    monkeypatch.setattr(scorer, "takes_turns", True)
+    monkeypatch.setattr(scorer, "device", "meta")
+    encoder, _ = scorer._load_encoder(scorer.plan["encoders"]["dinov2"])
+    assert encoder.device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -941,7 +933,9 @@ def test_older_versions_name_of_out_of_memory_is_understood(
         ("CUDA error: out of memory", True),  # torch.AcceleratorError
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
         ("GET was unable to find an engine to execute this computation", True),
+        ("Unable to find a valid cuDNN algorithm to run convolution", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
@@ -961,6 +955,8 @@ def test_a_full_card_is_known_by_what_its_libraries_say(
             list(scorer._in_batches([1, 2], work))
     with pytest.raises(search.ScoringFailed, match="another program on the card" if is_halved else "hf download name"):
         scorer._load("name", lambda _: work([1, 2]))
+    with pytest.raises(search.ScoringFailed if is_halved else RuntimeError, match=re.escape(said)):
+        list(scorer._in_batches([1], lambda batch: work(batch * 2)))
 
 
 def test_scoring_takes_no_more_of_the_card_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
