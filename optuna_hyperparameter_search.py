@@ -5668,12 +5668,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("where things are").add_argument
     add("--output-dir", type=_path, metavar="DIR", help="the study, its trials and results/")
-    add(
-        "--keep-checkpoints",
-        choices=("best", "all"),
-        default="best",
-        help="the best ones of the best trials, or all (best)",
-    )
+    add("--keep-checkpoints", choices=("best", "all"), default="best", help="those of the best trials, or all (best)")
     add("--study-name", metavar="NAME", help=f"the study's name in its storage ({DEFAULT_STUDY_NAME})")
     add("--storage", metavar="URL", help="the study's database (SQLite in the output folder)")
     several = f"cuda:0,cuda:1; {ALL_CARDS}; cpu,cpu"
