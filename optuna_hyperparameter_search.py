@@ -2701,6 +2701,7 @@ def change_of_weight(parts: Mapping[str, Any]) -> Any:
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Of the card. cuBLAS and cuDNN have no type of their own for it."""
     return bool(_OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
@@ -2906,7 +2907,7 @@ class ImageScorer:
             batch = items[position : position + self.batch_size]
             try:
                 made = work(batch)
-            except RuntimeError as error:  # cuBLAS and cuDNN have no type of their own for it
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 said = one_line(f"{type(error).__name__}: {error}", 160)
