@@ -5186,7 +5186,8 @@ def find_study(settings: Settings) -> optuna.Study | None:
         raise RefusedInput(f"--storage: {why}; give sqlite:///FILE, or leave it out")
     is_own = storage.file == output_dir / DATABASE_NAME
     if storage.file and not os.path.isdir(storage.file.parent) and not is_own:  # noqa: PTH112 - Path raises
-        nowhere = f"there is no folder {storage.file.parent.absolute()} for {storage.shown}"
+        folder = f" {storage.file.parent.absolute()}" if storage.shown == storage.url else ""
+        nowhere = f"there is no folder{folder} for {storage.shown}"
         raise RefusedInput(f"--storage: {nowhere}; make it (a path from / on needs four slashes: sqlite:////...)")
     study = load_study(settings.storage, settings.study_name)
     remedy = "move it away, or give another --output-dir"
