@@ -5863,9 +5863,11 @@ def demo_settings(args: argparse.Namespace) -> argparse.Namespace:
     maker = HERE / "tests" / "demo_world.py"
     if not maker.is_file():
         raise RefusedInput(f"--demo: {maker} is missing; get the whole repository")
-    for own in ("dataset_config", "base_model", "scoring_config", "training_config"):
-        if getattr(args, own):
-            raise RefusedInput(f"--demo: makes its own inputs; leave out --{own.replace('_', '-')}")
+    inputs = ("dataset_config", "base_model", "scoring_config", "training_config", "sd_scripts", "trainer_python")
+    defaults = vars(make_parser().parse_args([]))
+    for own in (*inputs, "device"):
+        if getattr(args, own) not in (defaults[own], "cpu"):
+            raise RefusedInput(f"--demo: has its own inputs and runs on the CPU; leave out --{own.replace('_', '-')}")
     family = next((name for name in FAMILIES if name.lower() == args.family), SD1.name)
     args.output_dir = (args.output_dir or Path("runs/demo" if family == SD1.name else f"runs/demo_{family}")).resolve()
     problems = Problems(senseless_values(args))

@@ -373,7 +373,9 @@ def test_8bit_cannot_be_enqueued_on_the_cpu(
     [
         (["--report"], "--output-dir is missing"),
         (["--report", "--output-dir", "/nowhere/at/all"], "no study 'lora_v2.1' in /nowhere/at/all"),
-        (["--demo", "--base-model", "x"], "--demo: makes its own inputs; leave out --base-model"),
+        (["--demo", "--base-model", "x"], "--demo: has its own inputs and runs on the CPU; leave out --base-model"),
+        (["--demo", "--sd-scripts", "x"], "leave out --sd-scripts"),
+        (["--demo", "--device", "cpu,cpu"], "leave out --device"),
         (["--score", "/nowhere/at/all"], "is no trial's folder"),
         (["--score", "/nowhere/at/all", "--scoring-config", "my.toml"], "--score judges as the study does"),
     ],
