@@ -1120,7 +1120,7 @@ class BaseModel:
         for part, names in family.folder.items():
             if index.get(part) in (None, [None, None]):
                 missing += [f"no {part} in model_index.json"] if part != "feature_extractor" else []
-            elif part != "tokenizer" or not (folder / part / "tokenizer.json").is_file():
+            elif not (part.startswith("tokenizer") and (folder / part / "tokenizer.json").is_file()):
                 for file in itertools.chain(*(cls._files_of(folder / part / name) for name in names)):
                     if read_json(file) is None if file.suffix == ".json" else not file.is_file():
                         variants = [other.name for other in sorted(file.parent.glob(f"{file.stem}.*.safetensors"))]
@@ -1673,7 +1673,8 @@ class ChildProcess(subprocess.Popen[bytes]):
                 stack.callback(log.with_suffix(PROCESS_FILE).unlink, missing_ok=True)
             stack.callback(self._end)
             if log:
-                write_json(log.with_suffix(PROCESS_FILE), {"pid": self.pid, "started": when_started(self.pid)})
+                about = {"pid": self.pid, "started": when_started(self.pid), "folder": str(log.parent)}
+                write_json(log.with_suffix(PROCESS_FILE), about)
             file = stack.enter_context((log or Path(os.devnull)).open("ab"))
             while data := self._read(watch):
                 file.write(data)
@@ -1710,9 +1711,14 @@ class ChildProcess(subprocess.Popen[bytes]):
 
     @staticmethod
     def end_left_over(file: Path) -> None:
-        """Kill the process that a dead program's PROCESS_FILE names. Its number may be another process's by now."""
+        """Kill the process that a dead program's PROCESS_FILE names. Its number may be another process's by now.
+
+        The file may be in another program's folder, which the user has linked here or copied; then nothing is done.
+        """
         known = read_json(file) or {}
-        started = known.get("started")
+        started, made_in = known.get("started"), Path(known.get("folder", file.parent))
+        if made_in != file.parent and made_in.is_dir():
+            return
         if started and when_started(known["pid"]) == started:
             say(f"Process {known['pid']} in {file.parent} has outlived the program that started it and is killed.")
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -3721,6 +3727,7 @@ ANCHOR_TOLERANCE = 0.01  # fp16 on another card moves an anchor in [0, 1] by les
 GREY_TOLERANCE = 1.0  # and one in 0..255
 FINALISTS_AT_LEAST, FINALISTS_AT_MOST = 3, 5
 STUDY_FORM = ("form of the study", 2)  # in form 1 an interrupted trial was closed, and a copy of it tried
+ANOTHER_STUDY = "give another --output-dir (with --storage another --study-name, too)"
 TOGETHER = "which goes with which"  # in the fingerprint
 Places = Mapping[int, Mapping[str, Any]]  # what final_places() tells, by trial
 
@@ -3810,7 +3817,7 @@ class Storage:
                 said = f"{where} was made by an older Optuna; optuna storage upgrade --storage {where}"
             elif "updating optuna" in str(error):
                 said = f"{where} was made by a newer Optuna than {optuna.__version__}; "
-                said += "pip install -U optuna, or give another --output-dir"
+                said += "pip install -U optuna"
             elif self.file:
                 said += "if another program holds it, wait; else restore the file or give another one"
             elif isinstance(error, ArgumentError):
@@ -3905,9 +3912,8 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     versions = (STUDY_FORM[0], SCORE_DEFINITION[0])
     if made := fingerprint_differences(*({name: one.get(name) for name in versions} for one in (stored, as_given))):
         said = f"study {study.study_name!r} was made by another version of this program, and only that can resume it"
-        remedy = "give another --output-dir (with --storage another --study-name, too)"
         known = "--report still shows it, --enqueue FOLDER begins with its best settings"
-        raise RefusedInput(f"{said} ({made[0]}); {remedy}. {known}")
+        raise RefusedInput(f"{said} ({made[0]}); {ANOTHER_STUDY}. {known}")
     spaces = [isinstance(one.get("search space"), dict) for one in (stored, as_given)]
     if spaces[0] != spaces[1]:
         of = ["that of a --search-space file" if is_file else "V2.1" for is_file in spaces]
@@ -3915,9 +3921,11 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     differences = fingerprint_differences(stored, as_given)
     differences = [line for line in differences if TOGETHER not in line] or differences
     said = f"study {study.study_name!r} was made with other inputs"
-    remedy = "its scores would not be comparable; restore it, or give another --output-dir"
+    remedy = f"its scores would not be comparable; restore it, or {ANOTHER_STUDY}"
     if not any(map(is_trained, study.get_trials(deepcopy=False))):
-        remedy = "nothing is trained in it yet: delete its --output-dir, or with --storage give another --study-name"
+        remedy = (
+            "nothing is trained in it yet: delete its --output-dir, and with --storage give another --study-name, too"
+        )
     if differences:
         raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 
@@ -5002,7 +5010,9 @@ class Inputs:
         if needed > (free := self.free_bytes()):
             need, there = (tqdm.format_sizeof(count, "B") for count in (needed, free))
             said = f"{need} are needed for checkpoints and pictures, {there} are free in {self.settings.output_dir}"
-            raise error(f"--output-dir: {said}; make room, give another --output-dir or raise save_every_n_epochs")
+            is_begun = (self.settings.reference / "plan.json").exists()
+            remedy = "move it to a larger disk" if is_begun else "give another one, or raise save_every_n_epochs"
+            raise error(f"--output-dir: {said}; make room, or {remedy}")
 
 
 def check_inputs(settings: Settings, known_problems: Sequence[str] = (), *, afresh: bool = False) -> Inputs:
@@ -5473,8 +5483,8 @@ class CheckReport:
         jobs = inputs.trial_size(np.mean)[0] * inputs.plan["screen"] + inputs.plan["confirm"]
         pixels = sum(job["width"] * job["height"] * job["steps"] for job in jobs)
         seconds = pixels / (512 * 512 * 25) * SECONDS_PER_IMAGE
-        if seconds > LONG_SCORING_SECONDS and self.settings.devices[0] != "cpu":
-            remedy = "raise save_every_n_epochs, or lower prompts or seeds of [screen] in the scoring config"
+        if seconds > LONG_SCORING_SECONDS and self.settings.devices[0] != "cpu" and not inputs.study:
+            remedy = "raise save_every_n_epochs, or lower prompts of [screen] in the scoring config"
             yield f"scoring a trial takes about {seconds / 60:.0f} min on a 16 GB card; {remedy}"
         if (kind := file_system(folder)) in NOT_LOCAL:
             said = f"{folder} is on a Windows drive or a network share ({kind}): a database is slow and may fail there"
@@ -5558,10 +5568,11 @@ class Reference:
         return replace(self.inputs, data_set=replace(data_set, batches_per_epoch=batches))
 
     def _is_tried_out(self) -> bool:
-        """Whether the first step left its LoRA, whole, and all latents are there; deletes torn latents."""
+        """Whether the first step left its LoRA, whole, and all latents are there; deletes torn latents in any case."""
+        are_cached = self.inputs.latents is None or self.inputs.latents.prepare()
         with contextlib.suppress(TrialFailed):
             check_lora(self.folder / FIRST_STEP / f"{LORA_NAME}.safetensors", may_be_zero=True)
-            return self.inputs.latents is None or self.inputs.latents.prepare()
+            return are_cached
         return False
 
     def make_anchors(self, study: optuna.Study, scorer: Callable[[Path], None]) -> None:
@@ -5594,8 +5605,7 @@ def check_anchors(study: optuna.Study, anchors: Mapping[str, Any]) -> None:
         moved += fingerprint_differences(stored[name], anchors.get(name), name, tolerance=tolerance)
     if moved:
         differ = f"the score's anchors differ from the study's ({'; '.join(moved[:3])})"
-        remedy = "restore reference/, or give another --output-dir"
-        raise RefusedInput(f"{differ}: its scores would not be comparable; {remedy}")
+        raise RefusedInput(f"{differ}: its scores would not be comparable; restore reference/, or {ANOTHER_STUDY}")
 
 
 # ======================================================================================================

@@ -335,20 +335,28 @@ def test_a_killed_program_leaves_no_trainer(night: Night) -> None:
 
 
 def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: Night) -> None:
-    processes = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(3)]
-    left_over, in_final, innocent = processes
+    processes = [subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(4)]
+    left_over, in_final, innocent, of_another = processes
+    another = night.output_dir.parent / "another program's" / "trial_0007"
+    another.mkdir(parents=True)
     try:
-        for place, process, started in (
-            ("reference/7", left_over, search.when_started(left_over.pid)),
-            ("final", in_final, search.when_started(in_final.pid)),
-            ("reference/8", innocent, "another boot 1"),  # its number was given anew
+        for place, process, started, made_in in (
+            ("reference/7", left_over, "", night.output_dir / "reference/7"),
+            ("final", in_final, "", Path("/where/the/folder/was")),
+            ("reference/8", innocent, "another boot 1", night.output_dir / "reference/8"),  # its number was given anew
+            (another, of_another, "", another),
+            ("reference/9", of_another, "", another),  # copied from there
         ):
-            (night.output_dir / place).mkdir()
+            (night.output_dir / place).mkdir(exist_ok=True)
+            started = started or search.when_started(process.pid)
             (night.output_dir / place / f"training{search.PROCESS_FILE}").write_text(
-                json.dumps({"pid": process.pid, "started": started})
+                json.dumps({"pid": process.pid, "started": started, "folder": str(made_in)})
             )
+        (night.output_dir / "reference" / "linked").symlink_to(another)
         done = night.run(1)
-        assert left_over.wait(5) == in_final.wait(5) == -signal.SIGKILL and innocent.poll() is None
+        assert left_over.wait(5) == in_final.wait(5) == -signal.SIGKILL
+        assert innocent.poll() is None and of_another.poll() is None
+        assert (another / f"training{search.PROCESS_FILE}").is_file()
         assert f"Process {left_over.pid} in" in done.stdout and "has outlived the program" in done.stdout
     finally:
         for process in processes:
@@ -623,6 +631,15 @@ def test_torn_latents_are_made_again_before_the_trainer_stumbles(night: Night) -
     assert done.returncode == 0, done.stdout
     assert "Deleted 2 torn caches of latents" in done.stdout and "Trying the trainer out" in done.stdout
     assert all((search.Latents.sizes(cache) or {})["latents"] == (8, 8) for cache in caches)
+
+
+def test_torn_latents_do_not_keep_a_first_start_from_training(night: Night) -> None:
+    """A power cut in the first step leaves them, and so may another trainer."""
+    shutil.rmtree(night.output_dir)
+    torn = min((night.world / "images").glob("*.npz"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    done = night.run(1)
+    assert done.returncode == 0 and "Deleted 1 torn caches of latents" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -1611,3 +1611,13 @@ def test_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
         (folder / "tokenizer" / name).unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     assert search.BaseModel.inspect(folder).family is search.SD1
+
+
+def test_both_tokenizers_of_sdxl_may_be_one_file(tmp_path: Path) -> None:
+    folder = tmp_path / "xl"
+    tiny_models.make_tiny_xl_pipeline(folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        for name in ("vocab.json", "merges.txt"):
+            (folder / part / name).unlink()
+        (folder / part / "tokenizer.json").write_text("{}")
+    assert search.BaseModel.inspect(folder).family.name == "SDXL"

@@ -68,6 +68,14 @@ def test_the_shipped_v2_1_is_the_code() -> None:
     assert search.SearchSpace.read(CONFIGS / "search_space_v2.1.toml") == search.V2_1
 
 
+def test_the_examples_in_the_comments_may_be_written_below_the_parameters(read: Any) -> None:
+    text = (CONFIGS / "search_space_v2.1.toml").read_text(encoding="utf-8")
+    rules = re.findall(r"(?m)^#     (\[\[\w+\]\]|\w+ = .*?)(?:   .*)?$", text.partition("x network_alpha_ratio")[2])
+    space = read("\n".join([text, *rules]))
+    assert [rules[0], rules[3], len(rules)] == ["[[set]]", "[[forbid]]", 7]
+    assert len(space.fixed[1:]) == len(space.forbidden) == 1 and not list(space.idle_rules())
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_what_a_shipped_space_proposes_may_be_trained(file: Path) -> None:
     space = search.SearchSpace.read(file)

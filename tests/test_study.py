@@ -1510,7 +1510,10 @@ def test_differences_are_named_down_to_the_setting(tmp_path: Path) -> None:
         changed = {"seed": 1, "training options": {"clip_skip": 1, "xformers": True}, "encoders": {"clip": "a"}}
         search.check_fingerprint(study, changed)
     lines = caught.value.problems
-    assert all("; nothing is trained in it yet: delete its --output-dir" in line for line in lines)
+    remedy = (
+        "; nothing is trained in it yet: delete its --output-dir, and with --storage give another --study-name, too"
+    )
+    assert all(line.endswith(remedy) for line in lines)
     assert [line.split("inputs: ")[1].split(";")[0] for line in lines] == [
         "training options, clip_skip: was 2, is now 1",
         "training options, sdpa: was True, is now None",
@@ -1527,8 +1530,9 @@ def test_a_space_that_was_a_file_is_named_as_one(tmp_path: Path) -> None:
         (*spaces[::-1], "search space: was V2.1, is now that of a --search-space file; its scores"),
     ):
         study.set_user_attr("fingerprint", old)
-        with pytest.raises(search.RefusedInput, match=f"made with other inputs: {said}"):
+        with pytest.raises(search.RefusedInput, match=f"made with other inputs: {said}") as caught:
             search.check_fingerprint(study, new)
+        assert caught.value.problems[0].endswith("--output-dir (with --storage another --study-name, too)")
 
 
 def test_anchors_may_move_by_rounding_but_not_by_more(tmp_path: Path) -> None:
