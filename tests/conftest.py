@@ -66,6 +66,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"not run: {'; '.join(left_out)}")
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its name says nothing: in pytest's own a test finds words of its name, which it looks for in a message."""
+    return tmp_path_factory.mktemp("t")
+
+
 @pytest.fixture(scope="module")
 def restore_threads() -> Iterator[None]:
     """A trainer sets them for its process, which in some tests is theirs."""

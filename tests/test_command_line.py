@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pytest
 import toml
 from conftest import REPOSITORY
@@ -23,10 +24,6 @@ import optuna_hyperparameter_search as search
 
 SCRIPT = REPOSITORY / "optuna_hyperparameter_search.py"
 GUIDES_FLAGS = "--dataset-config --base-model --output-dir --study-name --n-trials --device".split()
-OTHER_FLAGS = (
-    "--sd-scripts --trainer-python --training-config --scoring-config --eval-prompts --subject --storage --seed "
-    "--enqueue --timeout --check --report --score --demo --family"
-).split()
 
 
 @pytest.fixture(scope="session")
@@ -74,21 +71,23 @@ def errors_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> list[
 
 
 def test_help_names_every_flag_and_groups_them() -> None:
-    text = search.make_parser().format_help()
-    for flag in GUIDES_FLAGS + OTHER_FLAGS:
-        assert re.search(rf"^  {flag}\b", text, re.MULTILINE), flag
+    parser = search.make_parser()
+    text, flags = parser.format_help(), {action.option_strings[-1] for action in parser._actions}
+    assert {*GUIDES_FLAGS, "--prune", "--search-space"} < flags
+    for flag in flags:
+        assert re.search(rf"^  (-h, )?{flag}\b", text, re.MULTILINE), flag
     groups = re.findall(r"^([a-z].*):$", text, re.MULTILINE)
     assert groups[1:] == [
         "what to train on", "how much to search", "where things are", "settings files", "instead of searching",
     ]  # fmt: skip
 
 
-def test_help_and_errors_do_not_wait_for_torch() -> None:
+def test_help_and_errors_wait_for_no_large_library() -> None:
     code = (
         "import sys, optuna_hyperparameter_search as s\n"
         "try: s.main(['--help'])\nexcept SystemExit: pass\n"
         "s.main([])\n"
-        "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'sqlalchemy') if m in sys.modules])"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'sqlalchemy', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -648,9 +647,10 @@ def test_room_is_looked_for_before_every_trial(command: Command) -> None:
     inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
     huge = {"name": "p", "width": 10**9, "height": 10**9}
     inputs = dataclasses.replace(inputs, plan={**inputs.plan, "screen": [huge]})
+    ours = search.study_on_device(inputs, optuna.create_study(), 0.0, "cpu")
     for remedy in ("raise save_every_n_epochs", "move it to a larger disk"):
         with pytest.raises(search.SearchStopped, match=f"B are free in .*; make room, or .*{remedy}$"):
-            inputs.check_room(inputs.largest_trial_bytes(), search.SearchStopped)
+            ours.before_trial()
         settings.reference.mkdir(parents=True, exist_ok=True)
         (settings.reference / "plan.json").touch()  # begun: no option may change any more
 

@@ -454,7 +454,7 @@ def test_reads_the_scoring_settings_that_come_with_the_program(repository: Path)
     assert not any("{subject}" in template for template in settings.prompts["plain"])
 
 
-TABLES = "images screen confirm weights encoders usable prompts".split()
+TABLES = "images screen confirm final stop_early weights encoders usable prompts".split()
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -890,7 +890,10 @@ def test_takes_every_kind_of_picture_that_kohya_takes(
 ) -> None:
     folder = pictures(sizes=[(64, 64)])
     (folder / "00.png").rename(folder / f"00.{suffix}")
-    assert len(read(data_set_file(subsets=[{"image_dir": str(folder)}])).images) == 1
+    path = data_set_file(subsets=[{"image_dir": str(folder)}])
+    assert len(read(path).images) == 1
+    without_answer = search.DataSetReader(path, search.read_data_set_file(path)).read(OPTIONS, {})
+    assert len(without_answer.images) == 1
 
 
 def test_looks_for_a_relative_folder_beside_the_file(data_set_file: DataSetFile, pictures: Pictures) -> None:
@@ -912,7 +915,10 @@ def test_looks_for_a_relative_folder_in_the_current_folder_first(
 def test_a_link_to_a_folder_of_links_is_followed(
     data_set_file: DataSetFile, pictures: Pictures, tmp_path: Path
 ) -> None:
-    (tmp_path / "link").symlink_to(pictures())
+    (tmp_path / "links").mkdir()
+    for file in pictures().iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    (tmp_path / "link").symlink_to(tmp_path / "links")
     assert len(read(data_set_file(subsets=[{"image_dir": str(tmp_path / "link")}])).images) == 4
 
 
@@ -1064,14 +1070,15 @@ def test_counts_the_batches_that_kohya_counts(case: int, pictures: Pictures, tmp
     assert read(path, {**OPTIONS, **known["options"]}).batches_per_epoch == known["batches"]
 
 
-@pytest.mark.parametrize(("given", "batches"), [("512", 3), ("512,768", 3), ("512, 512", 3)])
+@pytest.mark.parametrize(("given", "bucket"), [("512", (512, 512)), ("512,768", (512, 768)), ("512, 512", (512, 512))])
 def test_the_training_options_may_name_resolution_and_batch(
-    given: str, batches: int, data_set_file: DataSetFile, pictures: Pictures
+    given: str, bucket: tuple[int, int], data_set_file: DataSetFile, pictures: Pictures
 ) -> None:
     """On kohya's command line, and so in its config file, a resolution is a text."""
     path = data_set_file(subsets=[{"image_dir": str(pictures(sizes=[(32, 32)] * 5))}])
     path.write_text(path.read_text(encoding="utf-8").replace("resolution = 64", ""), encoding="utf-8")
-    assert read(path, {**OPTIONS, "resolution": given, "train_batch_size": 2}).batches_per_epoch == batches
+    found = read(path, {**OPTIONS, "resolution": given, "train_batch_size": 2})
+    assert found.batches_per_epoch == 3 and {image.bucket for image in found.images} == {bucket}
 
 
 def test_the_data_set_beats_the_training_options(data_set_file: DataSetFile) -> None:
@@ -1334,10 +1341,11 @@ def test_a_link_to_a_file_with_the_right_name_is_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin", "pth", "CKPT"])
-def test_refuses_pickles_unopened(suffix: str, tmp_path: Path) -> None:
+def test_refuses_pickles_unopened(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = write_safetensors(tmp_path / "good.safetensors", SD1)
     path = good.rename(tmp_path / f"model.{suffix}")
-    assert "pickle" in the_refusal(search.BaseModel.inspect, path)
+    monkeypatch.setattr(search, "read_safetensors_header", lambda *_: pytest.fail("opened"))
+    assert f"take {path} for a pickle" in the_refusal(search.BaseModel.inspect, path)
 
 
 def test_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:

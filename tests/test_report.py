@@ -990,9 +990,12 @@ def test_the_page_is_written_though_the_best_trials_folder_is_gone(small: Path) 
 def test_a_password_is_not_in_the_page(tmp_path: Path, postgresql: Callable[[], str]) -> None:
     url = postgresql()
     study = made_study.make_study(tmp_path / "out", trials=2, picture_size=32, storage=url, **FEW)
+    study.set_user_attr("command", " ".join(search.without_storage(["--storage", url])))
+    search.Results(study, tmp_path / "out").write()
     made_study.engine_of(study).dispose()  # the server waits for it
     shown = Shown(page_of(tmp_path / "out"))
-    assert len(shown.rows) == 2 and "s3cr3t" not in shown.source
+    assert len(shown.rows) == 2 and "--storage postgresql+psycopg://***@" in shown.source
+    assert "s3cr3t" in url and "s3cr3t" not in shown.source
 
 
 # --- what it shows of the trials ----------------------------------------------------------------------

