@@ -3816,8 +3816,7 @@ class Storage:
             if "storage upgrade" in str(error):
                 said = f"{where} was made by an older Optuna; optuna storage upgrade --storage {where}"
             elif "updating optuna" in str(error):
-                said = f"{where} was made by a newer Optuna than {optuna.__version__}; "
-                said += "pip install -U optuna"
+                said = f"{where} was made by a newer Optuna than {optuna.__version__}; pip install -U optuna"
             elif self.file:
                 said += "if another program holds it, wait; else restore the file or give another one"
             elif isinstance(error, ArgumentError):
@@ -3923,9 +3922,7 @@ def check_fingerprint(study: optuna.Study, fingerprint: Mapping[str, Any]) -> No
     said = f"study {study.study_name!r} was made with other inputs"
     remedy = f"its scores would not be comparable; restore it, or {ANOTHER_STUDY}"
     if not any(map(is_trained, study.get_trials(deepcopy=False))):
-        remedy = (
-            "nothing is trained in it yet: delete its --output-dir, and with --storage give another --study-name, too"
-        )
+        remedy = "nothing is trained in it yet: delete its --output-dir; with --storage give another --study-name, too"
     if differences:
         raise RefusedInput(*(f"{said}: {difference}; {remedy}" for difference in differences))
 

@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its name says nothing: in pytest's own a test finds words of its name, which it looks for in a message."""
+    """An empty folder without the test's name, in which a test would find the word that it looks for in a message."""
     return tmp_path_factory.mktemp("t")
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import toml
 from fault_storm import STUDY, environment, search_command
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 import optuna_hyperparameter_search as search
@@ -354,8 +355,9 @@ def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: N
             (night.output_dir / place / f"training{search.PROCESS_FILE}").write_text(
                 json.dumps({"pid": process.pid, "started": started, "folder": str(made_in)})
             )
-        (night.output_dir / "reference" / "linked").symlink_to(another)
         done = night.run(1)
+        (night.output_dir / "linked").symlink_to(another)
+        search.ChildProcess.end_left_over(night.output_dir / "linked" / f"training{search.PROCESS_FILE}")
         assert left_over.wait(5) == in_final.wait(5) == -signal.SIGKILL
         assert innocent.poll() is None and of_another.poll() is None
         assert (another / f"training{search.PROCESS_FILE}").is_file()
@@ -364,6 +366,11 @@ def test_a_process_that_outlived_the_program_is_ended_at_the_next_start(night: N
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_the_study_maximizes(night: Night) -> None:
+    study = search.load_study(search.default_storage(night.output_dir), STUDY)
+    assert study is not None and study.direction == StudyDirection.MAXIMIZE
 
 
 # --- trainings that are stopped early ------------------------------------------------------------------

@@ -1509,9 +1509,7 @@ def test_differences_are_named_down_to_the_setting(tmp_path: Path) -> None:
         changed = {"seed": 1, "training options": {"clip_skip": 1, "xformers": True}, "encoders": {"clip": "a"}}
         search.check_fingerprint(study, changed)
     lines = caught.value.problems
-    remedy = (
-        "; nothing is trained in it yet: delete its --output-dir, and with --storage give another --study-name, too"
-    )
+    remedy = "; nothing is trained in it yet: delete its --output-dir; with --storage give another --study-name, too"
     assert all(line.endswith(remedy) for line in lines)
     assert [line.split("inputs: ")[1].split(";")[0] for line in lines] == [
         "training options, clip_skip: was 2, is now 1",

@@ -164,7 +164,7 @@ def test_two_workers_and_another_program_of_one_study_end_at_exactly_n_trials(
     other.join(60)
     assert other.exitcode == 0 and sum(map(search.is_trained, study.get_trials())) == 9
     whose = Counter(trial.user_attrs["output_dir"] for trial in study.get_trials() if search.is_trained(trial))
-    assert whose.keys() == {str(two.output_dir), str(one.output_dir)}
+    assert whose[str(two.output_dir)] >= 2 and whose[str(one.output_dir)] >= 1 and len(whose) == 2
 
 
 @pytest.mark.parametrize("seed", range(3))
